@@ -1,0 +1,153 @@
+"""How many entries may stay: the budget a user asks for, and pure allocators that split it.
+
+A budget counts KV entries per layer and KV head, mean over layers, with sinks
+and recent window included. Allocators return whole numbers whose sum is exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from winnowkv.errors import BudgetError
+from winnowkv.types import Scores
+
+WAY_OUT = "give kept entries as an int >= 1 (128) or the kept fraction of the prompt (0.12)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user asked to keep: ``int`` is entries, ``float`` the kept fraction of the prompt.
+
+    Raises
+    ------
+    BudgetError
+        For 0, a negative number, a fraction above 1, or something that is no number.
+    """
+
+    asked: int | float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.asked, bool) or not isinstance(self.asked, int | float):
+            raise BudgetError(f"budget {self.asked!r} is not a number: {WAY_OUT}")
+        if not self.asked > 0:  # NaN fails this too
+            raise BudgetError(f"budget {self.asked!r} keeps nothing, it must be above 0: {WAY_OUT}")
+        if isinstance(self.asked, float) and self.asked > 1:
+            raise BudgetError(f"budget {self.asked!r} is a fraction above 1: {WAY_OUT}")
+
+    @classmethod
+    def of(cls, value: Budget | int | float | str) -> Budget:
+        """Read a budget from Python or from the command line (``"128"`` entries, ``"0.12"`` fraction)."""
+        if isinstance(value, Budget):
+            return value
+        if not isinstance(value, str):
+            return cls(value)
+        text = value.strip()
+        if re.fullmatch(r"[+-]?\d+", text):
+            return cls(int(text))
+        try:
+            return cls(float(text))
+        except ValueError as error:
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(f"budget {value!r} is not a number: {WAY_OUT}") from None
+
+    def entries(self, prompt_tokens: int) -> int:
+        """Entries per layer and KV head for a prompt of this length, never more than the prompt.
+
+        A fraction is rounded down, in exact decimal arithmetic: 0.29 of 100 is 29, not 28.
+        """
+        if isinstance(self.asked, int):
+            return min(self.asked, prompt_tokens)
+        return int(Fraction(repr(self.asked)) * prompt_tokens)
+
+    def __str__(self) -> str:
+        return str(self.asked)
+
+
+def apportion(weights: Sequence[float | Fraction], total: int, caps: Sequence[int], floors: Sequence[int] | None = None) -> list[int]:
+    """Split ``total`` in proportion to ``weights``: exact sum, ``floors <= share <= caps``.
+
+    Shares that would pass their cap (or fall below their floor) are fixed there and
+    the others fill up in proportion (water-filling); what is left after rounding down
+    goes to the largest remainders, ties to the earlier layer. Weights that are all
+    zero count as equal.
+
+    Raises
+    ------
+    BudgetError
+        When ``total`` lies below the sum of floors or above the sum of caps.
+    """
+    count = len(weights)
+    low = list(floors) if floors is not None else [0] * count
+    if not sum(low) <= total <= sum(caps) or any(f > c for f, c in zip(low, caps, strict=True)):
+        raise BudgetError(f"cannot split {total} entries between floors {low} and caps {list(caps)}")
+    exact = [Fraction(w) for w in weights]
+    if not any(exact):
+        exact = [Fraction(1)] * count
+    share: list[int | None] = [None] * count
+    while free := [i for i in range(count) if share[i] is None]:
+        left = total - sum(s for s in share if s is not None)
+        mass = sum(exact[i] for i in free)
+        quota = {i: left * exact[i] / mass if mass else Fraction(left, len(free)) for i in free}
+        over = [i for i in free if quota[i] > caps[i]]
+        under = [i for i in free if quota[i] < low[i]]
+        # Fix one side only, the one that moves more entries: the other may be right after it.
+        spill = sum(quota[i] - caps[i] for i in over)
+        lack = sum(low[i] - quota[i] for i in under)
+        if over and spill >= lack:
+            for i in over:
+                share[i] = caps[i]
+        elif under:
+            for i in under:
+                share[i] = low[i]
+        else:
+            for i in free:
+                share[i] = int(quota[i])
+            rest = left - sum(int(quota[i]) for i in free)
+            # A share with a remainder is below its cap, so adding one entry never passes it.
+            for i in sorted(free, key=lambda i: (int(quota[i]) - quota[i], i))[:rest]:
+                share[i] = int(quota[i]) + 1
+    return [s for s in share if s is not None]
+
+
+def uniform(layers: int, mean: int) -> list[int]:
+    """Every layer the same."""
+    return [mean] * layers
+
+
+def pyramid(layers: int, mean: int, slope: float, cap: int, floor: int = 0) -> list[int]:
+    """Linearly falling budgets from ``2 * mean - mean / slope`` to ``mean / slope`` (PyramidKV, arXiv 2406.02069, 3.3).
+
+    The published code floors every step and so loses entries; here the sum is ``layers * mean``.
+    """
+    return arithmetic_groups(layers, 1, mean, slope, cap, floor)
+
+
+def arithmetic_groups(layers: int, group: int, mean: int, slope: float, cap: int, floor: int = 0) -> list[int]:
+    """Budgets that fall in equal steps from one group of ``group`` layers to the next (WindowKV, arXiv 2503.17922, 3.3).
+
+    Departure from the repository: there the group's size also bends the pyramid
+    (``cap * gamma // lambda``); here the ends depend on ``mean`` and ``slope`` only.
+    Any number of layers will do: the last group may be shorter.
+    """
+    groups = -(-layers // group)
+    last = Fraction(mean) / Fraction(slope)
+    first = 2 * mean - last
+    step = (first - last) / (groups - 1) if groups > 1 else Fraction(0)
+    top = first if groups > 1 else Fraction(max(mean, 1))
+    weights = [top - step * (layer // group) for layer in range(layers)]
+    return apportion(weights, layers * mean, [cap] * layers, [floor] * layers)
+
+
+def global_top_k(scores: Sequence[Scores], k: int) -> list[int]:
+    """How many of the ``k`` best scores over all layers fall in each layer (DynamicKV, arXiv 2412.14838, 3.2)."""
+    flat = torch.cat([s.flatten() for s in scores])
+    winners = flat.topk(min(k, flat.numel())).indices
+    ends = torch.tensor([s.numel() for s in scores], device=flat.device).cumsum(0)
+    owner = torch.bucketize(winners, ends, right=True)
+    return torch.bincount(owner, minlength=len(scores)).tolist()

@@ -1,0 +1,386 @@
+"""The compact cache: transformers' cache socket. Only this file and attention.py know its internals.
+
+A :class:`CompactLayer` holds unexpanded KV heads of only the entries that stay, grows
+in place while tokens are generated, and tells transformers its *logical* length
+(tokens seen, hence RoPE positions) and its *physical* one (entries held, hence masks).
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from winnowkv.attention import COMPACT_OFFSET, TAG, acquire, check_model, release
+from winnowkv.budget import Budget
+from winnowkv.errors import CacheError, InputError, UnsupportedModelError
+from winnowkv.policies import Policy, Prompt, policy as make_policy
+from winnowkv.prefill import PrefillPlan
+from winnowkv.report import Report
+from winnowkv.task import TaskProfile
+
+GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
+
+
+class CompactLayer(CacheLayerMixin):
+    """Keys and values of one layer: ``[B, Hkv, capacity, D]`` buffers of which ``length`` columns are in use.
+
+    Rows of a batch that keep fewer entries than the longest are right-aligned; ``valid``
+    (``[B, capacity]``, None where all are) marks what they really hold. ``positions`` are
+    the prompt positions kept, per row ``[H, n]``, None where a row keeps all.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = self.seen = self.prompt = 0
+        self.pads: list[int] = []
+        self.valid: Tensor | None = None
+        self.positions: list[Tensor | None] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the prompt's keys and values as they are: nothing is copied before eviction."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states.detach(), value_states.detach()
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append in place and return views of all entries in use."""
+        added = key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.length = self.seen = self.prompt = added
+            self.pads = [0] * key_states.shape[0]
+            self.positions = [None] * key_states.shape[0]
+            # Views, not the tensors we store: attention tags what it gets, and a tag must not outlive the call.
+            return key_states[:, :, :], value_states[:, :, :]
+        end = self.length + added
+        if end > self.keys.shape[2]:
+            self._grow(end + GROWTH)
+        self.keys[:, :, self.length : end] = key_states.detach()
+        self.values[:, :, self.length : end] = value_states.detach()
+        if self.valid is not None:
+            self.valid[:, self.length : end] = True
+        self.length, self.seen = end, self.seen + added
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grow(self, capacity: int) -> None:
+        def larger(buffer: Tensor, axis: int) -> Tensor:
+            shape = list(buffer.shape)
+            shape[axis] = capacity
+            grown = buffer.new_empty(shape)
+            grown.narrow(axis, 0, self.length).copy_(buffer.narrow(axis, 0, self.length))
+            return grown
+
+        self.keys, self.values = larger(self.keys, 2), larger(self.values, 2)
+        self.valid = None if self.valid is None else larger(self.valid, 1)
+
+    def mark(self, padding: Tensor, added: int) -> None:
+        """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
+        newest = padding[:, -added:].to(self.keys.device, torch.bool)
+        if self.valid is None:
+            self.valid = torch.ones(newest.shape[0], self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+        self.valid[:, self.length - added : self.length] = newest
+        if self.seen == added:
+            lengths = newest.sum(-1)
+            if not torch.equal(newest, newest.sort(dim=-1).values):
+                raise InputError("the attention mask has padding behind or inside a prompt: pad on the left")
+            if not lengths.all():
+                raise InputError("a row of the batch is padding only: every prompt needs at least one token")
+            self.pads = [added - n for n in lengths.tolist()]
+
+    def keep(self, positions: list[Tensor | None]) -> None:
+        """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole."""
+        columns = []
+        for row, wanted in enumerate(positions):
+            held, pad = self.positions[row], self.pads[row]
+            if wanted is None:
+                wanted = torch.arange(self.prompt - pad, device=self.keys.device)[None]
+            if held is None:
+                columns.append(wanted + self.length - (self.prompt - pad))
+            else:
+                place = torch.searchsorted(held.contiguous(), wanted.to(held.dtype).contiguous())
+                columns.append(place + self.length - held.shape[1])
+        lengths = [index.shape[1] for index in columns]
+        width = max(lengths)
+        self.keys, self.values = _pick(self.keys, columns, width), _pick(self.values, columns, width)
+        self.length = width
+        self.positions = [None if p is None else p.to(torch.int32) for p in positions]
+        self.valid = None
+        if min(lengths) < width:
+            first = width - torch.tensor(lengths, device=self.keys.device)
+            self.valid = torch.arange(width, device=self.keys.device) >= first[:, None]
+
+    def own(self) -> None:
+        """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
+        if self.keys.untyped_storage().nbytes() > self.keys.nbytes:
+            self.keys = self.keys.clone()
+        if self.values.untyped_storage().nbytes() > self.values.nbytes:
+            self.values = self.values.clone()
+
+    def entries(self, row: int) -> int:
+        """Entries that a row holds of the prompt, per KV head."""
+        kept = self.positions[row]
+        return self.prompt - self.pads[row] if kept is None else kept.shape[-1]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry: key and value, all KV heads."""
+        heads = self.keys.shape[1]
+        return heads * (self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of storage behind keys and values."""
+        if not self.is_initialized:
+            return 0
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, padding included, as transformers counts them."""
+        return self.seen
+
+    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
+        """Physical length with the coming queries; newer releases pass their number, older ones their positions."""
+        return self.length + (queries if isinstance(queries, int) else queries.shape[0]), COMPACT_OFFSET
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.10
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take over the rows that beam search goes on with."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        rows = torch.arange(len(self.positions), device=self.keys.device).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
+        self.valid = None if self.valid is None else self.valid.index_select(0, indices)
+        rows = indices.tolist()
+        self.positions, self.pads = [self.positions[r] for r in rows], [self.pads[r] for r in rows]
+
+    def crop(self, tokens: int) -> None:
+        """Generated tokens can be taken back, evicted ones cannot. Negative: that many; positive: down to that length."""
+        back = -tokens if tokens < 0 else self.seen - tokens
+        if back <= 0 or not self.is_initialized:
+            return
+        if back > self.seen - self.prompt:
+            raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
+        self.length, self.seen = self.length - back, self.seen - back
+
+
+def _pick(states: Tensor, columns: list[Tensor], width: int) -> Tensor:
+    """Gather columns ``[H, n]`` of every row into ``[B, Hkv, width, D]``, rows right-aligned."""
+    heads, size = states.shape[1], states.shape[3]
+    rows = []
+    for row, index in enumerate(columns):
+        if index.shape[0] == 1:
+            rows.append(states[row].index_select(1, index[0]))
+        else:
+            rows.append(states[row].gather(1, index.long()[..., None].expand(heads, -1, size)))
+    if len(rows) == 1:
+        return rows[0][None]
+    out = states.new_zeros(len(rows), heads, width, size)
+    for row, picked in enumerate(rows):
+        out[row, :, width - picked.shape[1] :] = picked
+    return out
+
+
+class CompactCache(Cache):
+    """A KV cache that keeps what a policy selects from each prompt; pass it as ``past_key_values``.
+
+    Parameters
+    ----------
+    model: a decoder-only transformers model whose attention goes through ``AttentionInterface``.
+        While the cache lives the model's attention goes through ours, which hands every other
+        cache on to the framework's own function; the model is put back when the cache dies.
+    policy: a name, a spec (``"windowkv:group=6"``) or a :class:`Policy`.
+    budget: kept entries (int) or the kept fraction of the prompt (float).
+    task: ``"localization"`` or ``"aggregation"``, for policies that score by task.
+    record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
+        other policies over this prefill; for evaluation.
+
+    Raises
+    ------
+    PolicyError, BudgetError, UnsupportedModelError
+        At once, or when the prompt's length shows that the budget is below sinks + window.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | Policy = "snapkv",
+        budget: Budget | int | float | str = 0.12,
+        *,
+        task: TaskProfile | str | None = None,
+        record: int = 0,
+    ) -> None:
+        self.policy = make_policy(policy).for_task(TaskProfile.of(task))
+        self.budget = Budget.of(budget)
+        self.report = Report(policy=policy if isinstance(policy, str) else policy.name, budget=self.budget.asked)
+        check_model(model)
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        # Sliding-window layers are small already and stay as the framework made them.
+        super().__init__(layers=[CompactLayer() if type(layer) is DynamicLayer else layer for layer in layers])
+        self._slots = {index: slot for slot, index in enumerate(self._compact_indices())}
+        if not self._slots:
+            raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer: nothing can be compressed")
+        self._plans: list[PrefillPlan] | None = None
+        self._settled = False
+        self._awaiting: int | None = None
+        self._record = record
+        self._recorded: list[tuple[Tensor, float]] = []
+        self._started = self._finished = 0.0
+        self._model = weakref.ref(model)
+        acquire(model)
+        weakref.finalize(self, release, model).atexit = False
+
+    def _compact_indices(self) -> list[int]:
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
+
+    @property
+    def compact_layers(self) -> list[CompactLayer]:
+        """The layers whose cache is compressed, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, CompactLayer)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Storage behind keys and values of the compressed layers now, room for growth included."""
+        return sum(layer.held_bytes for layer in self.compact_layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; the keys returned carry a tag by which attention finds its way back here."""
+        if layer_idx not in self._slots:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.check_observed()
+        if self._slots[layer_idx] == 0 and not self._started:
+            self._started = time.perf_counter()
+        keys, values = self.layers[layer_idx].update(key_states, value_states)
+        self._awaiting = layer_idx
+        setattr(keys, TAG, (self, layer_idx))
+        return keys, values
+
+    def check_observed(self) -> None:
+        """Raise UnsupportedModelError where the last layer's attention did not come through our function."""
+        if self._awaiting is not None:
+            raise UnsupportedModelError(
+                f"layer {self._awaiting}: its attention did not go through transformers' AttentionInterface, "
+                f"so its cache cannot be observed; this model's code needs the functional attention interface"
+            )
+
+    def validity(self, layer_idx: int, padding: Tensor | None, added: int) -> Tensor | None:
+        """Which entries of a layer count, ``[B, length]``, None where all do. Called before attention."""
+        layer = self.layers[layer_idx]
+        self._awaiting = None
+        if padding is not None:
+            layer.mark(padding, added)
+        return None if layer.valid is None else layer.valid[:, : layer.length]
+
+    def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
+        """After a layer's attention: at prefill score and evict, later only count."""
+        slot, last = self._slots[layer_idx], len(self._slots) - 1
+        if self._settled:
+            if slot == last:
+                self.report.decode_tokens += queries.shape[2]
+                self.report.decode_seconds = time.perf_counter() - self._finished
+            return
+        if self._record:
+            self._recorded.append((queries[:, :, -self._record :].clone(), scale))
+        begin = time.perf_counter()
+        self._evict(slot, queries, scale)
+        now = time.perf_counter()
+        self.report.compress_seconds += now - begin
+        if slot == last:
+            self._settle(now)
+
+    def _evict(self, slot: int, queries: Tensor, scale: float) -> None:
+        layers = self.compact_layers
+        layer = layers[slot]
+        if self._plans is None:
+            lengths = [layer.prompt - pad for pad in layer.pads]
+            prompts = [Prompt(n, len(layers), self.budget.entries(n)) for n in lengths]
+            self._plans = [PrefillPlan(self.policy, prompt) for prompt in prompts]
+        self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
+        window = queries[:, :, max(queries.shape[2] - self.policy.observe, 0) :]
+        changed: set[int] = set()
+        for row, plan in enumerate(self._plans):
+            keys = layer.keys[row : row + 1, :, layer.pads[row] :]
+            changed.update(plan.observe(window[row : row + 1], keys, scale))
+        for index in changed:
+            kept = [plan.kept[index] for plan in self._plans]
+            layers[index].keep([None if positions is None else positions[0] for positions in kept])
+        if slot not in changed:
+            layer.own()
+
+    def _settle(self, now: float) -> None:
+        layers, report = self.compact_layers, self.report
+        rows = range(len(layers[0].pads))
+        report.prompt_tokens = [layers[0].prompt - layers[0].pads[row] for row in rows]
+        report.kept_entries = [[layer.entries(row) for layer in layers] for row in rows]
+        report.kept_bytes = sum(layer.entries(row) * layer.entry_bytes for row in rows for layer in layers)
+        report.full_bytes = sum(tokens * layer.entry_bytes for tokens in report.prompt_tokens for layer in layers)
+        report.held_bytes = self.held_bytes
+        report.prefill_seconds = now - self._started
+        report.notes = sorted({plan.note for plan in self._plans or [] if plan.note})
+        self._plans = None
+        self._settled = True
+        self._finished = now
+
+    def replay(
+        self, policy: str | Policy, budget: Budget | int | float | str, *, task: TaskProfile | str | None = None
+    ) -> CompactCache:
+        """A new cache that keeps what another policy selects from this recorded prefill.
+
+        Equal to a prefill with that policy, because eviction changes nothing that prefill
+        computes. Raises CacheError where nothing was recorded, something was already evicted
+        or generated, or the policy observes more queries than were recorded.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheError("the model of this cache is gone")
+        layers = self.compact_layers
+        whole = all(p is None for layer in layers for p in layer.positions) and layers[0].seen == layers[0].prompt
+        if not (self._record and self._settled and whole):
+            raise CacheError("replay needs CompactCache(model, 'full', record=...) fresh from prefill")
+        other = CompactCache(model, policy, budget, task=task)
+        observed = min(other.policy.observe, layers[0].prompt)
+        if observed > self._record:
+            raise CacheError(f"{other.policy.name} observes {observed} queries, only {self._record} were recorded")
+        if len(layers) != len(other.layers):
+            raise CacheError("replay works on models whose layers are all full attention")
+        begin = time.perf_counter()
+        for slot, (mine, theirs) in enumerate(zip(layers, other.compact_layers, strict=True)):
+            theirs.update(mine.keys, mine.values)
+            theirs.pads, theirs.valid = list(mine.pads), mine.valid
+            other._evict(slot, *self._recorded[slot])
+        other.report.compress_seconds = time.perf_counter() - begin
+        other._settle(time.perf_counter())
+        other.report.prefill_seconds = self.report.prefill_seconds + other.report.compress_seconds
+        return other

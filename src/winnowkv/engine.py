@@ -1,0 +1,151 @@
+"""Where the stages meet: the ``compress`` block, and plain greedy decoding over a compact cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from winnowkv.attention import Routing, acquire, release
+from winnowkv.budget import Budget
+from winnowkv.cache import CompactCache
+from winnowkv.errors import CacheError, InputError
+from winnowkv.policies import Policy, policy as make_policy
+from winnowkv.report import Report
+from winnowkv.task import TaskProfile
+
+
+class Run:
+    """One ``compress`` block: its settings and the reports of the prompts that went through it."""
+
+    def __init__(self, policy: str | Policy, budget: Budget, task: TaskProfile) -> None:
+        self.policy = policy
+        self.budget = budget
+        self.task = task
+        self.owner = threading.get_ident()
+        self.reports: list[Report] = []
+
+    @property
+    def report(self) -> Report:
+        """The report of the latest prompt. Raises CacheError before the first."""
+        if not self.reports:
+            raise CacheError("nothing was generated in this compress block yet, so there is no report")
+        return self.reports[-1]
+
+
+@contextmanager
+def compress(
+    model: PreTrainedModel,
+    policy: str | Policy = "snapkv",
+    budget: Budget | int | float | str = 0.12,
+    *,
+    task: TaskProfile | str | None = None,
+) -> Iterator[Run]:
+    """Compress the KV cache of everything the model reads inside the block.
+
+    Each prompt gets a :class:`CompactCache` of its own in place of the model's default
+    cache; a cache that the caller passes is left alone. On leaving, also by an exception,
+    the model is as it was. Blocks nest (the innermost wins) and threads may each open
+    their own on one model; a helper thread that opened none uses the only block there is.
+
+    Parameters
+    ----------
+    model, policy, budget, task: as for :class:`CompactCache`.
+
+    Yields
+    ------
+    Run
+        Its ``report`` says what the latest prompt kept, in entries, bytes and seconds.
+
+    Raises
+    ------
+    PolicyError, BudgetError, UnsupportedModelError
+        Before anything is touched, or when a prompt's length shows that the budget is too small.
+
+    Examples
+    --------
+    >>> with compress(model, policy="snapkv", budget=0.12) as run:   # doctest: +SKIP
+    ...     out = model.generate(**inputs, max_new_tokens=64)
+    >>> print(run.report)                                            # doctest: +SKIP
+    """
+    run = Run(policy, Budget.of(budget), TaskProfile.of(task))
+    make_policy(policy).for_task(run.task)  # complain now, not in the middle of a forward pass
+    routing = acquire(model)
+
+    def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _chosen(routing) is not run or not _wants_cache(module, args, kwargs):
+            return None
+        cache = CompactCache(model, run.policy, run.budget, task=run.task)
+        run.reports.append(cache.report)
+        return args, {**kwargs, "past_key_values": cache}
+
+    def check(module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, CompactCache):
+            cache.check_observed()
+
+    # The inner of two nested blocks registers later and must be asked first.
+    hooks = [
+        model.register_forward_pre_hook(give_cache, with_kwargs=True, prepend=True),
+        model.register_forward_hook(check),
+    ]
+    routing.runs.append(run)
+    try:
+        yield run
+    finally:
+        routing.runs.remove(run)
+        for hook in hooks:
+            hook.remove()
+        release(model)
+
+
+def _chosen(routing: Routing) -> Run:
+    mine = [run for run in routing.runs if run.owner == threading.get_ident()]
+    if mine:
+        return mine[-1]
+    if len({run.owner for run in routing.runs}) > 1:
+        raise CacheError(
+            "several threads have compress blocks open on this model and this thread has none: "
+            "open one here, or pass past_key_values=CompactCache(...)"
+        )
+    return routing.runs[-1]
+
+
+def _wants_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this forward pass starts a prompt with the framework's default cache."""
+    if kwargs.get("use_cache", getattr(model.config, "use_cache", True)) is False:
+        return False
+    given = kwargs.get("past_key_values")
+    return given is None or (type(given) is DynamicCache and given.get_seq_length() == 0)
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: Tensor, cache: CompactCache, attention_mask: Tensor | None = None) -> Tensor:
+    """Read a prompt ``[B, S]`` into a fresh cache and return the logits of its last token, ``[B, vocabulary]``."""
+    if input_ids.shape[1] == 0:
+        raise InputError("the prompt is empty: give at least one token")
+    output = model(
+        input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    cache.check_observed()
+    return output.logits[:, -1]
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel, cache: CompactCache, logits: Tensor, max_new_tokens: int, stop: Collection[int] = ()
+) -> Iterator[int]:
+    """Tokens of one request, one by one, most likely first; ends after ``max_new_tokens`` or before a stop token."""
+    for step in range(max_new_tokens):
+        token = int(logits.argmax(-1))
+        if token in stop:
+            return
+        yield token
+        if step + 1 < max_new_tokens:
+            ids = torch.tensor([[token]], device=logits.device)
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]

@@ -1,0 +1,115 @@
+"""What an eviction policy is: a frozen dataclass of options with a few pure hooks.
+
+The way of one request: :meth:`Policy.ceilings` says what a layer may hold while
+prefill runs; after each layer :meth:`Policy.score` reads the observed queries and
+:meth:`Policy.revise` may lower the limits of the layers seen so far; after the last
+layer :meth:`Policy.allocate` says what every layer ends with. Each time a layer's
+limit falls, :meth:`Policy.select` names the entries that stay. Everything a hook
+needs is an argument; a policy holds options and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnowkv.budget import uniform
+from winnowkv.errors import BudgetError, PolicyError
+from winnowkv.select import top_tokens, with_recent, with_sinks
+from winnowkv.task import TaskProfile
+from winnowkv.types import Indices, Keys, Queries, Scores
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy knows of one request.
+
+    Attributes
+    ----------
+    tokens: prompt tokens ``S``, padding not counted.
+    layers: layers whose cache may be compressed (full-attention layers).
+    budget: entries per layer and KV head, mean over layers; at most ``tokens``.
+    """
+
+    tokens: int
+    layers: int
+    budget: int
+
+    @property
+    def total(self) -> int:
+        """Entries per KV head over all layers."""
+        return self.budget * self.layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of all eviction policies.
+
+    Parameters
+    ----------
+    sinks: first tokens that always stay.
+    observe: observation window ``W``, the last prompt tokens; they always stay.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    scope: ClassVar[str]
+    evicts: ClassVar[bool] = True
+
+    sinks: int = 0
+    observe: int = 0
+
+    def __post_init__(self) -> None:
+        self.require("sinks", minimum=0)
+        self.require("observe", minimum=0)
+
+    def require(self, option: str, *, minimum: float, odd: bool = False) -> None:
+        """Raise PolicyError where an option lies below its minimum or is not odd."""
+        value = getattr(self, option)
+        if value is not None and value < minimum:
+            raise PolicyError(f"{self.name}: {option}={value} is too small, it must be at least {minimum}")
+        if value is not None and odd and value % 2 == 0:
+            raise PolicyError(f"{self.name}: {option}={value} must be odd")
+
+    def for_task(self, profile: TaskProfile) -> Policy:
+        """The policy with everything that hangs on the task decided. Most policies do not care."""
+        return self
+
+    def minimum_budget(self) -> int:
+        """The smallest budget that leaves room for sinks and recent window."""
+        return max(self.sinks + self.observe, 1)
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise BudgetError where the prompt's budget cannot hold sinks and recent window."""
+        if prompt.budget < self.minimum_budget():
+            raise BudgetError(
+                f"{self.name}: a budget of {prompt.budget} entries (prompt of {prompt.tokens} tokens) is below "
+                f"sinks + window = {self.sinks} + {self.observe}: keep at least {self.minimum_budget()} entries, "
+                f"or make the window smaller (observe=)"
+            )
+
+    def leader(self, layer: int) -> int:
+        """The layer whose scores this layer uses; itself where nothing is shared."""
+        return layer
+
+    def ceilings(self, prompt: Prompt) -> list[int]:
+        """Entries each layer may hold while prefill runs; for one-shot policies what it ends with."""
+        return uniform(prompt.layers, prompt.budget)
+
+    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+        """Importance of each context token of one request, ``[1, H, C]``, from the last ``observe`` queries."""
+        raise TypeError(f"{type(self).__name__} does not define score()")
+
+    def revise(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+        """New limits for the layers seen so far, never above what they hold. One-shot policies change nothing."""
+        return list(held)
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+        """What every layer ends with; the sum is ``prompt.total``. One-shot policies are there already."""
+        return list(held)
+
+    def select(self, scores: Scores, entries: int, prompt: Prompt) -> Indices:
+        """Positions that stay, ``entries`` for each head of ``scores``, sinks and recent window included."""
+        context = top_tokens(with_sinks(scores, self.sinks), entries - self.observe)
+        return with_recent(context, prompt.tokens, self.observe)

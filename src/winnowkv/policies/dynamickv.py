@@ -1,0 +1,64 @@
+"""DynamicKV: every layer gets the budget that this prompt needs, decided while prefill runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnowkv.budget import apportion, global_top_k
+from winnowkv.policies.base import Prompt
+from winnowkv.policies.snapkv import SnapKV
+from winnowkv.scores import PoolKind
+from winnowkv.types import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicKV(SnapKV):
+    """A maximum for the current layer, and earlier layers that shrink every ``every`` layers (arXiv 2412.14838, 3.2).
+
+    At an update the pooled scores of all layers so far compete in one global top-k; a
+    layer's share of the winners is its share of the budget. The paper pools by average for
+    Llama and by maximum for Mistral and Qwen2: set ``pooling`` to follow it.
+
+    Departures from the repository: an update spends the budget of the layers *seen*, not
+    the whole model's; shares are rounded by largest remainder and what a layer cannot hold
+    goes to the others; every layer keeps ``floor`` of the mean; the layers after the last
+    multiple of ``every`` are updated too. A layer that has shrunk cannot grow again, so
+    its cap at a later update is what it still holds.
+    """
+
+    name: ClassVar[str] = "dynamickv"
+    source: ClassVar[str] = "DynamicKV, arXiv 2412.14838"
+    scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's scores"
+
+    observe: int = 8
+    pooling: PoolKind = "avg"
+    every: int = 4
+    ceiling: float = 10.0
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("every", minimum=1)
+        self.require("ceiling", minimum=1)
+        self.require("floor", minimum=0)
+
+    def ceilings(self, prompt: Prompt) -> list[int]:
+        """``ceiling`` times the mean context budget, as far as the prompt has it."""
+        most = int(self.ceiling * (prompt.budget - self.observe))
+        return [min(most + self.observe, prompt.tokens)] * prompt.layers
+
+    def revise(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+        """At every ``every``-th layer the layers seen so far share their part of the budget."""
+        return self.allocate(scores, held, prompt) if len(scores) % self.every == 0 else list(held)
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+        """Shares of one global top-k over the layers seen; the sum is exact."""
+        mean = prompt.budget - self.observe
+        total = mean * len(scores)
+        winners = global_top_k(scores, total * scores[0].shape[1])
+        caps = [entries - self.observe for entries in held]
+        least = max(self.sinks, int(min(self.floor, 1.0) * mean))
+        context = apportion(winners, total, caps, [min(least, cap) for cap in caps])
+        return [entries + self.observe for entries in context]

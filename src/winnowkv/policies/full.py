@@ -1,0 +1,18 @@
+"""The whole cache: what every other policy is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnowkv.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Policy):
+    """Keep every entry, whatever the budget says."""
+
+    name: ClassVar[str] = "full"
+    source: ClassVar[str] = "no eviction"
+    scope: ClassVar[str] = "everything"
+    evicts: ClassVar[bool] = False

@@ -1,0 +1,81 @@
+"""What a run kept, in entries, bytes and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MIB = 2**20
+
+
+@dataclass
+class Report:
+    """What one prompt (or one padded batch of prompts) left in the cache.
+
+    Attributes
+    ----------
+    policy, budget: as they were asked.
+    prompt_tokens: per row, padding not counted.
+    kept_entries: per row, per compressed layer: entries kept of the prompt per KV head.
+    kept_bytes, full_bytes: keys and values of the prompt's entries at the end of prefill,
+        after and without eviction; padding is in neither.
+    held_bytes: storage that keys and values really occupied at the end of prefill (rows of
+        a batch are padded to the layer's longest).
+    peak_bytes: the most storage that keys and values occupied at any layer of prefill.
+    prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
+    compress_seconds: the part of it spent on scoring and eviction (on CUDA: launching it).
+    decode_tokens: tokens read after the prompt; decode_seconds: from the end of prefill
+        to the end of the last of them.
+    notes: what the user should know, in sentences.
+    """
+
+    policy: str
+    budget: int | float
+    prompt_tokens: list[int] = field(default_factory=list)
+    kept_entries: list[list[int]] = field(default_factory=list)
+    kept_bytes: int = 0
+    full_bytes: int = 0
+    held_bytes: int = 0
+    peak_bytes: int = 0
+    prefill_seconds: float = 0.0
+    compress_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept bytes over full bytes."""
+        return self.kept_bytes / self.full_bytes if self.full_bytes else 1.0
+
+    @property
+    def decode_ms_per_token(self) -> float:
+        """Milliseconds from one token to the next, 0 before the first."""
+        return 1000 * self.decode_seconds / self.decode_tokens if self.decode_tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for JSON."""
+        return {**asdict(self), "kept_fraction": self.kept_fraction, "decode_ms_per_token": self.decode_ms_per_token}
+
+    def __str__(self) -> str:
+        rows = [f"[{summary(row)}]" for row in self.kept_entries]
+        lines = [
+            f"{self.policy} at {self.budget}: kept {self.kept_bytes / MIB:.2f} of {self.full_bytes / MIB:.2f} MiB "
+            f"({100 * self.kept_fraction:.1f}%), held {self.held_bytes / MIB:.2f} MiB",
+            f"prompt tokens {self.prompt_tokens}, entries per layer {', '.join(rows)}",
+            f"prefill {self.prefill_seconds:.2f} s (compression {self.compress_seconds:.3f} s), "
+            f"{self.decode_tokens} tokens at {self.decode_ms_per_token:.1f} ms",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def summary(entries: list[int]) -> str:
+    """Per-layer lengths, runs of equal ones folded: ``360 x 30``."""
+    runs: list[list[int]] = []
+    for count in entries:
+        if runs and runs[-1][0] == count:
+            runs[-1][1] += 1
+        else:
+            runs.append([count, 1])
+    return " ".join(f"{count}" if times == 1 else f"{count} x {times}" for count, times in runs)

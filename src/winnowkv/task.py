@@ -1,0 +1,33 @@
+"""What the prompt asks for: a task profile that policies may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from winnowkv.errors import PolicyError
+
+Task = Literal["localization", "aggregation"]
+TASKS: tuple[str, ...] = get_args(Task)
+
+
+@dataclass(frozen=True)
+class TaskProfile:
+    """The task of one prompt, or None where nobody said.
+
+    ``localization`` asks for one place of the text (QA, retrieval), ``aggregation`` for
+    the whole of it (summaries, few-shot, code); WindowKV, arXiv 2503.17922, section 3.1.
+    """
+
+    task: Task | None = None
+
+    @classmethod
+    def of(cls, value: TaskProfile | str | None) -> TaskProfile:
+        """Read a profile from a task's name. Raises PolicyError for any other name."""
+        if isinstance(value, TaskProfile):
+            return value
+        if value is None:
+            return cls(None)
+        if value not in TASKS:
+            raise PolicyError(f"task {value!r} is unknown: it is one of {', '.join(TASKS)}")
+        return cls(value)  # type: ignore[arg-type]

@@ -1,0 +1,36 @@
+"""The axis legend and the tensor aliases of the whole package, stated once.
+
+==== =====================================================================
+axis meaning
+==== =====================================================================
+B    batch rows (1 wherever a policy works: one request at a time)
+Hq   query heads
+Hkv  KV heads; query head ``h`` belongs to KV head ``h // G``
+G    GQA group size, ``Hq / Hkv``
+H    score heads: ``Hkv``, or 1 where all heads share one score
+S    prompt tokens
+W    queries of the observation window, the last ``W`` of the prompt
+C    context tokens that compete for a place, ``S - W``
+D    head size
+n    entries kept
+R    review windows (WindowKV), ``ceil(C / width)``
+==== =====================================================================
+
+Importance scores are non-negative and higher is kept. Indices are token
+positions of the prompt, unique and ascending along their last axis.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Queries = Float[Tensor, "B Hq W D"]
+Keys = Float[Tensor, "B Hkv S D"]
+HeadScores = Float[Tensor, "B Hq C"]
+Scores = Float[Tensor, "B H C"]
+WindowScores = Float[Tensor, "B H R"]
+Indices = Int[Tensor, "B H n"]
+Valid = Bool[Tensor, "B S"]
+
+__all__ = ["HeadScores", "Indices", "Keys", "Queries", "Scores", "Valid", "WindowScores"]
