@@ -1,27 +1,62 @@
-"""winnowkv: keep the few percent of an LLM's KV cache that the task needs."""
+"""winnowkv: keep the few percent of an LLM's KV cache that the task needs.
 
-from winnowkv.budget import Budget
-from winnowkv.cache import CompactCache
-from winnowkv.engine import Run, compress
-from winnowkv.errors import (
-    BudgetError,
-    CacheError,
-    InputError,
-    ModelNotFoundError,
-    PolicyError,
-    UnsupportedModelError,
-    WinnowError,
-    WinnowWarning,
-)
-from winnowkv.models import load
-from winnowkv.policies import Policy, Prompt, names as policy_names, policy
-from winnowkv.report import Report
-from winnowkv.task import TaskProfile
+Importing the package is inert and quick: torch and transformers load with the first
+public name that is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from winnowkv.budget import Budget
+    from winnowkv.cache import CompactCache
+    from winnowkv.engine import Run, compress
+    from winnowkv.errors import (
+        BudgetError,
+        CacheError,
+        InputError,
+        ModelNotFoundError,
+        PolicyError,
+        UnsupportedModelError,
+        WinnowError,
+    )
+    from winnowkv.models import load
+    from winnowkv.policies import Policy, Prompt, policy
+    from winnowkv.report import Report
+    from winnowkv.task import TaskProfile
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "winnowkv.budget": ("Budget",),
+    "winnowkv.cache": ("CompactCache",),
+    "winnowkv.engine": ("Run", "compress"),
+    "winnowkv.errors": (
+        "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "UnsupportedModelError",
+        "WinnowError",
+    ),
+    "winnowkv.models": ("load",),
+    "winnowkv.policies": ("Policy", "Prompt", "policy"),
+    "winnowkv.report": ("Report",),
+    "winnowkv.task": ("TaskProfile",),
+}  # fmt: skip
+_HOME_OF = {name: module for module, public in _HOMES.items() for name in public}
+
 __all__ = [
     "Budget", "BudgetError", "CacheError", "CompactCache", "InputError", "ModelNotFoundError", "Policy", "PolicyError",
-    "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError", "WinnowWarning", "compress",
-    "load", "policy", "policy_names",
-]
+    "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError", "compress", "load", "policy",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'winnowkv' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

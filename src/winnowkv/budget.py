@@ -69,7 +69,9 @@ class Budget:
         return str(self.asked)
 
 
-def apportion(weights: Sequence[float | Fraction], total: int, caps: Sequence[int], floors: Sequence[int] | None = None) -> list[int]:
+def apportion(
+    weights: Sequence[float | Fraction], total: int, caps: Sequence[int], floors: Sequence[int] | None = None
+) -> list[int]:
     """Split ``total`` in proportion to ``weights``: exact sum, ``floors <= share <= caps``.
 
     Shares that would pass their cap (or fall below their floor) are fixed there and

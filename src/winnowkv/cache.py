@@ -235,7 +235,7 @@ class CompactCache(Cache):
         self,
         model: PreTrainedModel,
         policy: str | Policy = "snapkv",
-        budget: Budget | int | float | str = 0.12,
+        budget: Budget | int | float | str = 512,
         *,
         task: TaskProfile | str | None = None,
         record: int = 0,
@@ -255,7 +255,7 @@ class CompactCache(Cache):
         self._awaiting: int | None = None
         self._record = record
         self._recorded: list[tuple[Tensor, float]] = []
-        self._started = self._finished = 0.0
+        self._started = self._resumed = 0.0
         self._model = weakref.ref(model)
         acquire(model)
         weakref.finalize(self, release, model).atexit = False
@@ -280,12 +280,18 @@ class CompactCache(Cache):
         if layer_idx not in self._slots:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self.check_observed()
-        if self._slots[layer_idx] == 0 and not self._started:
-            self._started = time.perf_counter()
+        if self._slots[layer_idx] == 0:
+            self._start_clock()
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         self._awaiting = layer_idx
         setattr(keys, TAG, (self, layer_idx))
         return keys, values
+
+    def _start_clock(self) -> None:
+        if not self._started:
+            self._started = time.perf_counter()
+        elif not self._resumed:
+            self._resumed = time.perf_counter()
 
     def check_observed(self) -> None:
         """Raise UnsupportedModelError where the last layer's attention did not come through our function."""
@@ -309,7 +315,7 @@ class CompactCache(Cache):
         if self._settled:
             if slot == last:
                 self.report.decode_tokens += queries.shape[2]
-                self.report.decode_seconds = time.perf_counter() - self._finished
+                self.report.decode_seconds = time.perf_counter() - self._resumed
             return
         if self._record:
             self._recorded.append((queries[:, :, -self._record :].clone(), scale))
@@ -351,7 +357,6 @@ class CompactCache(Cache):
         report.notes = sorted({plan.note for plan in self._plans or [] if plan.note})
         self._plans = None
         self._settled = True
-        self._finished = now
 
     def replay(
         self, policy: str | Policy, budget: Budget | int | float | str, *, task: TaskProfile | str | None = None
@@ -375,7 +380,7 @@ class CompactCache(Cache):
             raise CacheError(f"{other.policy.name} observes {observed} queries, only {self._record} were recorded")
         if len(layers) != len(other.layers):
             raise CacheError("replay works on models whose layers are all full attention")
-        begin = time.perf_counter()
+        begin = other._started = time.perf_counter()
         for slot, (mine, theirs) in enumerate(zip(layers, other.compact_layers, strict=True)):
             theirs.update(mine.keys, mine.values)
             theirs.pads, theirs.valid = list(mine.pads), mine.valid

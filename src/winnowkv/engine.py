@@ -42,7 +42,7 @@ class Run:
 def compress(
     model: PreTrainedModel,
     policy: str | Policy = "snapkv",
-    budget: Budget | int | float | str = 0.12,
+    budget: Budget | int | float | str = 512,
     *,
     task: TaskProfile | str | None = None,
 ) -> Iterator[Run]:
@@ -129,9 +129,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: CompactCache, atte
     """Read a prompt ``[B, S]`` into a fresh cache and return the logits of its last token, ``[B, vocabulary]``."""
     if input_ids.shape[1] == 0:
         raise InputError("the prompt is empty: give at least one token")
-    output = model(
-        input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    output = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.check_observed()
     return output.logits[:, -1]
 

@@ -27,7 +27,3 @@ class ModelNotFoundError(WinnowError):
 
 class CacheError(WinnowError):
     """A compact cache used after its end, or asked for what eviction made impossible."""
-
-
-class WinnowWarning(UserWarning):
-    """Something the user should know, though the result stands."""

@@ -18,8 +18,14 @@ from typing import Any
 import platformdirs
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from winnowkv.errors import ModelNotFoundError
 
@@ -126,7 +132,7 @@ def dequantize(source: Path, folder: Path, dtype: torch.dtype) -> None:
     except ImportError:
         raise ModelNotFoundError("reading the embedded model needs the package gguf: pip install 'winnowkv[demo]'") from None
     reader = GGUFReader(source)
-    field = {name: value for name, value in reader.fields.items()}
+    field = dict(reader.fields)
 
     def read(name: str) -> Any:
         return field[name].contents()
@@ -199,8 +205,10 @@ def bpe_tokenizer(read: Any) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    ids = {name: read(f"tokenizer.ggml.{key}_token_id") for name, key in
-           (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))}
+    ids = {
+        name: read(f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
+    }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         padding_side="left",

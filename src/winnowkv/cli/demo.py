@@ -1,0 +1,42 @@
+"""``winnow demo``: the main job on the embedded model, in a few minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from winnowkv.cli.options import Json, Out
+
+NEEDLES = 3  # of the package's eight: with three depths, nine prompts, about three minutes on two cores
+
+
+def demo(out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
+    """Answer needle prompts of 3,000 tokens with the full cache and with every policy at 12% and at 128 entries.
+
+    Runs the embedded SmolLM2-135M-Instruct; `winnow needle` is the same test with everything adjustable.
+    """
+    from winnowkv.cli.needle import measure
+    from winnowkv.evaluate.prompts import read_haystack, read_needles
+    from winnowkv.policies import names
+
+    first = ["full", *(name for name in names() if name != "full")]
+    measure(
+        model="embedded",
+        chat=True,
+        out=out,
+        as_json=as_json,
+        haystack=read_haystack(),
+        policies=",".join(first),
+        budgets=[0.12, 128],
+        lengths=[3000],
+        depths=[0.1, 0.5, 0.9],
+        needles=read_needles()[:NEEDLES],
+        task="localization",
+        max_new_tokens=24,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(demo)

@@ -1,0 +1,114 @@
+"""``winnow generate``: answer one prompt with a compressed cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnowkv.cli.options import Chat, Json, Model, Task
+from winnowkv.errors import InputError
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, --file or standard input is read.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    model: Model = "embedded",
+    policy: Annotated[str, typer.Option(help="Eviction policy, such as windowkv:group=6:window=8.")] = "snapkv",
+    budget: Annotated[str, typer.Option(help="Entries kept per layer (512) or kept fraction of the prompt (0.12).")] = "512",
+    task: Task = None,
+    chat: Chat = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, above samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read a prompt, compress its KV cache, stream the answer, and say what was kept.
+
+    Examples:
+
+    winnow generate "What is the capital of France?" --policy full
+
+    winnow generate -f report.txt --policy windowkv --task localization --budget 0.12
+    """
+    text = read_prompt(prompt, file)
+    import torch
+    from transformers import TextStreamer
+
+    from winnowkv.budget import Budget
+    from winnowkv.cli.options import load_model, wants_chat
+    from winnowkv.engine import compress
+    from winnowkv.policies import policy as make_policy
+    from winnowkv.task import TaskProfile
+
+    make_policy(policy).for_task(TaskProfile.of(task))  # before the model takes its time to load
+    asked = Budget.of(budget)
+    loaded, tokenizer = load_model(model)
+    inputs = encode(tokenizer, text, wants_chat(chat, tokenizer)).to(loaded.device)
+    limit = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = inputs["input_ids"].shape[1]
+    if limit is not None and tokens + max_new_tokens > limit:
+        raise InputError(
+            f"the prompt has {tokens} tokens, with {max_new_tokens} new ones it passes the model's {limit} positions: "
+            f"shorten it or lower --max-new-tokens"
+        )
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with compress(loaded, policy, asked, task=task) as run:
+        output = loaded.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+        )
+    answer = tokenizer.decode(output[0][tokens:], skip_special_tokens=True)
+    report = run.report
+    if as_json:
+        print(json.dumps({"answer": answer, "model": model, **report.to_dict()}, indent=2, ensure_ascii=False))
+        return
+    from winnowkv.report import MIB, summary
+
+    pace = f"{1000 / report.decode_ms_per_token:.1f} tokens/s" if report.decode_tokens else "one token"
+    print(
+        f"-- {report.policy} at {report.budget}: {report.kept_bytes / MIB:.2f} of {report.full_bytes / MIB:.2f} MiB kept, "
+        f"{pace}, prefill {report.prefill_seconds:.2f} s, entries per layer {summary(report.kept_entries[0])}",
+        file=sys.stderr,
+    )
+    for note in report.notes:
+        print(f"-- note: {note}", file=sys.stderr)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt's text from the argument, the file or standard input. Raises InputError where there is none."""
+    if prompt is not None and file is not None:
+        raise InputError("give the prompt as an argument or with --file, not both")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"prompt file {file} cannot be read: {error}") from None
+    elif prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give one as an argument, with --file, or on standard input")
+        text = sys.stdin.read()
+    else:
+        text = prompt
+    if not text.strip():
+        raise InputError("the prompt is empty: give at least one word")
+    return text
+
+
+def encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    """Token ids and mask of the prompt, through the chat template where asked."""
+    if not chat:
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise InputError("this model's tokenizer has no chat template: use --no-chat")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(generate)

@@ -1,0 +1,39 @@
+"""The command line's frame: commands, and errors as one clear sentence."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from winnowkv.errors import WinnowError
+
+app = typer.Typer(
+    name="winnow",
+    help="Keep the few percent of an LLM's KV cache that the task needs, and see what it costs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run ``winnow``. Bad values exit with 2 and one sentence, an interrupt with 130."""
+    from winnowkv.cli import demo, generate, needle, policies
+
+    for command in (demo, generate, needle, policies):
+        command.register(app)
+    try:
+        app()
+    except WinnowError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"winnow: {message}", file=sys.stderr)
+    return code

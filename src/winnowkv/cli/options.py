@@ -1,0 +1,68 @@
+"""Options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from winnowkv.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+Model = Annotated[str, typer.Option("--model", help="'embedded', a folder, or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+Task = Annotated[
+    str | None, typer.Option("--task", help="'localization' (QA, retrieval) or 'aggregation', for policies that ask.")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Use the model's chat template. Default: where it has one.", show_default=False),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for results; a run that stopped goes on where it was.")]
+
+
+def numbers(text: str, kind: Callable[[str], T], option: str) -> list[T]:
+    """A comma-separated list of numbers. Raises InputError naming the option and the value."""
+    values = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            values.append(kind(part))
+        except ValueError:
+            raise InputError(f"{option}: {part!r} is not a number; write a list like 1000,3000") from None
+    if not values:
+        raise InputError(f"{option} is empty; write a list like 1000,3000")
+    return list(dict.fromkeys(values))
+
+
+def budgets(text: str) -> list[int | float]:
+    """A comma-separated list of budgets, as they were asked. Raises BudgetError for a bad one."""
+    from winnowkv.budget import Budget
+
+    values: dict[Any, int | float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        asked = Budget.of(part).asked
+        values[type(asked), asked] = asked  # 1 entry and the fraction 1.0 are two budgets
+    if not values:
+        raise InputError("--budgets is empty; write a list like 0.12,128")
+    return list(values.values())
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, Any]:
+    """Load quietly: the library's own progress bars would break ours and standard output."""
+    import transformers
+
+    from winnowkv.models import load
+
+    transformers.utils.logging.disable_progress_bar()
+    return load(name)
+
+
+def wants_chat(chat: bool | None, tokenizer: Any) -> bool:
+    """The user's word, else whether there is a chat template."""
+    return bool(tokenizer.chat_template) if chat is None else chat

@@ -1,0 +1,143 @@
+"""Shared fixtures: tiny random models, one case for every way a built-in policy may work, paths of outside data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 128
+PROMPT = 72  # tokens of a usual test prompt
+
+torch.set_num_threads(1)  # the models are so small that handing work to threads costs more than the work
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy as a user writes it, and a budget in entries that its window fits in and that is below PROMPT."""
+
+    spec: str
+    task: str | None = None
+    budget: int = 20
+
+    @property
+    def name(self) -> str:
+        return self.spec.split(":")[0]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Keyword arguments of compress() and CompactCache()."""
+        return {"policy": self.spec, "budget": self.budget, "task": self.task}
+
+    def __str__(self) -> str:
+        return f"{self.spec}-{self.task}" if self.task else self.spec
+
+
+# Windows and kernels are small because the prompts are. The layer counts below (5 and 7) are multiples of no
+# group=2, group=3 and no every=2, every=4, so a shorter last group is always there.
+CASES = [
+    Case("full"),
+    Case("random:sinks=2:observe=3"),
+    Case("streaming:sinks=2"),
+    Case("snapkv:observe=8:kernel=3"),
+    Case("snapkv:observe=4:kernel=5:pooling=avg:group_by=max:sinks=3"),
+    Case("pyramidkv:observe=4:kernel=3:slope=5"),
+    Case("pyramidkv:observe=4:sinks=2"),
+    Case("dynamickv:observe=4:kernel=3:every=2:ceiling=2"),
+    Case("dynamickv:observe=8:sinks=2"),
+    Case("windowkv:observe=4:window=4:top=2:group=2:sinks=2", "localization"),
+    Case("windowkv:observe=4:window=5:top=9:group=3", "aggregation"),
+    Case("windowkv:preset=paper:group=2", "localization", 40),
+    Case("windowkv:preset=paper:group=3", "aggregation", 40),
+    Case("windowkv:preset=repo:group=2", "localization", 40),
+    Case("windowkv:preset=repo", "aggregation", 40),
+]
+EVICTING = [case for case in CASES if case.name != "full"]
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    # Larger than usual: attention must be peaked, or dropping an entry would change nothing that a test can see.
+    "initializer_range": 0.15,
+    # No stop token: every generation has the length that was asked for.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "attn_implementation": "sdpa",
+}
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A seeded float32 model: ``llama`` with 5 layers or ``qwen2`` with 7 and biases that are not zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(20)
+        if family == "llama":
+            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=5, **TINY)).eval()
+        model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=7, **TINY)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+
+def prompt(tokens: int, seed: int = 0) -> Tensor:
+    """A random prompt ``[1, tokens]`` that hangs on its seed only."""
+    return torch.randint(1, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1000 + seed))
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def qwen2() -> PreTrainedModel:
+    return tiny_model("qwen2")
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each tiny model in turn; a test that leaves it routed through our attention fails at its own teardown."""
+    found = request.getfixturevalue(request.param)
+    yield found
+    assert found.config._attn_implementation == "sdpa", "the test left the model changed"
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each policy case in turn."""
+    return request.param
+
+
+@pytest.fixture(params=EVICTING, ids=str)
+def evicting(request: pytest.FixtureRequest) -> Case:
+    """Each case that evicts something."""
+    return request.param
+
+
+def outside(variable: str, folder: str) -> Path:
+    """A folder that is not part of the repository: the variable's, or the one beside the checkout; skips if absent."""
+    path = Path(os.environ.get(variable) or ROOT.parent / "shared" / folder)
+    if not path.is_dir():
+        pytest.skip(f"{path} does not exist; point {variable} at the folder to run this test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    return outside("WINNOW_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return outside("WINNOW_GOLDEN", "golden")
