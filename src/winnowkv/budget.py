@@ -63,7 +63,7 @@ class Budget:
         """
         if isinstance(self.asked, int):
             return min(self.asked, prompt_tokens)
-        return int(Fraction(repr(self.asked)) * prompt_tokens)
+        return int(Fraction(repr(float(self.asked))) * prompt_tokens)  # float(): numpy's floats have another repr
 
     def __str__(self) -> str:
         return str(self.asked)

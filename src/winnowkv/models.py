@@ -52,6 +52,8 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
     """
     device = device or best_device()
     dtype = dtype or best_dtype(device)
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ModelNotFoundError(f"model folder {name!r} does not exist: give 'embedded', a folder, or a hub id")
     folder = str(embedded_folder(dtype)) if name == EMBEDDED else name
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -91,13 +93,13 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
-def wheel_file() -> Path:
-    """The GGUF file in the installed wheel, found without importing the wheel's code."""
+def find_wheel() -> Path | None:
+    """The GGUF file in the installed wheel, found without importing the wheel's code; None where it is missing."""
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     for location in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(location).glob("*.gguf")):
             return file
-    raise ModelNotFoundError(f"the embedded model is not installed. Get it with: {INSTALL}")
+    return None
 
 
 def cache_root() -> Path:
@@ -107,7 +109,9 @@ def cache_root() -> Path:
 
 def embedded_folder(dtype: torch.dtype) -> Path:
     """The dequantized embedded model, made on the first call; safe when two processes call at once."""
-    source = wheel_file()
+    source = find_wheel()
+    if source is None:
+        raise ModelNotFoundError(f"the embedded model is not installed. Get it with: {INSTALL}")
     root = cache_root()
     kind = str(dtype).removeprefix("torch.")
     folder = root / f"{source.stem}-{source.stat().st_size}-{kind}-v{FORMAT}"

@@ -87,7 +87,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"prompt file {file} cannot be read: {error}") from None
+            raise InputError(f"prompt file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     elif prompt is None or prompt == "-":
         if sys.stdin.isatty():
             raise InputError("no prompt: give one as an argument, with --file, or on standard input")

@@ -72,8 +72,8 @@ def measure(
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         loaded, tokenizer = load_model(model)
-    test.check(loaded)
     builder = PromptBuilder(tokenizer, haystack, chat=wants_chat(chat, tokenizer))
+    test.check(loaded, builder)
     store = test_runner.open_store(out, loaded, model, builder, haystack, test)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:

@@ -57,7 +57,7 @@ class NeedleTest:
         profile = TaskProfile.of(self.task)
         return {spec: make_policy(spec).for_task(profile) for spec in self.policies}
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
         """Complain about everything that cannot work, before the first prompt is read."""
         if not (self.policies and self.budgets and self.lengths and self.depths and self.needles):
             raise InputError("the needle test needs at least one policy, budget, length, depth and needle")
@@ -80,6 +80,8 @@ class NeedleTest:
                     entries = Budget.of(budget).entries(length)
                     if policy.evicts and policy.observe < length and entries < length:
                         policy.check(Prompt(tokens=length, layers=1, budget=entries))
+            for needle in self.needles:
+                builder.build(needle, length, 0.0)  # complains where the haystack or the length is too short
 
     def cases(self) -> list[tuple[int, float, Needle]]:
         """All prompts: lengths x needles x depths."""

@@ -33,7 +33,7 @@ def read_needles(path: Path | None = None) -> list[Needle]:
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"needle file {source}: cannot be read ({error})") from None
+        raise InputError(f"needle file {source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     needles = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -63,7 +63,7 @@ def read_haystack(path: Path | None = None) -> str:
     try:
         return "\n\n".join(source.read_text(encoding="utf-8", errors="replace").strip() for source in sources)
     except OSError as error:
-        raise InputError(f"haystack {path}: cannot be read ({error})") from None
+        raise InputError(f"haystack {path} cannot be read: {error.strerror}") from None
 
 
 class PromptBuilder:

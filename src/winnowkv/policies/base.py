@@ -10,6 +10,7 @@ needs is an argument; a policy holds options and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -65,8 +66,10 @@ class Policy:
         self.require("observe", minimum=0)
 
     def require(self, option: str, *, minimum: float, odd: bool = False) -> None:
-        """Raise PolicyError where an option lies below its minimum or is not odd."""
+        """Raise PolicyError where an option lies below its minimum, is not finite or is not odd."""
         value = getattr(self, option)
+        if value is not None and not math.isfinite(value):
+            raise PolicyError(f"{self.name}: {option}={value} must be a finite number")
         if value is not None and value < minimum:
             raise PolicyError(f"{self.name}: {option}={value} is too small, it must be at least {minimum}")
         if value is not None and odd and value % 2 == 0:

@@ -28,8 +28,9 @@ class Streaming(Policy):
 
     def minimum_budget(self) -> int:
         """Sinks and at least one recent token."""
-        return self.sinks + 1
+        return self.sinks + max(self.observe, 1)
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """Later is better: the position itself, ``[1, 1, S]``."""
-        return torch.arange(keys.shape[2], dtype=torch.float32, device=keys.device).expand(1, 1, -1)
+        """Later is better: the position itself, ``[1, 1, C]``."""
+        context = keys.shape[2] - self.observe
+        return torch.arange(context, dtype=torch.float32, device=keys.device).expand(1, 1, -1)

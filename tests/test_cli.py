@@ -1,0 +1,150 @@
+"""The command line: help worth reading, JSON alone on standard output, errors as one sentence with exit code 2."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from winnowkv import models
+from winnowkv.cli.main import main
+
+
+@pytest.fixture
+def winnow(monkeypatch, capsys):
+    def call(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["winnow", *arguments])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("generate",), ("needle",), ("policies",)])
+def test_help(winnow, command):
+    code, out, _ = winnow(*command, "--help")
+    assert code == 0
+    assert "Usage" in out
+    if command:
+        assert "--json" in out
+
+
+def test_policies_as_json(winnow):
+    code, out, _ = winnow("policies", "--json")
+    rows = {row["policy"]: row for row in json.loads(out)["policies"]}
+    assert code == 0
+    assert set(rows) >= {"full", "random", "streaming", "snapkv", "pyramidkv", "windowkv", "dynamickv"}
+    assert rows["windowkv"]["options"]["group"] == 6
+
+
+def test_policies_as_table(winnow):
+    code, out, _ = winnow("policies")
+    assert code == 0
+    assert "windowkv" in out
+    assert "2503.17922" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("needle", "--budgets", "0"), "budget 0 keeps nothing"),
+        (("needle", "--budgets=-5"), "budget -5 keeps nothing"),
+        (("needle", "--budgets", "1.5"), "budget 1.5 is a fraction above 1"),
+        (("needle", "--budgets", "many"), "budget 'many' is not a number"),
+        (("needle", "--budgets", ","), "--budgets is empty"),
+        (("needle", "--lengths", "3k"), "--lengths: '3k' is not a number"),
+        (("needle", "--policies", "snapvk"), "Did you mean 'snapkv'"),
+        (("needle", "--policies", "snapkv:kernl=3"), "Did you mean 'kernel'"),
+        (("needle", "--policies", "snapkv:kernel=three"), "kernel='three' is not of type int"),
+        (("needle", "--policies", "snapkv:kernel"), "'kernel' is not option=value"),
+        (("needle", "--policies", ""), "no policy was named"),
+        (("needle", "--task", "poetry"), "task 'poetry' is unknown"),
+        (("needle", "--needles", "/no/such/file"), "needle file /no/such/file cannot be read"),
+        (("needle", "--haystack", "/no/such/file"), "haystack /no/such/file cannot be read"),
+        (("generate", "   "), "the prompt is empty"),
+        (("generate", "--file", "/no/such/file"), "prompt file /no/such/file cannot be read"),
+        (("generate", "a", "--file", "b"), "not both"),
+        (("generate", "hello", "--policy", "windowkv"), "windowkv scores by task"),
+        (("generate", "hello", "--budget", "0.0"), "budget 0.0 keeps nothing"),
+        (("generate", "hello", "--model", "/no/such/model"), "'/no/such/model' does not exist"),
+    ],
+)
+def test_bad_values_exit_with_two_and_one_sentence(winnow, arguments, message):
+    code, out, err = winnow(*arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("winnow: ")]) == 1
+
+
+def test_an_empty_standard_input(winnow):
+    code, _, err = winnow("generate", stdin="\n")
+    assert code == 2
+    assert "the prompt is empty" in err
+
+
+@needs_model
+def test_an_output_folder_that_cannot_be_written(winnow, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = winnow("needle", "--lengths", "300", "--out", str(tmp_path / "file"))
+    assert code == 2
+    assert "cannot be written" in err
+
+
+@needs_model
+def test_generate_streams_the_answer_and_says_what_was_kept(winnow):
+    question = "What is the capital of France?"
+    code, out, err = winnow("generate", "--policy", "snapkv:observe=8", "--budget", "36", stdin=question)
+    assert code == 0
+    assert out.strip() == "The capital of France is Paris."
+    assert "snapkv:observe=8 at 36: 0.79 of 0.81 MiB kept" in err
+    assert "tokens/s" in err
+    assert "36 x 30" in err
+
+
+@needs_model
+def test_generate_as_json(winnow):
+    code, out, _ = winnow("generate", "What is the capital of France?", "--policy", "full", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["answer"] == "The capital of France is Paris."
+    assert answer["kept_bytes"] == answer["full_bytes"]
+    assert answer["kept_entries"] == [answer["prompt_tokens"] * 30]
+
+
+@needs_model
+def test_a_prompt_shorter_than_the_window_is_kept_and_it_says_so(winnow):
+    code, _, err = winnow("generate", "Hi", "--budget", "5", "--max-new-tokens", "2")
+    assert code == 0
+    assert "no longer than the observation window of 32: everything is kept" in err
+
+
+@needs_model
+def test_a_budget_below_the_window(winnow):
+    code, _, err = winnow("generate", "word " * 60, "--budget", "0.12")
+    assert code == 2
+    assert "is below sinks + window = 0 + 32: keep at least 32 entries" in err
+
+
+@needs_model
+def test_needle_as_json_and_as_table(winnow, tmp_path):
+    arguments = ("needle", "--policies", "full,streaming", "--budgets", "0.5", "--lengths", "250", "--depths", "0.5",
+                 "--max-new-tokens", "4", "--out", str(tmp_path))  # fmt: skip
+    code, out, _ = winnow(*arguments, "--json")
+    assert code == 0
+    assert [group["policy"] for group in json.loads(out)["groups"]] == ["full", "streaming"]
+    code, out, _ = winnow(*arguments)
+    assert code == 0
+    assert "streaming" in out
+    assert "found" in out
