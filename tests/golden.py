@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from winnowkv.budget import global_top_k
@@ -118,12 +118,18 @@ class Case:
         return plan
 
 
-def cases(method: str, keep: Any = lambda case: True) -> list[Any]:
+def cases(method: str, keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:
     """Parameters for ``pytest.mark.parametrize``: every case, or one that is skipped where the vectors are absent."""
     if reason := missing(method):
         return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=reason))]
     found = [Case(method, params) for params in document(method)["cases"]]
     return [pytest.param(case, id=case["name"]) for case in found if keep(case)]
+
+
+def named(method: str, name: str) -> Case:
+    """The case whose name ends so; the test is skipped where the vectors are absent."""
+    (params,) = [params for params in document(method)["cases"] if params["name"].endswith(name)]
+    return Case(method, params)
 
 
 def positions(row: Tensor) -> list[int]:
@@ -210,8 +216,9 @@ class PublishedUpdate:
 def published_dynamickv_updates(case: Case, scores: list[Tensor]) -> list[PublishedUpdate]:
     """DynamicKV: what every update gives the layers seen so far, driven by our own global top-k.
 
-    Faults D3 (the whole model's total at every update, none for the layers after the last multiple of four),
-    D4 (clipped slots are lost) and D5 (every remainder goes to the last entry) are the authors'.
+    The authors' faults are kept: D3 (the whole model's total at every update, none for the layers after the
+    last multiple of four), D4 (a layer keeps what it has, slots above that are lost: the budgets here are not
+    yet clipped) and D5 (every remainder goes to the last entry).
     """
     base, layers, context, query_heads = case["base"], case["num_layers"], case.context, case["num_heads"]
     buffer = min(int(case["radio_max"] * base), context)
@@ -225,5 +232,5 @@ def published_dynamickv_updates(case: Case, scores: list[Tensor]) -> list[Publis
         ratio = Fraction(sum(budgets), base * layers)
         budgets = [int(b / ratio) for b in budgets]
         budgets[-1] += base * layers - sum(budgets)
-        updates.append(PublishedUpdate(counts, [min(b, context) for b in budgets]))
+        updates.append(PublishedUpdate(counts, budgets))
     return updates

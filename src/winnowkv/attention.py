@@ -146,6 +146,11 @@ def acquire(model: PreTrainedModel) -> Routing:
         return held
 
 
+def is_routed(model: PreTrainedModel | None) -> bool:
+    """Whether the model's attention goes through ours now."""
+    return getattr(model, ROUTING, None) is not None
+
+
 def release(model: PreTrainedModel) -> None:
     """Give one hold back; the last one puts the model's attention back as it was."""
     with _lock:

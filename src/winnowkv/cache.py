@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from winnowkv.attention import COMPACT_OFFSET, TAG, acquire, check_model, release
+from winnowkv.attention import COMPACT_OFFSET, TAG, acquire, check_model, is_routed, release
 from winnowkv.budget import Budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Prompt, policy as make_policy
@@ -224,6 +224,8 @@ class CompactCache(Cache):
     task: ``"localization"`` or ``"aggregation"``, for policies that score by task.
     record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
         other policies over this prefill; for evaluation.
+    hold: keep the model's attention routed while the cache lives. A compress block, which
+        routes it for its own time, passes False; its caches end with it.
 
     Raises
     ------
@@ -239,6 +241,7 @@ class CompactCache(Cache):
         *,
         task: TaskProfile | str | None = None,
         record: int = 0,
+        hold: bool = True,
     ) -> None:
         self.policy = make_policy(policy).for_task(TaskProfile.of(task))
         self.budget = Budget.of(budget)
@@ -257,8 +260,9 @@ class CompactCache(Cache):
         self._recorded: list[tuple[Tensor, float]] = []
         self._started = self._resumed = 0.0
         self._model = weakref.ref(model)
-        acquire(model)
-        weakref.finalize(self, release, model).atexit = False
+        if hold:
+            acquire(model)
+            weakref.finalize(self, release, model).atexit = False
 
     def _compact_indices(self) -> list[int]:
         return [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
@@ -293,6 +297,15 @@ class CompactCache(Cache):
         elif not self._resumed:
             self._resumed = time.perf_counter()
 
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Physical length and our mark. Raises CacheError where the compress block of this cache has ended."""
+        if not is_routed(self._model()):
+            raise CacheError(
+                "this cache was made in a compress block that has ended: go on inside the block, "
+                "or pass a cache of your own, past_key_values=CompactCache(model, ...)"
+            )
+        return super().get_mask_sizes(*args, **kwargs)
+
     def check_observed(self) -> None:
         """Raise UnsupportedModelError where the last layer's attention did not come through our function."""
         if self._awaiting is not None:
@@ -321,10 +334,11 @@ class CompactCache(Cache):
             self._recorded.append((queries[:, :, -self._record :].clone(), scale))
         begin = time.perf_counter()
         self._evict(slot, queries, scale)
-        now = time.perf_counter()
-        self.report.compress_seconds += now - begin
+        self.report.compress_seconds += time.perf_counter() - begin
         if slot == last:
-            self._settle(now)
+            if queries.is_cuda:
+                torch.cuda.synchronize(queries.device)  # else the clock stops before the work does
+            self._settle(time.perf_counter())
 
     def _evict(self, slot: int, queries: Tensor, scale: float) -> None:
         layers = self.compact_layers

@@ -80,7 +80,7 @@ def compress(
     def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _chosen(routing) is not run or not _wants_cache(module, args, kwargs):
             return None
-        cache = CompactCache(model, run.policy, run.budget, task=run.task)
+        cache = CompactCache(model, run.policy, run.budget, task=run.task, hold=False)
         run.reports.append(cache.report)
         return args, {**kwargs, "past_key_values": cache}
 

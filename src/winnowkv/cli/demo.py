@@ -8,6 +8,7 @@ import typer
 
 from winnowkv.cli.options import Json, Out
 
+POLICIES = "full,random,streaming,snapkv,pyramidkv,windowkv,dynamickv"
 NEEDLES = 3  # of the package's eight: with three depths, nine prompts, about three minutes on two cores
 
 
@@ -18,16 +19,13 @@ def demo(out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
     """
     from winnowkv.cli.needle import measure
     from winnowkv.evaluate.prompts import read_haystack, read_needles
-    from winnowkv.policies import names
-
-    first = ["full", *(name for name in names() if name != "full")]
     measure(
         model="embedded",
         chat=True,
         out=out,
         as_json=as_json,
         haystack=read_haystack(),
-        policies=",".join(first),
+        policies=POLICIES,
         budgets=[0.12, 128],
         lengths=[3000],
         depths=[0.1, 0.5, 0.9],

@@ -132,6 +132,7 @@ def run(
         begin = time.perf_counter()
         recorded = CompactCache(model, "full", 1, record=max(record, 1))
         logits = prefill(model, ids, recorded)
+        logits.argmax(-1).item()  # wait for the device
         seconds = time.perf_counter() - begin
         whole: dict[str, dict[str, Any]] = {}  # a policy that evicts nothing gives every budget the same
         for line in todo:

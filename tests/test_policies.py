@@ -1,0 +1,354 @@
+"""The registry, the specs of the command line, and what every policy promises before a model is near."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import winnowkv as wk
+from winnowkv.budget import Budget
+from winnowkv.errors import BudgetError, PolicyError
+from winnowkv.policies import Policy, Prompt, names, policies, policy, policy_class, split_policies
+from winnowkv.prefill import PrefillPlan
+from winnowkv.task import TaskProfile
+
+BUILT_IN = ["dynamickv", "full", "pyramidkv", "random", "snapkv", "streaming", "windowkv"]
+LOCALIZATION = TaskProfile("localization")
+
+
+def ready(spec: str) -> Policy:
+    return policy(spec).for_task(LOCALIZATION)
+
+
+# --- finding -------------------------------------------------------------------------------------------------------
+
+
+def test_the_built_ins_are_there() -> None:
+    assert set(BUILT_IN) <= set(names())
+    for name in BUILT_IN:
+        kind = policy_class(name)
+        assert kind.name == name
+        assert kind.source
+        assert kind.scope
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_policies_are_frozen_and_take_options_by_name_only(name: str) -> None:
+    made = policy(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.sinks = 9  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        policy_class(name)(1)  # type: ignore[call-arg]
+    assert made == policy(name)
+    assert hash(made) == hash(policy(name))
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("windowkw", "windowkv"), ("snap", "snapkv"), ("pyramid", "pyramidkv")])
+def test_an_unknown_policy_suggests_the_nearest_and_lists_all(typo: str, meant: str) -> None:
+    with pytest.raises(PolicyError, match=rf"policy '{typo}' is unknown\. Did you mean '{meant}'\?") as error:
+        policy(typo)
+    for name in BUILT_IN:
+        assert name in str(error.value)
+
+
+def test_a_far_off_name_gets_no_suggestion() -> None:
+    with pytest.raises(PolicyError) as error:
+        policy("zzzzzzzzzz")
+    assert "Did you mean" not in str(error.value)
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def test_a_spec_equals_the_flat_construction() -> None:
+    assert policy("windowkv:group=6:window=8") == policy("windowkv", group=6, window=8)
+    assert policy("snapkv:pooling=avg:kernel=5") == policy("snapkv", pooling="avg", kernel=5)
+    assert policy("pyramidkv:slope=14") == policy("pyramidkv", slope=14) == policy("pyramidkv", slope=14.0)
+    assert policy("windowkv:group=3", group=4).group == 4  # what the call says wins
+    assert policy("windowkv:task=none").task is None
+
+
+def test_a_finished_policy_passes_through_and_takes_no_options() -> None:
+    made = policy("snapkv")
+    assert policy(made) is made
+    with pytest.raises(PolicyError, match=r"\['kernel'\].*dataclasses\.replace"):
+        policy(made, kernel=3)
+
+
+def test_an_unknown_option_suggests_the_nearest_and_lists_the_options() -> None:
+    with pytest.raises(PolicyError, match=r"snapkv has no option 'kernal'\. Did you mean 'kernel'\?") as error:
+        policy("snapkv", kernal=5)
+    assert str(error.value).endswith("Options: sinks, observe, kernel, pooling, group_by")
+    with pytest.raises(PolicyError, match="has no option 'name'"):  # class variables are no options
+        policy("snapkv:name=x")
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("snapkv", {"kernel": "five"}, "snapkv: kernel='five' is not of type int"),
+        ("snapkv:kernel=", {}, "snapkv: kernel='' is not of type int"),
+        ("snapkv:kernel=5.0", {}, "snapkv: kernel='5.0' is not of type int"),
+        ("snapkv", {"kernel": 5.0}, "snapkv: kernel=5.0 is not of type int"),
+        ("snapkv", {"kernel": True}, "snapkv: kernel=True is not of type int"),
+        ("snapkv", {"kernel": None}, "snapkv: kernel=None is not of type int"),
+        ("snapkv", {"kernel": [5]}, r"snapkv: kernel=\[5\] is not of type int"),
+        ("pyramidkv:slope=steep", {}, "pyramidkv: slope='steep' is not of type float"),
+        ("snapkv:pooling=median", {}, "snapkv: pooling='median' must be one of avg, max"),
+        ("windowkv:task=qa", {}, "windowkv: task='qa' must be one of localization, aggregation"),
+        ("windowkv:preset=mine", {}, "windowkv: preset='mine' must be one of paper, repo"),
+    ],
+)
+def test_an_ill_typed_option_names_value_and_type(spec: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(PolicyError, match=f"^{message}$"):
+        policy(spec, **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("snapkv:kernel=6", "kernel=6 must be odd"),
+        ("snapkv:kernel=0", "kernel=0 is too small, it must be at least 1"),
+        ("snapkv:kernel=-3", "kernel=-3 is too small"),
+        ("snapkv:observe=0", "observe=0 is too small, it must be at least 1"),
+        ("pyramidkv:observe=0", "observe=0 is too small"),
+        ("dynamickv:observe=0", "observe=0 is too small"),
+        ("streaming:sinks=-1", "sinks=-1 is too small, it must be at least 0"),
+        ("random:observe=-1", "observe=-1 is too small"),
+        ("full:sinks=-1", "sinks=-1 is too small"),
+        ("pyramidkv:slope=0.5", "slope=0.5 is too small, it must be at least 1"),
+        ("dynamickv:every=0", "every=0 is too small"),
+        ("dynamickv:ceiling=0.9", "ceiling=0.9 is too small"),
+        ("dynamickv:floor=-0.1", "floor=-0.1 is too small"),
+        ("windowkv:group=0", "group=0 is too small"),
+        ("windowkv:window=0", "window=0 is too small"),
+        ("windowkv:observe=0", "observe=0 is too small"),
+        ("windowkv:top=-1", "top=-1 is too small"),
+        ("windowkv:sinks=-1", "sinks=-1 is too small"),
+        ("pyramidkv:slope=nan", "slope=nan must be a finite number"),
+        ("windowkv:slope=inf", "slope=inf must be a finite number"),
+        ("dynamickv:ceiling=inf", "ceiling=inf must be a finite number"),
+        ("dynamickv:floor=nan", "floor=nan must be a finite number"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_where_it_is_made(spec: str, words: str) -> None:
+    with pytest.raises(PolicyError, match=words) as error:
+        policy(spec)
+    assert str(error.value).startswith(spec.partition(":")[0] + ":")
+
+
+@pytest.mark.parametrize("spec", ["snapkv:kernel", "snapkv:=5", "snapkv:"])
+def test_a_broken_spec_says_how_to_write_it(spec: str) -> None:
+    with pytest.raises(PolicyError, match="is not option=value; write it as snapkv:option=value"):
+        policy(spec)
+
+
+def test_lists_of_specs_are_split_at_commas() -> None:
+    assert split_policies(" full, windowkv:group=6:top=4 ,,snapkv,") == ["full", "windowkv:group=6:top=4", "snapkv"]
+    assert policies("full,windowkv:group=6") == [policy("full"), policy("windowkv", group=6)]
+    for empty in ("", " ", ",,"):
+        with pytest.raises(PolicyError, match="no policy was named"):
+            policies(empty)
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def test_windowkv_needs_a_task() -> None:
+    with pytest.raises(PolicyError, match=r"task='localization'.*task='aggregation'"):
+        policy("windowkv").for_task(TaskProfile())
+    assert policy("windowkv", task="aggregation").for_task(TaskProfile()).task == "aggregation"
+    assert policy("windowkv", task="aggregation").for_task(LOCALIZATION).task == "aggregation"  # by hand wins
+
+
+@pytest.mark.parametrize(
+    ("preset", "task", "numbers"),
+    [
+        ("paper", "localization", (16, 8, 8)), ("paper", "aggregation", (32, 16, 8)),
+        ("repo", "localization", (32, 8, 4)), ("repo", "aggregation", (16, 8, 8)),
+    ],
+)  # fmt: skip
+def test_windowkv_presets(preset: str, task: str, numbers: tuple[int, int, int]) -> None:
+    made = policy("windowkv", preset=preset).for_task(TaskProfile.of(task))
+    assert (made.observe, made.window, made.top) == numbers
+    by_hand = policy("windowkv", preset=preset, window=5).for_task(TaskProfile.of(task))
+    assert (by_hand.observe, by_hand.window, by_hand.top) == (numbers[0], 5, numbers[2])
+
+
+def test_policies_without_a_task_ignore_it_and_unknown_tasks_are_named() -> None:
+    for name in set(BUILT_IN) - {"windowkv"}:
+        made = policy(name)
+        assert made.for_task(TaskProfile()) is made
+    with pytest.raises(PolicyError, match="task 'qa' is unknown: it is one of localization, aggregation"):
+        TaskProfile.of("qa")
+
+
+# --- third parties -------------------------------------------------------------------------------------------------
+
+
+def distribution(folder: Path, entry: str, module: str) -> None:
+    """A distribution as pip would leave it: a module and its metadata."""
+    sys.modules.pop("winnow_stranger", None)  # another test's module of the same name
+    info = folder / "winnow_stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: winnow-stranger\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[winnowkv.policies]\n{entry}\n", encoding="utf-8")
+    (folder / "winnow_stranger.py").write_text(module, encoding="utf-8")
+
+
+def test_a_policy_of_another_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution(
+        tmp_path,
+        "stranger = winnow_stranger:Stranger",
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "import torch\n"
+        "from winnowkv.policies import Policy\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Stranger(Policy):\n"
+        "    name: ClassVar[str] = 'stranger'\n"
+        "    observe: int = 2\n"
+        "    stride: int = 2\n"
+        "    def score(self, layer, queries, keys, scale):\n"
+        "        return (torch.arange(keys.shape[2] - self.observe) % self.stride == 0).float().expand(1, 1, -1)\n",
+    )
+    assert "stranger" not in names()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "stranger" in names()
+    made = wk.policy("stranger:stride=3")
+    assert (type(made).__module__, made.stride) == ("winnow_stranger", 3)
+    with pytest.raises(PolicyError, match=r"stranger has no option 'strid'\. Did you mean 'stride'\?"):
+        wk.policy("stranger:strid=3")
+    plan = PrefillPlan(made, Prompt(tokens=10, layers=1, budget=5))
+    plan.observe(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 10, 4), 1.0)
+    assert plan.kept[0].tolist() == [[[0, 3, 6, 8, 9]]]
+
+
+def test_an_entry_point_that_is_no_policy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = "impostor = winnow_stranger:Impostor\nnumber = winnow_stranger:NUMBER"
+    distribution(tmp_path, entries, "class Impostor:\n    pass\nNUMBER = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in (("impostor", "winnow_stranger:Impostor"), ("number", "winnow_stranger:NUMBER")):
+        with pytest.raises(PolicyError, match=f"'{name}': the entry point '{value}' is not a subclass of Policy"):
+            policy(name)
+
+
+# --- promises before a model is near -------------------------------------------------------------------------------
+
+SPECS = [
+    "random", "random:sinks=0:observe=0", "streaming", "streaming:sinks=0", "streaming:observe=8", "snapkv",
+    "snapkv:observe=8:sinks=4:pooling=avg:group_by=max", "pyramidkv", "pyramidkv:sinks=4", "dynamickv",
+    "dynamickv:sinks=4:pooling=max", "dynamickv:floor=0:ceiling=2:every=3", "windowkv", "windowkv:sinks=4:group=4",
+    "windowkv:preset=repo:group=1", "windowkv:window=5:top=2:sinks=7",
+]  # fmt: skip
+
+
+def keep(made: Policy, tokens: int, layers: int, budget: int, seed: int = 0) -> PrefillPlan:
+    """The policy over random queries and keys, 4 query heads on 2 KV heads."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = PrefillPlan(made, Prompt(tokens, layers, budget))
+    for _ in range(layers):
+        queries = 2 * torch.randn(1, 4, min(made.observe, tokens), 8, generator=generator)
+        plan.observe(queries, torch.randn(1, 2, tokens, 8, generator=generator), 0.35)
+    return plan
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("layers", [1, 4, 7, 30])
+@pytest.mark.parametrize("budget", [0, 1, 5, 30, 60, 99])
+def test_totals_are_exact_and_sinks_and_window_always_stay(spec: str, layers: int, budget: int) -> None:
+    """Law 2, over the whole plan; a budget of 0 extra entries leaves sinks and window alone."""
+    made, tokens = ready(spec), 100
+    budget = min(made.minimum_budget() + budget, tokens - 1)
+    plan = keep(made, tokens, layers, budget)
+    total = 0
+    for kept in plan.kept:
+        rows = [list(range(tokens))] if kept is None else kept[0].tolist()
+        total += len(rows[0])
+        for row in rows:
+            assert row == sorted(set(row))
+            assert row[: made.sinks] == list(range(made.sinks))
+            assert row[len(row) - made.observe :] == list(range(tokens - made.observe, tokens))
+            assert row[-1] < tokens
+    assert total == budget * layers
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_budget_below_sinks_and_window_is_refused_with_the_number_that_works(spec: str) -> None:
+    made = ready(spec)
+    least = made.minimum_budget()
+    assert least >= max(made.sinks + made.observe, 1)
+    with pytest.raises(BudgetError, match=rf"{made.name}: a budget of {least - 1} entries.*at least {least} entries"):
+        PrefillPlan(made, Prompt(tokens=200, layers=4, budget=least - 1))
+    keep(made, 200, 4, least)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_prompt_within_budget_or_window_is_kept_whole(spec: str) -> None:
+    made = ready(spec)
+    assert keep(made, 40, 4, 40).kept == [None] * 4
+    if made.observe > 1:  # D8: the published DynamicKV crashes here
+        plan = keep(made, made.observe, 4, made.observe - 1)
+        assert plan.kept == [None] * 4
+        assert f"the prompt of {made.observe} tokens" in plan.note
+
+
+def test_full_keeps_everything_whatever_the_budget() -> None:
+    plan = keep(policy("full"), 50, 3, 1)
+    assert plan.kept == [None] * 3
+    assert plan.note is None
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_same_prompt_keeps_the_same_and_the_global_generator_is_not_touched(spec: str) -> None:
+    made = ready(spec)
+    state = torch.get_rng_state()
+    first = keep(made, 90, 5, 50)
+    keep(made, 70, 5, 45, seed=1)  # another prompt between them
+    again = keep(made, 90, 5, 50)
+    for a, b in zip(first.kept, again.kept, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_draws_anew_for_each_layer_and_seed() -> None:
+    one, other = keep(policy("random"), 90, 2, 40), keep(policy("random:seed=1"), 90, 2, 40)
+    assert not torch.equal(one.kept[0], one.kept[1])
+    assert not torch.equal(one.kept[0], other.kept[0])
+
+
+@pytest.mark.parametrize("window", [0, 3, 6])
+def test_streaming_keeps_sinks_and_recent_tokens_with_or_without_a_window(window: int) -> None:
+    kept = keep(policy("streaming", observe=window), 40, 2, 10).kept[1]
+    assert kept.tolist() == [[[0, 1, 2, 3, 34, 35, 36, 37, 38, 39]]]
+
+
+def test_windowkv_followers_share_their_leaders_selection() -> None:
+    made = ready("windowkv:group=3:observe=8")
+    plan = keep(made, 120, 8, 40)
+    for layer in range(8):
+        leader = made.leader(layer)
+        assert leader == 3 * (layer // 3)
+        ours, theirs = set(plan.kept[layer].flatten().tolist()), set(plan.kept[leader].flatten().tolist())
+        assert ours <= theirs  # the same, or one token less by rounding
+        assert len(theirs) - len(ours) <= 1
+
+
+def test_a_plan_refuses_an_allocation_that_misses_the_total() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Greedy(type(policy("random"))):  # type: ignore[misc]
+        def ceilings(self, prompt: Prompt) -> list[int]:
+            return [prompt.budget + 1] * prompt.layers
+
+    with pytest.raises(PolicyError, match="end with 82 entries, the budget is 80"):
+        keep(Greedy(), 90, 2, 40)
+
+
+def test_fractions_and_entries_reach_a_prompt_alike() -> None:
+    entries = Budget.of("0.4").entries(100)
+    assert keep(policy("random"), 100, 2, entries).kept[0].shape[-1] == 40

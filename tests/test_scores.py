@@ -1,0 +1,110 @@
+"""Scores against naive loops in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from winnowkv.scores import group_reduce, pool, window_attention, window_reduce
+
+unhurried = settings(deadline=None)  # a busy machine is no failure
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Query by query, key by key, in Python floats."""
+    batch, heads, window, _ = queries.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    out = torch.zeros(batch, heads, tokens - window, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            shared = keys[b, h // (heads // kv_heads)].double()
+            for w in range(window):
+                seen = tokens - window + w + 1  # the causal mask: a query sees itself and what came before
+                logits = [float(queries[b, h, w].double() @ shared[s]) * scale for s in range(seen)]
+                top = max(logits)
+                weights = [math.exp(logit - top) for logit in logits]
+                for c in range(tokens - window):
+                    out[b, h, c] += weights[c] / sum(weights)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "window", "tokens"),
+    [(1, 4, 2, 3, 9), (2, 6, 2, 4, 12), (1, 3, 3, 1, 7), (1, 8, 1, 5, 6), (1, 2, 1, 2, 2)],
+)
+def test_window_attention_is_causal_softmax(batch: int, heads: int, kv_heads: int, window: int, tokens: int) -> None:
+    queries, keys = rand(batch, heads, window, 5), rand(batch, kv_heads, tokens, 5, seed=1)
+    found = window_attention(queries, keys, 0.7)
+    assert found.dtype == torch.float32
+    assert found.shape == (batch, heads, tokens - window)
+    torch.testing.assert_close(found.double(), naive_attention(queries, keys, 0.7), rtol=1e-5, atol=1e-6)
+
+
+def test_window_attention_computes_half_precision_in_float32() -> None:
+    queries, keys = rand(1, 2, 3, 8).bfloat16(), rand(1, 1, 20, 8, seed=1).bfloat16()
+    found = window_attention(queries, keys, 0.5)
+    torch.testing.assert_close(found, window_attention(queries.float(), keys.float(), 0.5), rtol=0, atol=0)
+    assert found.dtype == torch.float32
+
+
+def test_window_attention_leaves_its_inputs_alone_and_takes_strided_ones() -> None:
+    queries, keys = rand(1, 3, 4, 6).transpose(1, 2), rand(1, 9, 2, 6, seed=1).transpose(1, 2)
+    before = queries.clone(), keys.clone()
+    found = window_attention(queries, keys, 1.0)
+    torch.testing.assert_close(found, window_attention(queries.contiguous(), keys.contiguous(), 1.0))
+    assert torch.equal(queries, before[0])
+    assert torch.equal(keys, before[1])
+
+
+def test_the_mass_of_a_row_is_one_with_the_window_included() -> None:
+    """A key that all queries love takes nearly the whole mass, one unit for each query."""
+    queries, keys = torch.ones(1, 1, 3, 2), torch.zeros(1, 1, 10, 2)
+    keys[0, 0, 4] = 50.0
+    found = window_attention(queries, keys, 1.0)[0, 0]
+    assert found.argmax() == 4
+    assert found.sum().item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_group_reduce_joins_the_query_heads_of_one_kv_head(how: str) -> None:
+    scores = rand(2, 6, 7).abs()
+    found = group_reduce(scores, 2, how)  # type: ignore[arg-type]
+    for b in range(2):
+        for kv in range(2):
+            for c in range(7):
+                members = [scores[b, kv * 3 + g, c].item() for g in range(3)]
+                assert found[b, kv, c].item() == pytest.approx(sum(members) / 3 if how == "mean" else max(members))
+    assert torch.equal(group_reduce(scores, 6, how), scores)  # type: ignore[arg-type]
+
+
+@unhurried
+@given(st.integers(1, 14), st.sampled_from([1, 3, 5, 7, 9]), st.sampled_from(["avg", "max"]), st.integers(0, 999))
+def test_pool_divides_by_the_kernel_and_max_ignores_padding(tokens: int, kernel: int, kind: str, seed: int) -> None:
+    scores = -rand(1, 2, tokens, seed=seed).abs()  # all negative: a zero of the padding would win a maximum
+    found = pool(scores, kernel, kind)  # type: ignore[arg-type]
+    assert found.shape == scores.shape
+    for h in range(2):
+        for c in range(tokens):
+            near = [scores[0, h, i].item() for i in range(c - kernel // 2, c + kernel // 2 + 1) if 0 <= i < tokens]
+            naive = sum(near) / kernel if kind == "avg" else max(near)
+            assert found[0, h, c].item() == pytest.approx(naive, rel=1e-5)
+
+
+@unhurried
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12), st.integers(0, 999))
+def test_window_reduce_is_the_mean_of_the_best(tokens: int, width: int, top: int, seed: int) -> None:
+    scores = rand(1, 2, tokens, seed=seed).abs()
+    found = window_reduce(scores, width, top)
+    assert found.shape == (1, 2, -(-tokens // width))
+    for h in range(2):
+        row = scores[0, h].tolist()
+        for i, start in enumerate(range(0, tokens, width)):
+            best = sorted(row[start : start + width], reverse=True)[:top]
+            assert found[0, h, i].item() == pytest.approx(sum(best) / len(best), rel=1e-5)
