@@ -155,6 +155,19 @@ def test_d5_remainders_go_to_the_largest_not_to_the_last_layer(case: Case) -> No
     assert case.numbers("budgets_final")[-1] > quota[-1] + 4  # the fault, as recorded
 
 
+@pytest.mark.parametrize("case", CLEAN)
+def test_our_allocation_splits_the_published_hits(case: Case) -> None:
+    """With room in every layer the budgets are the recorded hits' largest-remainder shares."""
+    ours = dynamickv(case, floor=0.0)
+    scores = [case.scores(ours, layer) for layer in range(case["num_layers"])]
+    prompt = case.prompt(case["max_capacity"])
+    for i in range(2):
+        seen = 4 * (i + 1)
+        found = ours.allocate(scores[:seen], [case["n"]] * seen, prompt)
+        context = apportion(case.update("counts", i), case["base"] * seen, [case.context] * seen)
+        assert found == [share + ours.observe for share in context]
+
+
 @pytest.mark.parametrize("case", with_bug("D6_radio_min_ignored"))
 def test_d6_every_layer_keeps_the_floor(case: Case) -> None:
     ours = dynamickv(case, floor=0.25)
