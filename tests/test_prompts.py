@@ -84,7 +84,7 @@ def test_a_row_without_a_field_is_named_by_line(tmp_path):
 
 
 def test_haystack_from_folder_and_file(tmp_path):
-    with pytest.raises(InputError, match="holds no .txt file"):
+    with pytest.raises(InputError, match="holds no \\.txt file"):
         read_haystack(tmp_path)
     (tmp_path / "b.txt").write_text("second\n")
     (tmp_path / "a.txt").write_text("first\n")

@@ -123,7 +123,7 @@ def uniform(layers: int, mean: int) -> list[int]:
 
 
 def pyramid(layers: int, mean: int, slope: float, cap: int, floor: int = 0) -> list[int]:
-    """Linearly falling budgets from ``2 * mean - mean / slope`` to ``mean / slope`` (PyramidKV, arXiv 2406.02069, 3.3).
+    """Linearly falling budgets from ``2 * mean - mean / slope`` to ``mean / slope`` (PyramidKV, arXiv 2406.02069).
 
     The published code floors every step and so loses entries; here the sum is ``layers * mean``.
     """
@@ -131,7 +131,7 @@ def pyramid(layers: int, mean: int, slope: float, cap: int, floor: int = 0) -> l
 
 
 def arithmetic_groups(layers: int, group: int, mean: int, slope: float, cap: int, floor: int = 0) -> list[int]:
-    """Budgets that fall in equal steps from one group of ``group`` layers to the next (WindowKV, arXiv 2503.17922, 3.3).
+    """Budgets that fall in equal steps from one group of ``group`` layers to the next (WindowKV, arXiv 2503.17922).
 
     Departure from the repository: there the group's size also bends the pyramid
     (``cap * gamma // lambda``); here the ends depend on ``mean`` and ``slope`` only.
@@ -147,7 +147,7 @@ def arithmetic_groups(layers: int, group: int, mean: int, slope: float, cap: int
 
 
 def global_top_k(scores: Sequence[Scores], k: int) -> list[int]:
-    """How many of the ``k`` best scores over all layers fall in each layer (DynamicKV, arXiv 2412.14838, 3.2)."""
+    """How many of the ``k`` best scores over all layers fall in each layer (DynamicKV, arXiv 2412.14838)."""
     flat = torch.cat([s.flatten() for s in scores])
     winners = flat.topk(min(k, flat.numel())).indices
     ends = torch.tensor([s.numel() for s in scores], device=flat.device).cumsum(0)

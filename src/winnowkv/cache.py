@@ -22,6 +22,7 @@ from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.prefill import PrefillPlan
 from winnowkv.report import Report
+from winnowkv.select import gather_entries
 from winnowkv.task import TaskProfile
 
 GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
@@ -114,7 +115,7 @@ class CompactLayer(CacheLayerMixin):
                 columns.append(place + self.length - held.shape[1])
         lengths = [index.shape[1] for index in columns]
         width = max(lengths)
-        self.keys, self.values = _pick(self.keys, columns, width), _pick(self.values, columns, width)
+        self.keys, self.values = gather_entries(self.keys, columns), gather_entries(self.values, columns)
         self.length = width
         self.positions = [None if p is None else p.to(torch.int32) for p in positions]
         self.valid = None
@@ -192,23 +193,6 @@ class CompactLayer(CacheLayerMixin):
         if back > self.seen - self.prompt:
             raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
         self.length, self.seen = self.length - back, self.seen - back
-
-
-def _pick(states: Tensor, columns: list[Tensor], width: int) -> Tensor:
-    """Gather columns ``[H, n]`` of every row into ``[B, Hkv, width, D]``, rows right-aligned."""
-    heads, size = states.shape[1], states.shape[3]
-    rows = []
-    for row, index in enumerate(columns):
-        if index.shape[0] == 1:
-            rows.append(states[row].index_select(1, index[0]))
-        else:
-            rows.append(states[row].gather(1, index.long()[..., None].expand(heads, -1, size)))
-    if len(rows) == 1:
-        return rows[0][None]
-    out = states.new_zeros(len(rows), heads, width, size)
-    for row, picked in enumerate(rows):
-        out[row, :, width - picked.shape[1] :] = picked
-    return out
 
 
 class CompactCache(Cache):

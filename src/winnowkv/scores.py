@@ -18,7 +18,7 @@ def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
 
     Causal softmax in float32 over all ``S`` keys; only the ``C = S - W`` context
     columns are returned, ``[B, Hq, C]``. No map larger than ``[B, Hq, W, S]`` exists,
-    and KV heads are not expanded. Source: SnapKV (arXiv 2404.14469, section 3).
+    and KV heads are not expanded. Source: SnapKV (arXiv 2404.14469).
     """
     batch, heads, window, size = queries.shape
     kv_heads, tokens = keys.shape[1], keys.shape[2]
@@ -51,7 +51,7 @@ def window_reduce(scores: Scores, width: int, top: int) -> WindowScores:
     """Score of each review window of ``width`` tokens: the mean of its ``top`` best tokens, ``[B, H, R]``.
 
     The last window may be shorter; it is then the mean of what it has.
-    Source: WindowKV (arXiv 2503.17922, section 3.2).
+    Source: WindowKV (arXiv 2503.17922).
     """
     tokens = scores.shape[-1]
     whole = tokens - tokens % width

@@ -5,7 +5,10 @@ Ties go to the lower index, on every device: that is why these sort stably inste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from winnowkv.types import Indices, Scores, WindowScores
 
@@ -45,3 +48,24 @@ def with_recent(context: Indices, prompt_tokens: int, window: int) -> Indices:
     """Context positions followed by the last ``window`` positions of the prompt."""
     recent = torch.arange(prompt_tokens - window, prompt_tokens, device=context.device)
     return torch.cat([context, recent.expand(*context.shape[:-1], window)], dim=-1)
+
+
+def gather_entries(states: Tensor, columns: Sequence[Tensor]) -> Tensor:
+    """Keys or values ``[B, Hkv, K, D]`` at each row's columns ``[H, n]``, as ``[B, Hkv, longest n, D]``.
+
+    Rows with fewer columns are right-aligned and zero in front: not a number there would pass every mask.
+    """
+    heads, size = states.shape[1], states.shape[3]
+    rows = []
+    for row, index in enumerate(columns):
+        if index.shape[0] == 1:  # one selection for all heads
+            rows.append(states[row].index_select(1, index[0]))
+        else:
+            rows.append(states[row].gather(1, index.long()[..., None].expand(heads, -1, size)))
+    if len(rows) == 1:
+        return rows[0][None]
+    width = max(picked.shape[1] for picked in rows)
+    out = states.new_zeros(len(rows), heads, width, size)
+    for row, picked in enumerate(rows):
+        out[row, :, width - picked.shape[1] :] = picked
+    return out

@@ -16,7 +16,7 @@ class TaskProfile:
     """The task of one prompt, or None where nobody said.
 
     ``localization`` asks for one place of the text (QA, retrieval), ``aggregation`` for
-    the whole of it (summaries, few-shot, code); WindowKV, arXiv 2503.17922, section 3.1.
+    the whole of it (summaries, few-shot, code); WindowKV, arXiv 2503.17922.
     """
 
     task: Task | None = None

@@ -19,6 +19,7 @@ def demo(out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
     """
     from winnowkv.cli.needle import measure
     from winnowkv.evaluate.prompts import read_haystack, read_needles
+
     measure(
         model="embedded",
         chat=True,

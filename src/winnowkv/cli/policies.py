@@ -30,8 +30,8 @@ def policies(as_json: Json = False) -> None:
     for column in ("policy", "keeps", "options and defaults", "source"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        options = (f"{key}={'-' if value is None else value}" for key, value in row["options"].items())
-        table.add_row(row["policy"], row["scope"], " ".join(options), row["source"])
+        shown = (f"{key}={'-' if value is None else value}" for key, value in row["options"].items())
+        table.add_row(row["policy"], row["scope"], " ".join(shown), row["source"])
     Console().print(table)
 
 

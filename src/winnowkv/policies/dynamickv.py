@@ -15,7 +15,7 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicKV(SnapKV):
-    """A maximum for the current layer, and earlier layers that shrink every ``every`` layers (arXiv 2412.14838, 3.2).
+    """A maximum for the current layer, and earlier layers that shrink every ``every`` layers (arXiv 2412.14838).
 
     At an update the pooled scores of all layers so far compete in one global top-k; a
     layer's share of the winners is its share of the budget. The paper pools by average for

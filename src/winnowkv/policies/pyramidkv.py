@@ -12,7 +12,7 @@ from winnowkv.policies.snapkv import SnapKV
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """Linear pyramid of context budgets over SnapKV's scores (arXiv 2406.02069, section 3.3).
+    """Linear pyramid of context budgets over SnapKV's scores (arXiv 2406.02069).
 
     ``slope`` (the paper's beta, 20) sets the last layer to ``mean / slope``. Departure from
     the published code, which floors every step and falls back to equal budgets for short

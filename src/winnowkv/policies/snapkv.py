@@ -12,7 +12,7 @@ from winnowkv.types import Keys, Queries, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
-    """Pooled attention of the last ``observe`` queries, top tokens per KV head (arXiv 2404.14469, section 3).
+    """Pooled attention of the last ``observe`` queries, top tokens per KV head (arXiv 2404.14469).
 
     Defaults are those of the authors' LongBench configuration (window 32, kernel 7, max
     pooling). Departure from their code: a GQA group votes together (``group_by``), so

@@ -22,16 +22,15 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class WindowKV(Policy):
-    """Best windows of ``window`` tokens, one selection for each ``group`` of layers (arXiv 2503.17922, section 3).
+    """Best windows of ``window`` tokens, one selection for each ``group`` of layers (arXiv 2503.17922).
 
-    A window's score is the mean of its ``top`` best tokens, mean over all heads. Paper and
-    repository (optim996/WindowKV) disagree on which task gets the plain mean, and on the
-    windows; ``preset`` names whom to follow, options given by hand win over it. The paper
-    does not state its top-p for windows of 16: half the window, as in the repository.
+    A window scores the mean of its ``top`` best tokens, mean over heads. Paper and repository
+    (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options given
+    by hand win over it. The paper does not state its top-p for windows of 16: half of it here.
 
-    Departures from the repository: the window is inside the budget, the budget is met to
-    the entry, the group's size does not bend the pyramid, followers never reuse a stale
-    selection, any number of layers will do, and every prompt of a batch votes alone.
+    Departures from the repository: the budget includes the window and is met to the entry,
+    the group's size does not bend the pyramid, followers never reuse a stale selection, any
+    number of layers will do, every prompt of a batch votes alone.
     """
 
     name: ClassVar[str] = "windowkv"
@@ -48,14 +47,12 @@ class WindowKV(Policy):
     task: Task | None = None
 
     def __post_init__(self) -> None:
-        for option in ("observe", "window", "top", "group", "slope"):
-            self.require(option, minimum=1)
-        self.require("sinks", minimum=0)
+        for option, minimum in {"sinks": 0, "observe": 1, "window": 1, "top": 1, "group": 1, "slope": 1}.items():
+            self.require(option, minimum=minimum)
 
     def for_task(self, profile: TaskProfile) -> WindowKV:
         """The policy with the preset's numbers filled in. Raises PolicyError where no task was given."""
-        task = self.task or profile.task
-        if task is None:
+        if (task := self.task or profile.task) is None:
             raise PolicyError("windowkv scores by task: give task='localization' (QA, retrieval) or task='aggregation'")
         observe, window, top = PRESETS[self.preset][task]
         return replace(self, task=task, observe=self.observe or observe, window=self.window or window, top=self.top or top)
@@ -66,8 +63,8 @@ class WindowKV(Policy):
 
     def ceilings(self, prompt: Prompt) -> list[int]:
         """Falling in equal steps from group to group; sinks are every layer's floor."""
-        context, most = prompt.budget - self.observe, prompt.tokens - self.observe
-        budgets = arithmetic_groups(prompt.layers, self.group, context, self.slope, most, self.sinks)
+        mean, cap = prompt.budget - self.observe, prompt.tokens - self.observe
+        budgets = arithmetic_groups(prompt.layers, self.group, mean, self.slope, cap, self.sinks)
         return [entries + self.observe for entries in budgets]
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
