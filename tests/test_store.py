@@ -15,8 +15,9 @@ def key(line):
 def test_lines_are_flushed_one_by_one_and_read_back(tmp_path):
     store = ResultStore(tmp_path / "run", {"model": "m"}, key)
     store.add({"id": 1, "text": "ä"})
-    # Not closed: a killed process leaves what was added.
+    # Read before close(): a killed process leaves what was added.
     assert json.loads((tmp_path / "run" / "results.jsonl").read_text(encoding="utf-8")) == {"id": 1, "text": "ä"}
+    store.close()
     again = ResultStore(tmp_path / "run", {"model": "m"}, key)
     assert again.has(1)
     assert not again.has(2)
@@ -51,6 +52,14 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"output folder .*file cannot be written"):
         ResultStore(tmp_path / "file", {}, key)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    first = ResultStore(tmp_path, {}, key)
+    with pytest.raises(InputError, match="another run is writing"):
+        ResultStore(tmp_path, {}, key)
+    first.close()
+    ResultStore(tmp_path, {}, key).close()
 
 
 def test_write_json_leaves_no_scratch(tmp_path):

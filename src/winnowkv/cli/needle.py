@@ -75,6 +75,8 @@ def measure(
     builder = PromptBuilder(tokenizer, haystack, chat=wants_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = test_runner.open_store(out, loaded, model, builder, haystack, test)
+    if store.lines:
+        console.print(f"{len(store.lines)} measurements are in {out} already; remove the folder to measure them again")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as progress:

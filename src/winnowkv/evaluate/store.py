@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from winnowkv.errors import InputError
 
 Key = Callable[[dict[str, Any]], Hashable]
@@ -25,7 +27,8 @@ class ResultStore:
     Raises
     ------
     InputError
-        Where the folder cannot be written, holds results of other settings, or a line is broken.
+        Where the folder cannot be written, is being written by another run, holds results of
+        other settings, or a line is broken.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], key: Key) -> None:
@@ -34,11 +37,18 @@ class ResultStore:
         self._key = key
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock", timeout=0)
+            self._lock.acquire()
             self._settle_config(config)
             self.lines = self._read()
             self._out = self.file.open("a", encoding="utf-8")
+        except Timeout:
+            raise InputError(f"another run is writing to {folder}: wait for it or use another --out") from None
         except OSError as error:
             raise InputError(f"output folder {folder} cannot be written: {error.strerror}") from None
+        except InputError:
+            self._lock.release()
+            raise
         self._done = {key(line) for line in self.lines}
 
     def _settle_config(self, config: dict[str, Any]) -> None:
@@ -85,8 +95,9 @@ class ResultStore:
         self._done.add(self._key(line))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and let other runs in."""
         self._out.close()
+        self._lock.release()
 
 
 def write_json(file: Path, value: Any) -> None:
