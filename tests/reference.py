@@ -37,14 +37,12 @@ def same_positions(left: Kept, right: Kept) -> bool:
 
 def visible(kept: Tensor | None, prompt: int, tokens: int, heads: int, kv_heads: int) -> Tensor:
     """Which key each query may see, ``[heads, tokens, tokens]``."""
-    mask = torch.zeros(heads, tokens, tokens, dtype=torch.bool)
-    for head in range(heads):
-        for query in range(tokens):
-            mask[head, query, : query + 1] = True
-            if query >= prompt and kept is not None:
-                row = kept[0] if len(kept) == 1 else kept[head // (heads // kv_heads)]
-                mask[head, query, :prompt] = False
-                mask[head, query, row.long()] = True
+    mask = torch.ones(tokens, tokens).tril().bool().repeat(heads, 1, 1)
+    if kept is not None:
+        mask[:, prompt:, :prompt] = False
+        for head in range(heads):
+            row = kept[0] if len(kept) == 1 else kept[head // (heads // kv_heads)]
+            mask[head, prompt:, row.long()] = True
     return mask
 
 

@@ -92,3 +92,10 @@ def test_haystack_from_folder_and_file(tmp_path):
     assert read_haystack(tmp_path / "a.txt") == "first"
     with pytest.raises(InputError, match="cannot be read"):
         read_haystack(tmp_path / "none.txt")
+
+
+def test_other_peoples_essays_as_a_haystack(tokenizer, data_dir):
+    builder = PromptBuilder(tokenizer, read_haystack(data_dir / "needle" / "PaulGrahamEssays"), chat=True)
+    ids = builder.build(NEEDLE, 6000, 0.5)
+    assert 5998 <= len(ids) <= 6000
+    assert tokenizer.decode(ids).count(NEEDLE.needle) == 1

@@ -78,7 +78,8 @@ def compress(
     routing = acquire(model)
 
     def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _chosen(routing) is not run or not _wants_cache(module, args, kwargs):
+        # In this order: a thread that passes a cache of its own need not have a block.
+        if not _wants_cache(module, args, kwargs) or _chosen(routing) is not run:
             return None
         cache = CompactCache(model, run.policy, run.budget, task=run.task, hold=False)
         run.reports.append(cache.report)
@@ -104,7 +105,7 @@ def compress(
         release(model)
 
 
-def _chosen(routing: Routing) -> Run:
+def _chosen(routing: Routing) -> Run | None:
     mine = [run for run in routing.runs if run.owner == threading.get_ident()]
     if mine:
         return mine[-1]
@@ -113,7 +114,7 @@ def _chosen(routing: Routing) -> Run:
             "several threads have compress blocks open on this model and this thread has none: "
             "open one here, or pass past_key_values=CompactCache(...)"
         )
-    return routing.runs[-1]
+    return routing.runs[-1] if routing.runs else None  # None: the block was closed while a helper thread asked
 
 
 def _wants_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

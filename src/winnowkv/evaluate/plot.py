@@ -25,11 +25,19 @@ def depth_map(groups: Sequence[dict[str, Any]], file: Path) -> None:
             found = {g["policy"]: g["accuracy_by_depth"] for g in groups if (g["length"], g["budget"]) == (length, budget)}
             cells = [[found.get(p, {}).get(str(d), float("nan")) for p in policies] for d in depths]
             panel = panels[r][c]
-            image = panel.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = panel.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             for y, row in enumerate(cells):
                 for x, value in enumerate(row):
                     if value == value:  # not NaN
-                        panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=9)
+                        panel.text(
+                            x,
+                            y,
+                            f"{100 * value:.0f}",
+                            ha="center",
+                            va="center",
+                            fontsize=9,
+                            color="white" if value < 0.6 else "black",
+                        )
             panel.set_xticks(range(len(policies)), [p.replace(":", "\n") for p in policies], rotation=30, ha="right")
             panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
             panel.set_ylabel("depth of the needle")

@@ -1,0 +1,155 @@
+"""Law 4: a left-padded batch equals the single runs, row by row, and padding is never kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import winnowkv as wk
+from conftest import VOCABULARY, Case, prompt
+from reference import generate, positions, same_positions
+
+CLOSE = {"rtol": 0, "atol": 1e-4}
+LENGTHS = (72, 57, 44)
+
+
+def padded(rows: list[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts ``[1, n]`` as one left-padded batch, and its 2D mask."""
+    width = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), width), filler)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - row.shape[1] :] = row[0]
+        mask[i, width - row.shape[1] :] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def batch_logits(
+    model: PreTrainedModel, cache: wk.CompactCache, ids: Tensor, mask: Tensor, more: Tensor, *, tell: bool = True
+) -> Tensor:
+    """Logits of the last prompt token and of ``more`` (two tokens at once, then one), ``[B, 4, vocabulary]``."""
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = [model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits[:, -1:]]
+    for chunk in more.split([2, 1], dim=1):
+        added = chunk.shape[1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), added)], dim=1)
+        options = {"attention_mask": mask} if tell else {}
+        places = places[:, -1:] + torch.arange(1, added + 1)
+        logits.append(model(input_ids=chunk, position_ids=places, past_key_values=cache, **options).logits)
+    return torch.cat(logits, dim=1)
+
+
+def budgets(case: Case) -> list[int | float]:
+    """Entries; entries that the shortest row has not got; a fraction, so that every row gets its own number."""
+    return [case.budget, 50, 0.75]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["entries", "short_row_whole", "fraction"])
+def test_batch_equals_single_runs(model: PreTrainedModel, case: Case, which: int) -> None:
+    budget = budgets(case)[which]
+    rows = [prompt(n, seed=i) for i, n in enumerate(LENGTHS)]
+    more = torch.cat([prompt(3, seed=10 + i) for i in range(3)])
+    cache = wk.CompactCache(model, case.spec, budget, task=case.task)
+    ids, mask = padded(rows)
+    logits = batch_logits(model, cache, ids, mask, more)
+    assert cache.report.prompt_tokens == list(LENGTHS)
+    singles = []
+    for i, row in enumerate(rows):
+        single = wk.CompactCache(model, case.spec, budget, task=case.task)
+        expected = batch_logits(model, single, row, torch.ones_like(row), more[i : i + 1])
+        singles.append(single)
+        torch.testing.assert_close(logits[i : i + 1], expected, **CLOSE)
+        assert same_positions(positions(cache, i), positions(single))
+        assert cache.report.kept_entries[i] == single.report.kept_entries[0]
+        same_storage(cache, i, single, whole=case.name == "full" or (budget == 50 and LENGTHS[i] <= 50))
+    assert cache.report.kept_bytes == sum(single.report.kept_bytes for single in singles)
+    assert cache.report.full_bytes == sum(single.report.full_bytes for single in singles)
+
+
+def same_storage(batch: wk.CompactCache, row: int, single: wk.CompactCache, whole: bool) -> None:
+    """The valid columns of a row are the single run's columns, so no padding is among them."""
+    for layer, alone in zip(batch.compact_layers, single.compact_layers, strict=True):
+        if layer.valid is None:
+            columns = torch.ones(layer.length, dtype=torch.bool)
+        else:
+            columns = layer.valid[row, : layer.length]
+        held = layer.keys[row, :, : layer.length][:, columns]
+        torch.testing.assert_close(held, alone.keys[0, :, : alone.length], **CLOSE)
+        held = layer.values[row, :, : layer.length][:, columns]
+        torch.testing.assert_close(held, alone.values[0, :, : alone.length], **CLOSE)
+        assert alone.length == layer.entries(row) + 3
+        if whole:
+            assert layer.entries(row) == LENGTHS[row]
+
+
+def test_what_stands_in_the_padding_changes_nothing(model: PreTrainedModel, case: Case) -> None:
+    rows, more = [prompt(n, seed=i) for i, n in enumerate(LENGTHS)], torch.cat([prompt(3, seed=9)] * 3)
+    runs = []
+    for filler in (0, VOCABULARY - 1):
+        cache = wk.CompactCache(model, **case.settings)
+        runs.append((batch_logits(model, cache, *padded(rows, filler), more), [positions(cache, i) for i in range(3)]))
+    torch.testing.assert_close(runs[0][0], runs[1][0], **CLOSE)
+    assert all(same_positions(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_the_cache_remembers_the_padding(llama: PreTrainedModel, case: Case) -> None:
+    """Decoding without an attention mask equals decoding with it."""
+    rows, more = [prompt(n, seed=i) for i, n in enumerate(LENGTHS)], torch.cat([prompt(3, seed=9)] * 3)
+    told, untold = wk.CompactCache(llama, **case.settings), wk.CompactCache(llama, **case.settings)
+    expected = batch_logits(llama, told, *padded(rows), more)
+    torch.testing.assert_close(batch_logits(llama, untold, *padded(rows), more, tell=False), expected, **CLOSE)
+
+
+def test_generate_on_a_batch_equals_single_runs(model: PreTrainedModel, case: Case) -> None:
+    rows = [prompt(n, seed=i) for i, n in enumerate(LENGTHS)]
+    ids, mask = padded(rows)
+    with wk.compress(model, **case.settings):
+        tokens = generate(model, ids, 8, attention_mask=mask)
+        assert tokens == [generate(model, row, 8)[0] for row in rows]
+
+
+def test_replay_of_a_batch_equals_the_live_batch(llama: PreTrainedModel, case: Case) -> None:
+    ids, mask = padded([prompt(n, seed=i) for i, n in enumerate(LENGTHS)])
+    more = torch.cat([prompt(3, seed=9)] * 3)
+    live, recorded = wk.CompactCache(llama, **case.settings), wk.CompactCache(llama, "full", record=32)
+    expected = batch_logits(llama, live, ids, mask, more)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        llama(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=recorded)
+        replayed = recorded.replay(case.spec, case.budget, task=case.task)
+        logits = llama(
+            input_ids=more[:, :2],
+            attention_mask=torch.cat([mask, mask.new_ones(3, 2)], dim=1),
+            position_ids=places[:, -1:] + torch.arange(1, 3),
+            past_key_values=replayed,
+        ).logits
+    assert all(same_positions(positions(replayed, i), positions(live, i)) for i in range(3))
+    torch.testing.assert_close(logits, expected[:, 1:3], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (slice(30, 40), "pad on the left"),  # behind the prompt
+        (slice(10, 12), "pad on the left"),  # inside the prompt
+        (slice(0, 40), "padding only"),
+    ],
+    ids=["right", "hole", "all"],
+)
+def test_other_padding_is_refused(model: PreTrainedModel, hidden: slice, message: str) -> None:
+    ids = torch.cat([prompt(40), prompt(40, seed=1)])
+    mask = torch.ones_like(ids)
+    mask[1, hidden] = 0
+    with pytest.raises(wk.InputError, match=message), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, past_key_values=wk.CompactCache(model, "snapkv:observe=4", 10))
+    with wk.compress(model, "snapkv:observe=4", 10), pytest.raises(wk.InputError, match=message):
+        generate(model, ids, 2, attention_mask=mask)
+
+
+def test_a_ready_made_mask_is_refused(model: PreTrainedModel) -> None:
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    with pytest.raises(wk.InputError, match="2D"), torch.no_grad():
+        model(input_ids=prompt(40), attention_mask=mask, past_key_values=wk.CompactCache(model, "snapkv:observe=4", 10))

@@ -1,0 +1,185 @@
+"""Law 2: kept entries sum to the budget exactly; positions are unique, in range, ascending, with sinks and window."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+from hypothesis import example, given, settings, strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import winnowkv as wk
+from conftest import CASES, PROMPT, Case, prompt
+from reference import compact_logits, positions
+from winnowkv.prefill import PrefillPlan
+
+HEADS, KV_HEADS, SIZE = 4, 2, 4
+
+
+def test_every_built_in_policy_has_a_case() -> None:
+    """A policy added to the package without a case here would be exempt from all laws."""
+    mine = {entry.name for entry in entry_points(group="winnowkv.policies") if entry.value.startswith("winnowkv.")}
+    assert mine <= {case.name for case in CASES}
+
+
+def budget_values() -> st.SearchStrategy[int | float]:
+    """Budgets in both units, small and large."""
+    return st.one_of(st.integers(1, 110), st.floats(0.01, 1.0).map(lambda x: round(x, 4)))
+
+
+def specs() -> st.SearchStrategy[tuple[str, str | None]]:
+    """Policies with options over the whole range that is allowed."""
+    small = st.integers(0, 5)
+    observe = st.integers(1, 20)
+    kernel = st.sampled_from([1, 3, 7])
+    pooling = st.sampled_from(["avg", "max"])
+    snap = st.builds("sinks={}:observe={}:kernel={}:pooling={}".format, small, observe, kernel, pooling)
+    slope = st.sampled_from([1, 1.5, 14, 100])
+    return st.one_of(
+        st.builds("random:sinks={}:observe={}:seed={}".format, small, st.integers(0, 20), small).map(no_task),
+        st.builds("streaming:sinks={}:observe={}".format, small, st.integers(0, 20)).map(no_task),
+        st.builds("snapkv:{}:group_by={}".format, snap, st.sampled_from(["mean", "max"])).map(no_task),
+        st.builds("pyramidkv:{}:slope={}".format, snap, slope).map(no_task),
+        st.builds(
+            "dynamickv:{}:every={}:ceiling={}:floor={}".format,
+            snap,
+            st.integers(1, 5),
+            st.sampled_from([1, 1.3, 10]),
+            st.sampled_from([0, 0.1, 1, 2]),
+        ).map(no_task),
+        st.tuples(
+            st.one_of(
+                st.builds(
+                    "windowkv:sinks={}:observe={}:window={}:top={}:group={}:slope={}".format,
+                    small,
+                    observe,
+                    st.integers(1, 12),
+                    st.integers(1, 12),
+                    st.integers(1, 4),
+                    slope,
+                ),
+                st.builds("windowkv:preset={}".format, st.sampled_from(["paper", "repo"])),
+            ),
+            st.sampled_from(["localization", "aggregation"]),
+        ),
+    )
+
+
+def no_task(spec: str) -> tuple[str, str | None]:
+    return spec, None
+
+
+def drive(plan: PrefillPlan, policy: wk.Policy, tokens: int, layers: int, seed: int, constant: bool) -> None:
+    """Feed every layer; check on the way that what a layer holds only ever shrinks, to a part of itself."""
+    generator = torch.Generator().manual_seed(seed)
+    held: list[Tensor | None] = []
+    for layer in range(layers):
+        keys = torch.randn(1, KV_HEADS, tokens, SIZE, generator=generator)
+        queries = torch.randn(1, HEADS, min(policy.observe, tokens), SIZE, generator=generator)
+        if constant:  # all scores tie
+            queries = torch.zeros_like(queries)
+        held.append(None)
+        for index, now in plan.observe(queries, keys, 0.5).items():
+            assert index <= layer
+            for head in range(now.shape[1]):
+                before = range(tokens) if held[index] is None else held[index][0, head].tolist()
+                assert set(now[0, head].tolist()) <= set(before), "an evicted entry came back"
+            held[index] = now
+    assert all(a is b for a, b in zip(held, plan.kept, strict=True))
+
+
+def check_positions(kept: Tensor, policy: wk.Policy, tokens: int) -> None:
+    """One layer's positions ``[H, n]``."""
+    assert kept.shape[0] in (1, KV_HEADS)
+    assert bool((kept.diff(dim=-1) > 0).all()), "not ascending, or one entry twice"
+    assert int(kept.min()) >= 0
+    assert int(kept.max()) < tokens
+    for row in kept.tolist():
+        assert row[: policy.sinks] == list(range(policy.sinks)), "a sink is missing"
+        window = list(range(tokens - policy.observe, tokens))
+        assert row[len(row) - policy.observe :] == window, "the recent window is not whole"
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    spec=specs(),
+    tokens=st.integers(1, 90),
+    layers=st.integers(1, 9),
+    budget=budget_values(),
+    seed=st.integers(0, 5),
+    constant=st.booleans(),
+)
+@example(spec=("dynamickv:observe=4:sinks=5:every=3", None), tokens=40, layers=7, budget=9, seed=0, constant=True)
+@example(spec=("pyramidkv:observe=4", None), tokens=40, layers=1, budget=4, seed=0, constant=False)
+def test_any_prompt_and_budget(
+    spec: tuple[str, str | None], tokens: int, layers: int, budget: int | float, seed: int, constant: bool
+) -> None:
+    name, task = spec
+    policy = wk.policy(name).for_task(wk.TaskProfile.of(task))
+    entries = wk.Budget.of(budget).entries(tokens)
+    try:
+        plan = PrefillPlan(policy, wk.Prompt(tokens, layers, entries))
+    except wk.BudgetError:
+        assert entries < policy.minimum_budget()
+        return
+    drive(plan, policy, tokens, layers, seed, constant)
+    if entries >= tokens or tokens <= policy.observe:
+        assert all(kept is None for kept in plan.kept)
+        assert (plan.note is not None) == (entries < tokens)
+        return
+    assert entries >= policy.minimum_budget()
+    lengths = [tokens if kept is None else kept.shape[-1] for kept in plan.kept]
+    assert sum(lengths) == entries * layers
+    for kept in plan.kept:
+        if kept is not None:
+            check_positions(kept[0], policy, tokens)
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["random", "ties"])
+@pytest.mark.parametrize("budget", [1, 20, 33, 34, 40, 71, 0.5, 0.77])
+def test_each_case(case: Case, budget: int | float, constant: bool) -> None:
+    """The cases of the other laws, one by one: hypothesis need not have met them."""
+    policy = wk.policy(case.spec).for_task(wk.TaskProfile.of(case.task))
+    entries = wk.Budget.of(budget).entries(PROMPT)
+    if case.name != "full" and entries < policy.minimum_budget():
+        with pytest.raises(wk.BudgetError, match="keep at least"):
+            PrefillPlan(policy, wk.Prompt(PROMPT, 7, entries))
+        return
+    plan = PrefillPlan(policy, wk.Prompt(PROMPT, 7, entries))
+    drive(plan, policy, PROMPT, 7, 0, constant)
+    if case.name == "full":
+        assert plan.kept == [None] * 7
+        return
+    assert sum(PROMPT if kept is None else kept.shape[-1] for kept in plan.kept) == 7 * entries
+    for kept in plan.kept:
+        if kept is not None:
+            check_positions(kept[0], policy, PROMPT)
+
+
+@pytest.mark.parametrize("budget", [40, 71, 0.6, 0.999])
+def test_on_a_model(model: PreTrainedModel, evicting: Case, budget: int | float) -> None:
+    cache = wk.CompactCache(model, evicting.spec, budget, task=evicting.task)
+    compact_logits(model, cache, prompt(PROMPT), [])
+    report, layers = cache.report, model.config.num_hidden_layers
+    entries = budget if isinstance(budget, int) else int(budget * PROMPT)
+    assert sum(report.kept_entries[0]) == entries * layers
+    assert report.prompt_tokens == [PROMPT]
+    for layer, kept, count in zip(cache.compact_layers, positions(cache), report.kept_entries[0], strict=True):
+        assert layer.length == count == (PROMPT if kept is None else kept.shape[-1])
+        if kept is not None:
+            check_positions(kept, cache.policy, PROMPT)
+
+
+def test_a_prompt_no_longer_than_the_window_is_kept_and_noted(model: PreTrainedModel) -> None:
+    cache = wk.CompactCache(model, "snapkv:observe=8", 4)
+    compact_logits(model, cache, prompt(8), [])
+    assert cache.report.kept_entries == [[8] * model.config.num_hidden_layers]
+    assert "observation window of 8" in cache.report.notes[0]
+
+
+def test_a_budget_below_the_window_names_the_limit(model: PreTrainedModel) -> None:
+    cache = wk.CompactCache(model, "snapkv:observe=8:sinks=2", 9)
+    with pytest.raises(wk.BudgetError, match="at least 10"):
+        compact_logits(model, cache, prompt(40), [])
