@@ -79,3 +79,12 @@ def test_attention_that_bypasses_the_interface_is_noticed(llama: PreTrainedModel
     llama.model.layers = llama.model.layers[:3]  # now it is the last layer, and no later one can notice
     with pytest.raises(wk.UnsupportedModelError, match="layer 2"), wk.compress(llama, **SNAP):
         generate(llama, prompt(PROMPT), 2)
+
+
+def test_an_empty_prompt_is_refused(llama: PreTrainedModel) -> None:
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    cache = wk.CompactCache(llama, **SNAP)
+    with pytest.raises(wk.InputError, match="the prompt is empty"):
+        llama(empty, past_key_values=cache)
+    with wk.compress(llama, **SNAP), pytest.raises(wk.InputError, match="the prompt is empty"):
+        llama(empty)

@@ -154,7 +154,10 @@ class CompactLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
         """Physical length with the coming queries; newer releases pass their number, older ones their positions."""
-        return self.length + (queries if isinstance(queries, int) else queries.shape[0]), COMPACT_OFFSET
+        coming = queries if isinstance(queries, int) else queries.shape[0]
+        if coming == 0:
+            raise InputError("the prompt is empty: give at least one token")
+        return self.length + coming, COMPACT_OFFSET
 
     def get_max_length(self) -> int:
         """No maximum."""

@@ -72,11 +72,10 @@ def generate(
     pace = f"{1000 / report.decode_ms_per_token:.1f} tokens/s" if report.decode_tokens else "one token"
     print(
         f"-- {report.policy} at {report.budget}: {report.kept_bytes / MIB:.2f} of {report.full_bytes / MIB:.2f} MiB kept, "
-        f"{pace}, prefill {report.prefill_seconds:.2f} s, entries per layer {summary(report.kept_entries[0])}",
-        file=sys.stderr,
+        f"{pace}, prefill {report.prefill_seconds:.2f} s, entries per layer {summary(report.kept_entries[0])}"
     )
     for note in report.notes:
-        print(f"-- note: {note}", file=sys.stderr)
+        print(f"-- note: {note}")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
