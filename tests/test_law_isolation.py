@@ -61,6 +61,19 @@ def test_prompts_in_a_row_equal_each_alone(model: PreTrainedModel, case: Case) -
     assert [report.prompt_tokens for report in run.reports] == [[tokens] for tokens in lengths]
 
 
+def test_a_reset_cache_compresses_the_next_prompt_as_a_fresh_one(model: PreTrainedModel, case: Case) -> None:
+    fresh = wk.CompactCache(model, **case.settings)
+    expected = compact_logits(model, fresh, prompt(60, seed=1), [])
+    cache = wk.CompactCache(model, **case.settings)
+    compact_logits(model, cache, prompt(PROMPT), [])
+    cache.reset()
+    assert cache.held_bytes == 0
+    assert torch.equal(compact_logits(model, cache, prompt(60, seed=1), []), expected)
+    assert same_positions(positions(cache), positions(fresh))
+    assert cache.report.kept_entries == fresh.report.kept_entries
+    assert cache.report.decode_tokens == 0
+
+
 def test_two_caches_interleaved_equal_each_alone(model: PreTrainedModel, case: Case) -> None:
     seeds, more = (0, 1), prompt(4, seed=9)
     expected = [

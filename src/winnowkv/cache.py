@@ -232,7 +232,7 @@ class CompactCache(Cache):
     ) -> None:
         self.policy = make_policy(policy).for_task(TaskProfile.of(task))
         self.budget = Budget.of(budget)
-        self.report = Report(policy=policy if isinstance(policy, str) else policy.name, budget=self.budget.asked)
+        self._asked = policy if isinstance(policy, str) else policy.name
         check_model(model)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.
@@ -240,16 +240,25 @@ class CompactCache(Cache):
         self._slots = {index: slot for slot, index in enumerate(self._compact_indices())}
         if not self._slots:
             raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer: nothing can be compressed")
-        self._plans: list[PrefillPlan] | None = None
-        self._settled = False
-        self._awaiting: int | None = None
         self._record = record
-        self._recorded: list[tuple[Tensor, float]] = []
-        self._started = self._resumed = 0.0
         self._model = weakref.ref(model)
+        self._forget()
         if hold:
             acquire(model)
             weakref.finalize(self, release, model).atexit = False
+
+    def _forget(self) -> None:
+        self.report = Report(policy=self._asked, budget=self.budget.asked)
+        self._plans: list[PrefillPlan] | None = None
+        self._settled = False
+        self._awaiting: int | None = None
+        self._recorded: list[tuple[Tensor, float]] = []
+        self._started = self._resumed = 0.0
+
+    def reset(self) -> None:
+        """Forget the prompt and what came after it; the next one is compressed afresh, with a report of its own."""
+        super().reset()
+        self._forget()
 
     def _compact_indices(self) -> list[int]:
         return [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
