@@ -25,6 +25,10 @@ TAG = "_winnow"  # attribute of a compact cache's keys: (cache, layer index)
 COMPACT_OFFSET = -(2**40)
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone when nobody needs it any more
 EXTRAS = ("softcap", "s_aux", "sinks", "position_bias")  # terms that plain SDPA does not compute
+BYPASSED = (
+    "the keys that the cache returned did not reach our attention function: the model's attention does not go "
+    "through transformers' AttentionInterface, or it rebuilds keys behind the cache (latent attention)"
+)
 
 _lock = threading.Lock()
 
@@ -58,16 +62,18 @@ def winnow_attention(
     UnsupportedModelError
         For attention with terms that SDPA does not compute (softcap, learned sinks).
     """
+    for extra in EXTRAS:
+        if kwargs.get(extra) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__}: attention with {extra!r} is not supported yet")
     tag = getattr(key, TAG, None)
     if tag is None:
+        if attention_mask is not None and attention_mask.ndim == 2:  # only compact caches get 2D masks
+            raise UnsupportedModelError(f"{type(module).__name__}: {BYPASSED}")
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     cache, layer = tag
     if attention_mask is not None and attention_mask.ndim != 2:
         raise InputError("a compact cache builds its own mask: pass a 2D attention_mask [batch, tokens], left-padded")
-    for extra in EXTRAS:
-        if kwargs.get(extra) is not None:
-            raise UnsupportedModelError(f"layer {layer}: attention with {extra!r} is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     valid = cache.validity(layer, attention_mask, query.shape[2])
     output = attend(query, key, value, scale, valid, dropout)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from winnowkv.attention import COMPACT_OFFSET, TAG, acquire, check_model, is_routed, release
+from winnowkv.attention import BYPASSED, COMPACT_OFFSET, TAG, acquire, check_model, is_routed, release
 from winnowkv.budget import Budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Prompt, policy as make_policy
@@ -302,13 +302,16 @@ class CompactCache(Cache):
             )
         return super().get_mask_sizes(*args, **kwargs)
 
+    def check_used(self) -> None:
+        """After a forward pass: raise UnsupportedModelError where the model used the cache in part or not at all."""
+        self.check_observed()
+        if not self._settled:
+            raise UnsupportedModelError("the model did not put keys and values of every attention layer into its cache")
+
     def check_observed(self) -> None:
         """Raise UnsupportedModelError where the last layer's attention did not come through our function."""
         if self._awaiting is not None:
-            raise UnsupportedModelError(
-                f"layer {self._awaiting}: its attention did not go through transformers' AttentionInterface, "
-                f"so its cache cannot be observed; this model's code needs the functional attention interface"
-            )
+            raise UnsupportedModelError(f"layer {self._awaiting}: {BYPASSED}")
 
     def validity(self, layer_idx: int, padding: Tensor | None, added: int) -> Tensor | None:
         """Which entries of a layer count, ``[B, length]``, None where all do. Called before attention."""

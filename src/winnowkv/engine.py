@@ -85,15 +85,15 @@ def compress(
         run.reports.append(cache.report)
         return args, {**kwargs, "past_key_values": cache}
 
-    def check(module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+    def check(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
         if isinstance(cache, CompactCache):
-            cache.check_observed()
+            cache.check_used()
 
     # The inner of two nested blocks registers later and must be asked first.
     hooks = [
         model.register_forward_pre_hook(give_cache, with_kwargs=True, prepend=True),
-        model.register_forward_hook(check),
+        model.register_forward_hook(check, with_kwargs=True),
     ]
     routing.runs.append(run)
     try:
@@ -131,7 +131,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: CompactCache, atte
     if input_ids.shape[1] == 0:
         raise InputError("the prompt is empty: give at least one token")
     output = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.check_observed()
+    cache.check_used()
     return output.logits[:, -1]
 
 
