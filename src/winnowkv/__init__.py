@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from winnowkv.models import load
     from winnowkv.policies import Policy, Prompt, policy
     from winnowkv.report import Report
+    from winnowkv.snapshot import load_cache, save_cache
     from winnowkv.task import TaskProfile
 
 __version__ = "0.1.0"
@@ -40,13 +41,15 @@ _HOMES = {
     "winnowkv.models": ("load",),
     "winnowkv.policies": ("Policy", "Prompt", "policy"),
     "winnowkv.report": ("Report",),
+    "winnowkv.snapshot": ("load_cache", "save_cache"),
     "winnowkv.task": ("TaskProfile",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, public in _HOMES.items() for name in public}
 
 __all__ = [
     "Budget", "BudgetError", "CacheError", "CompactCache", "InputError", "ModelNotFoundError", "Policy", "PolicyError",
-    "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError", "compress", "load", "policy",
+    "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError", "compress", "load",
+    "load_cache", "policy", "save_cache",
 ]  # fmt: skip
 
 

@@ -37,12 +37,15 @@ class CompactLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self._clear()
+        self.reset()
 
-    def _clear(self) -> None:
+    def reset(self) -> None:
+        """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
         self.length = self.seen = self.prompt = 0
@@ -125,10 +128,10 @@ class CompactLayer(CacheLayerMixin):
 
     def own(self) -> None:
         """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
-        if self.keys.untyped_storage().nbytes() > self.keys.nbytes:
-            self.keys = self.keys.clone()
-        if self.values.untyped_storage().nbytes() > self.values.nbytes:
-            self.values = self.values.clone()
+        self.keys, self.values = (
+            states.clone() if states.untyped_storage().nbytes() > states.nbytes else states
+            for states in (self.keys, self.values)
+        )
 
     def entries(self, row: int) -> int:
         """Entries that a row holds of the prompt, per KV head."""
@@ -138,8 +141,7 @@ class CompactLayer(CacheLayerMixin):
     @property
     def entry_bytes(self) -> int:
         """Bytes of one entry: key and value, all KV heads."""
-        heads = self.keys.shape[1]
-        return heads * (self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size())
+        return self.keys[0, :, 0].nbytes + self.values[0, :, 0].nbytes
 
     @property
     def held_bytes(self) -> int:
@@ -164,10 +166,6 @@ class CompactLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.10
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over the rows that beam search goes on with."""
@@ -237,7 +235,8 @@ class CompactCache(Cache):
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.
         super().__init__(layers=[CompactLayer() if type(layer) is DynamicLayer else layer for layer in layers])
-        self._slots = {index: slot for slot, index in enumerate(self._compact_indices())}
+        compact = [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
+        self._slots = {index: slot for slot, index in enumerate(compact)}
         if not self._slots:
             raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer: nothing can be compressed")
         self._record = record
@@ -260,8 +259,9 @@ class CompactCache(Cache):
         super().reset()
         self._forget()
 
-    def _compact_indices(self) -> list[int]:
-        return [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
+    def resume(self, report: Report) -> None:
+        """Take this cache for one whose prompt is read already, as :mod:`winnowkv.snapshot` does; layers are filled after."""
+        self.report, self._settled = report, True
 
     @property
     def compact_layers(self) -> list[CompactLayer]:
@@ -281,17 +281,13 @@ class CompactCache(Cache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self.check_observed()
         if self._slots[layer_idx] == 0:
-            self._start_clock()
+            self._started = self._started or time.perf_counter()
+            if self._settled:
+                self._resumed = self._resumed or time.perf_counter()
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         self._awaiting = layer_idx
         setattr(keys, TAG, (self, layer_idx))
         return keys, values
-
-    def _start_clock(self) -> None:
-        if not self._started:
-            self._started = time.perf_counter()
-        elif not self._resumed:
-            self._resumed = time.perf_counter()
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Physical length and our mark. Raises CacheError where the compress block of this cache has ended."""
