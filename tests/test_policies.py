@@ -12,7 +12,7 @@ import torch
 import winnowkv as wk
 from winnowkv.budget import Budget
 from winnowkv.errors import BudgetError, PolicyError
-from winnowkv.policies import Policy, Prompt, names, policies, policy, policy_class, split_policies
+from winnowkv.policies import Policy, Prompt, names, policy, policy_class, split_policies
 from winnowkv.prefill import PrefillPlan
 from winnowkv.task import TaskProfile
 
@@ -149,10 +149,9 @@ def test_a_broken_spec_says_how_to_write_it(spec: str) -> None:
 
 def test_lists_of_specs_are_split_at_commas() -> None:
     assert split_policies(" full, windowkv:group=6:top=4 ,,snapkv,") == ["full", "windowkv:group=6:top=4", "snapkv"]
-    assert policies("full,windowkv:group=6") == [policy("full"), policy("windowkv", group=6)]
     for empty in ("", " ", ",,"):
         with pytest.raises(PolicyError, match="no policy was named"):
-            policies(empty)
+            split_policies(empty)
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from winnowkv.errors import InputError, UnsupportedModelError
+from winnowkv.types import Valid
 
 NAME = "winnow"  # our key in transformers' two registries
 TAG = "_winnow"  # attribute of a compact cache's keys: (cache, layer index)
@@ -81,9 +82,7 @@ def winnow_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Tensor | None = None, dropout: float = 0.0
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid | None = None, dropout: float = 0.0) -> Tensor:
     """Causal attention of the newest ``q`` tokens over all ``K`` entries, ``[B, Hq, q, D]``.
 
     The last ``q`` entries are the queries' own; ``valid`` ``[B, K]`` says which entries count.

@@ -24,6 +24,7 @@ from winnowkv.prefill import PrefillPlan
 from winnowkv.report import Report
 from winnowkv.select import gather_entries
 from winnowkv.task import TaskProfile
+from winnowkv.types import Valid
 
 GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
 
@@ -90,7 +91,7 @@ class CompactLayer(CacheLayerMixin):
         self.keys, self.values = larger(self.keys, 2), larger(self.values, 2)
         self.valid = None if self.valid is None else larger(self.valid, 1)
 
-    def mark(self, padding: Tensor, added: int) -> None:
+    def mark(self, padding: Valid, added: int) -> None:
         """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
         newest = padding[:, -added:].to(self.keys.device, torch.bool)
         if self.valid is None:
@@ -165,7 +166,7 @@ class CompactLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.10
+    get_max_cache_shape = get_max_length  # its name in older releases
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over the rows that beam search goes on with."""
@@ -309,7 +310,7 @@ class CompactCache(Cache):
         if self._awaiting is not None:
             raise UnsupportedModelError(f"layer {self._awaiting}: {BYPASSED}")
 
-    def validity(self, layer_idx: int, padding: Tensor | None, added: int) -> Tensor | None:
+    def validity(self, layer_idx: int, padding: Valid | None, added: int) -> Valid | None:
         """Which entries of a layer count, ``[B, length]``, None where all do. Called before attention."""
         layer = self.layers[layer_idx]
         self._awaiting = None
@@ -336,8 +337,7 @@ class CompactCache(Cache):
             self._settle(time.perf_counter())
 
     def _evict(self, slot: int, queries: Tensor, scale: float) -> None:
-        layers = self.compact_layers
-        layer = layers[slot]
+        layer = (layers := self.compact_layers)[slot]
         if self._plans is None:
             lengths = [layer.prompt - pad for pad in layer.pads]
             prompts = [Prompt(n, len(layers), self.budget.entries(n)) for n in lengths]

@@ -72,11 +72,6 @@ def policy(name: str | Policy, **options: Any) -> Policy:
     return kind(**{key: convert(head, key, value, hints[key]) for key, value in given.items()})
 
 
-def policies(text: str) -> list[Policy]:
-    """Read a comma-separated list of specs: ``"full,windowkv:group=6:window=8"``."""
-    return [policy(spec) for spec in split_policies(text)]
-
-
 def split_policies(text: str) -> list[str]:
     """The specs of a comma-separated list, as they were written. Raises PolicyError for an empty list."""
     specs = [spec.strip() for spec in text.split(",") if spec.strip()]
