@@ -4,7 +4,7 @@ One process, runs interleaved, medians and ratios of pairs. Plain prefill is the
 is loaded (SDPA, dynamic cache). Native decode is plain transformers on a context as long as
 what the policies keep; every decode step of ours stands next to one of theirs.
 
-    python benchmarks/spine.py [--length 3000] [--budget 0.12] [--rounds 7] [--steps 40]
+    python benchmarks/spine.py [--length 3000] [--budget 0.12] [--rounds 7] [--steps 60]
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=3000)
     parser.add_argument("--budget", default="0.12")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("winnow-out/spine.json"))
     args = parser.parse_args()
 

@@ -91,22 +91,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid
     """
     batch, heads, queries, size = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
-    if queries == entries and valid is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=queries > 1, scale=scale, enable_gqa=heads != kv_heads
-        )
+    prompt, group = queries == entries, heads // kv_heads
     mask = None if valid is None else valid[:, None, None, :]
-    if queries > 1:
+    if queries > 1 and not (prompt and valid is None):  # a prompt without padding needs no mask, only is_causal
         seen = torch.ones(queries, entries, dtype=torch.bool, device=key.device).tril(entries - queries)
         mask = seen[None, None] if mask is None else mask & seen
         if valid is not None:
             # A padded query sees no entry at all; let it see itself, or its output is not a number.
             mask = mask | torch.ones_like(seen).triu(entries - queries) & seen
-    if queries == entries:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=heads != kv_heads
-        )
-    group = heads // kv_heads
+    if prompt:
+        causal = queries > 1 and mask is None
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=group > 1)
     packed = query.reshape(batch, kv_heads, group * queries, size)
     if mask is not None and queries > 1:
         mask = mask.repeat(1, 1, group, 1)

