@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import os
+import random
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +17,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+import winnowkv as wk
+from winnowkv.fingerprint import Fingerprint
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 128
 PROMPT = 72  # tokens of a usual test prompt
 
 torch.set_num_threads(1)  # the models are so small that handing work to threads costs more than the work
+
+
+# Where _write_profiles() below puts a calibration profile for each tiny model: a spec names the folder.
+PROFILES = tempfile.mkdtemp(prefix="winnowkv-profiles-")
+atexit.register(shutil.rmtree, PROFILES, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -33,12 +45,18 @@ class Case:
         return self.spec.split(":")[0]
 
     @property
+    def ragged(self) -> bool:
+        """Whether heads of a layer may keep different numbers of entries."""
+        return self.name in ("adakv", "headkv")
+
+    @property
     def settings(self) -> dict[str, object]:
         """Keyword arguments of compress() and CompactCache()."""
         return {"policy": self.spec, "budget": self.budget, "task": self.task}
 
     def __str__(self) -> str:
-        return f"{self.spec}-{self.task}" if self.task else self.spec
+        spec = self.spec.removesuffix(f":profile={PROFILES}")
+        return f"{spec}-{self.task}" if self.task else spec
 
 
 # Windows and kernels are small because the prompts are. The layer counts below (5 and 7) are multiples of no
@@ -53,6 +71,20 @@ CASES = [
     Case("pyramidkv:observe=4:sinks=2"),
     Case("dynamickv:observe=4:kernel=3:every=2:ceiling=2"),
     Case("dynamickv:observe=8:sinks=2"),
+    Case("h2o"),
+    Case("h2o:recent=0.3:sinks=2:observe=3:group_by=max"),
+    Case("tova"),
+    Case("tova:sinks=2:observe=3"),
+    Case("cake:observe=4:kernel=3"),
+    Case("cake:observe=8:sinks=2:tau1=0.5:tau2=2"),
+    Case("adakv:observe=4:kernel=3"),
+    Case("adakv:observe=4:floor=0:sinks=2"),
+    Case(f"headkv:observe=4:kernel=3:profile={PROFILES}"),
+    Case(f"headkv:observe=4:sinks=2:heads=traditional:beta=4:profile={PROFILES}"),
+    Case(f"compresskv:observe=4:least=8:profile={PROFILES}"),
+    Case(f"compresskv:observe=4:heads=traditional:heads_per_layer=2:indices=per-kv-head:sinks=2:least=8:profile={PROFILES}"),
+    Case(f"compresskv:heads=all:kernel=3:profile={PROFILES}", budget=40),
+    Case("compresskv:observe=4:heads=random:3:budgets=uniform"),
     Case("windowkv:observe=4:window=4:top=2:group=2:sinks=2", "localization"),
     Case("windowkv:observe=4:window=5:top=9:group=3", "aggregation"),
     Case("windowkv:preset=paper:group=2", "localization", 40),
@@ -101,9 +133,27 @@ def prompt(tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1000 + seed))
 
 
+def random_profile(fingerprint: Fingerprint, layers: int, seed: int = 0) -> wk.Profile:
+    """A profile with scores that nobody measured; the laws must hold for any."""
+    draw = random.Random(seed)
+    heads = range(fingerprint.heads)
+    semantic, traditional = (tuple(tuple(draw.random() for _ in heads) for _ in range(layers)) for _ in range(2))
+    errors = [draw.random() for _ in range(layers)]
+    return wk.Profile("tiny", fingerprint, semantic, traditional, tuple(error / sum(errors) for error in errors))
+
+
 @functools.cache
 def _built(family: str) -> PreTrainedModel:
     return tiny_model(family)
+
+
+def _write_profiles() -> None:
+    for family in ("llama", "qwen2"):
+        model = _built(family)
+        random_profile(Fingerprint.of(model), model.config.num_hidden_layers).write(Path(PROFILES) / f"{family}.json")
+
+
+_write_profiles()
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def visible(kept: Tensor | None, prompt: int, tokens: int, heads: int, kv_heads:
         mask[:, prompt:, :prompt] = False
         for head in range(heads):
             row = kept[0] if len(kept) == 1 else kept[head // (heads // kv_heads)]
-            mask[head, prompt:, row.long()] = True
+            mask[head, prompt:, row[row >= 0].long()] = True
     return mask
 
 

@@ -85,7 +85,7 @@ def test_pyramidkv_parity_with_the_published_selection(case: Case) -> None:
             kept = case.run(ours, case["capacity"]).kept[layer]
             assert kept is None
         else:
-            kept = ours.select(case.scores(ours, layer), budget + ours.observe, case.prompt(case["capacity"]))
+            kept = ours.select(0, case.scores(ours, layer), budget + ours.observe, case.prompt(case["capacity"]))
         compare(case, layer, kept)
 
 

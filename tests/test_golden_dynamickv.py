@@ -70,7 +70,7 @@ def test_parity_with_the_published_selection(case: Case) -> None:
     ours, may = dynamickv(case), case.get("may")
     for layer, budget in enumerate(case.numbers("budgets_final")):
         entries = min(budget, case.context) + ours.observe  # D4: the excess is lost
-        kept = ours.select(case.scores(ours, layer), entries, case.prompt(case["max_capacity"]))
+        kept = ours.select(0, case.scores(ours, layer), entries, case.prompt(case["max_capacity"]))
         assert kept.shape[1] == case["num_heads"]
         for head, row in enumerate(kept[0].tolist()):
             tied = positions(case.tensor("may")[layer, head]) if may else None

@@ -40,7 +40,7 @@ def published_kept(case: Case, layer: int) -> list[int]:
     ours = repo_policy(case)
     scores = case.scores(ours, ours.leader(layer))
     context = published_windowkv_entries(scores, published_budgets(case)[layer], ours.window, ours.top)
-    return ours.select(scores, context + ours.observe, case.prompt(case["capacity"]))[0, 0].tolist()
+    return ours.select(0, scores, context + ours.observe, case.prompt(case["capacity"]))[0, 0].tolist()
 
 
 def test_every_fault_of_the_vectors_is_treated_here() -> None:
@@ -115,7 +115,7 @@ def test_w1_followers_never_reuse_the_windows_of_another_group(case: Case) -> No
     for layer in range(case["num_layers"]):
         leader = ours.leader(layer)
         (kept,) = golden.heads(plan.kept[layer], case["n"], 1)
-        own = ours.select(case.scores(ours, leader), len(kept), plan.prompt)
+        own = ours.select(0, case.scores(ours, leader), len(kept), plan.prompt)
         same(kept, own[0, 0].tolist())
 
 
@@ -139,7 +139,7 @@ def test_w2_our_strict_selection_meets_the_budget_and_differs_by_the_overshoot_o
         target = min(budget, case.context)
         entries = target + ours.observe
         scores = case.scores(ours, ours.leader(layer))
-        strict = ours.select(scores, entries, case.prompt(case["capacity"]))[0, 0].tolist()
+        strict = ours.select(0, scores, entries, case.prompt(case["capacity"]))[0, 0].tolist()
         context = {p for p in strict if p < case.context}
         assert len(context) == target
         assert len(strict) == len(set(strict)) == entries

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,17 +74,21 @@ def test_batch_equals_single_runs(model: PreTrainedModel, case: Case, which: int
 def same_storage(batch: wk.CompactCache, row: int, single: wk.CompactCache, whole: bool) -> None:
     """The valid columns of a row are the single run's columns, so no padding is among them."""
     for layer, alone in zip(batch.compact_layers, single.compact_layers, strict=True):
-        if layer.valid is None:
-            columns = torch.ones(layer.length, dtype=torch.bool)
-        else:
-            columns = layer.valid[row, : layer.length]
-        held = layer.keys[row, :, : layer.length][:, columns]
-        torch.testing.assert_close(held, alone.keys[0, :, : alone.length], **CLOSE)
-        held = layer.values[row, :, : layer.length][:, columns]
-        torch.testing.assert_close(held, alone.values[0, :, : alone.length], **CLOSE)
-        assert alone.length == layer.entries(row) + 3
+        for head in range(layer.keys.shape[1]):
+            columns, theirs = valid_columns(layer, row, head), valid_columns(alone, 0, head)
+            torch.testing.assert_close(layer.keys[row, head, columns], alone.keys[0, head, theirs], **CLOSE)
+            torch.testing.assert_close(layer.values[row, head, columns], alone.values[0, head, theirs], **CLOSE)
+        kept = alone.positions[0]
+        assert alone.length == (LENGTHS[row] if kept is None else kept.shape[-1]) + 3
         if whole:
             assert layer.entries(row) == LENGTHS[row]
+
+
+def valid_columns(layer: Any, row: int, head: int) -> Tensor:
+    """Columns of a layer that a row's KV head really holds."""
+    if layer.valid is None:
+        return torch.arange(layer.length)
+    return layer.valid[row, head % layer.valid.shape[1], : layer.length].nonzero()[:, 0]
 
 
 def test_what_stands_in_the_padding_changes_nothing(model: PreTrainedModel, case: Case) -> None:
@@ -114,7 +120,7 @@ def test_generate_on_a_batch_equals_single_runs(model: PreTrainedModel, case: Ca
 def test_replay_of_a_batch_equals_the_live_batch(llama: PreTrainedModel, case: Case) -> None:
     ids, mask = padded([prompt(n, seed=i) for i, n in enumerate(LENGTHS)])
     more = torch.cat([prompt(3, seed=9)] * 3)
-    live, recorded = wk.CompactCache(llama, **case.settings), wk.CompactCache(llama, "full", record=32)
+    live, recorded = wk.CompactCache(llama, **case.settings), wk.CompactCache(llama, "full", record=120)
     expected = batch_logits(llama, live, ids, mask, more)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():

@@ -130,7 +130,8 @@ def grown_equals_reference(model: PreTrainedModel, case: Case, sizes: list[int])
     logits = compact_logits(model, cache, ids, chunked(more, sizes))
     expected = reference_logits(model, ids, more, positions(cache))
     torch.testing.assert_close(logits, expected, **CLOSE)
-    assert all(layer.length == layer.entries(0) + 80 for layer in cache.compact_layers)
+    kept = [PROMPT if p is None else p.shape[-1] for p in positions(cache)]
+    assert [layer.length for layer in cache.compact_layers] == [n + 80 for n in kept]
 
 
 def test_a_prompt_of_one_token(model: PreTrainedModel, case: Case) -> None:
@@ -172,7 +173,7 @@ def test_replay_equals_a_live_prefill(model: PreTrainedModel, case: Case) -> Non
     ids, more = prompt(PROMPT), prompt(4, seed=7)
     live = wk.CompactCache(model, **case.settings)
     expected = compact_logits(model, live, ids, [more])
-    recorded = wk.CompactCache(model, "full", record=32)
+    recorded = wk.CompactCache(model, "full", record=PROMPT)
     compact_logits(model, recorded, ids, [])
     for _ in range(2):  # a replay leaves the record as it was
         replayed = recorded.replay(case.spec, case.budget, task=case.task)

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         InputError,
         ModelNotFoundError,
         PolicyError,
+        ProfileError,
         UnsupportedModelError,
         WinnowError,
     )
     from winnowkv.models import load
     from winnowkv.policies import Policy, Prompt, policy
+    from winnowkv.profile import Profile, read_profile
     from winnowkv.report import Report
     from winnowkv.snapshot import load_cache, save_cache
     from winnowkv.task import TaskProfile
@@ -35,11 +37,12 @@ _HOMES = {
     "winnowkv.cache": ("CompactCache",),
     "winnowkv.engine": ("Run", "compress"),
     "winnowkv.errors": (
-        "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "UnsupportedModelError",
-        "WinnowError",
+        "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "ProfileError",
+        "UnsupportedModelError", "WinnowError",
     ),
     "winnowkv.models": ("load",),
     "winnowkv.policies": ("Policy", "Prompt", "policy"),
+    "winnowkv.profile": ("Profile", "read_profile"),
     "winnowkv.report": ("Report",),
     "winnowkv.snapshot": ("load_cache", "save_cache"),
     "winnowkv.task": ("TaskProfile",),
@@ -48,8 +51,8 @@ _HOME_OF = {name: module for module, public in _HOMES.items() for name in public
 
 __all__ = [
     "Budget", "BudgetError", "CacheError", "CompactCache", "InputError", "ModelNotFoundError", "Policy", "PolicyError",
-    "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError", "compress", "load",
-    "load_cache", "policy", "save_cache",
+    "Profile", "ProfileError", "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError",
+    "compress", "load", "load_cache", "policy", "read_profile", "save_cache",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ TAG = "_winnow"  # attribute of a compact cache's keys: (cache, layer index)
 COMPACT_OFFSET = -(2**40)
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone when nobody needs it any more
 EXTRAS = ("softcap", "s_aux", "sinks", "position_bias")  # terms that plain SDPA does not compute
+PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")  # what models call the projection behind the heads
 BYPASSED = (
     "the keys that the cache returned did not reach our attention function: the model's attention does not go "
     "through transformers' AttentionInterface, or it rebuilds keys behind the cache (latent attention)"
@@ -85,14 +86,14 @@ def winnow_attention(
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid | None = None, dropout: float = 0.0) -> Tensor:
     """Causal attention of the newest ``q`` tokens over all ``K`` entries, ``[B, Hq, q, D]``.
 
-    The last ``q`` entries are the queries' own; ``valid`` ``[B, K]`` says which entries count.
+    The last ``q`` entries are the queries' own; ``valid`` ``[B, 1 or Hkv, K]`` says which entries count.
     Short queries are packed as ``[B, Hkv, G * q, D]``, so that KV heads need not be repeated:
     on the CPU that is six times faster at one query and 3,000 entries.
     """
     batch, heads, queries, size = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
     prompt, group = queries == entries, heads // kv_heads
-    mask = None if valid is None else valid[:, None, None, :]
+    mask = None if valid is None else valid[:, :, None, :]
     if queries > 1 and not (prompt and valid is None):  # a prompt without padding needs no mask, only is_causal
         seen = torch.ones(queries, entries, dtype=torch.bool, device=key.device).tril(entries - queries)
         mask = seen[None, None] if mask is None else mask & seen
@@ -107,6 +108,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid
         mask = mask.repeat(1, 1, group, 1)
     output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return output.reshape(batch, heads, queries, value.shape[-1])
+
+
+def output_projections(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The projection behind the heads of each attention block, by layer index.
+
+    Raises UnsupportedModelError where a model names it in a way that we do not know.
+    """
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    found = {block.layer_idx: getattr(block, name) for block in blocks for name in PROJECTIONS if hasattr(block, name)}
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its attention blocks have no output projection (looked for {', '.join(PROJECTIONS)})"
+        )
+    return found
 
 
 @dataclass

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
@@ -115,6 +116,16 @@ def apportion(
             for i in sorted(free, key=lambda i: (int(quota[i]) - quota[i], i))[:rest]:
                 share[i] = int(quota[i]) + 1
     return [s for s in share if s is not None]
+
+
+@lru_cache(maxsize=64)  # every layer of a prompt may ask for the same split again
+def weighted(weights: tuple[float, ...], mean: int, safe: int, cap: int) -> tuple[int, ...]:
+    """``safe`` entries each, the rest by weight, none above ``cap``; the sum is ``mean`` times their number.
+
+    Ada-KV (arXiv 2407.11550) and HeadKV (arXiv 2410.19258) split so over heads, CompressKV (arXiv 2508.02401) over layers.
+    """
+    more = apportion(weights, len(weights) * (mean - safe), [cap - safe] * len(weights))
+    return tuple(safe + count for count in more)
 
 
 def uniform(layers: int, mean: int) -> list[int]:

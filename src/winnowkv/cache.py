@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from winnowkv.attention import BYPASSED, COMPACT_OFFSET, TAG, acquire, check_model, is_routed, release
 from winnowkv.budget import Budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
-from winnowkv.policies import Policy, Prompt, policy as make_policy
+from winnowkv.fingerprint import Fingerprint
+from winnowkv.policies import Policy, Prompt, Tasks, resolve
 from winnowkv.prefill import PrefillPlan
 from winnowkv.report import Report
-from winnowkv.select import gather_entries
-from winnowkv.task import TaskProfile
-from winnowkv.types import Valid
+from winnowkv.select import columns_of, gather_entries, occupied
+from winnowkv.types import Entries, Padding, Valid
 
 GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
 
@@ -32,9 +33,10 @@ GROWTH = 64  # entries added to a full buffer at once; copying a small cache eve
 class CompactLayer(CacheLayerMixin):
     """Keys and values of one layer: ``[B, Hkv, capacity, D]`` buffers of which ``length`` columns are in use.
 
-    Rows of a batch that keep fewer entries than the longest are right-aligned; ``valid``
-    (``[B, capacity]``, None where all are) marks what they really hold. ``positions`` are
-    the prompt positions kept, per row ``[H, n]``, None where a row keeps all.
+    Rows of a batch, and heads of a layer, that keep fewer entries than the longest are
+    right-aligned; ``valid`` (``[B, 1 or Hkv, capacity]``, None where all are) marks what they
+    really hold. ``positions`` are the prompt positions kept, per row ``[H, n]`` with -1 in
+    front of a shorter head's, None where a row keeps all.
     """
 
     is_sliding = False
@@ -76,7 +78,7 @@ class CompactLayer(CacheLayerMixin):
         self.keys[:, :, self.length : end] = key_states.detach()
         self.values[:, :, self.length : end] = value_states.detach()
         if self.valid is not None:
-            self.valid[:, self.length : end] = True
+            self.valid[..., self.length : end] = True
         self.length, self.seen = end, self.seen + added
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -89,14 +91,14 @@ class CompactLayer(CacheLayerMixin):
             return grown
 
         self.keys, self.values = larger(self.keys, 2), larger(self.values, 2)
-        self.valid = None if self.valid is None else larger(self.valid, 1)
+        self.valid = None if self.valid is None else larger(self.valid, 2)
 
-    def mark(self, padding: Valid, added: int) -> None:
+    def mark(self, padding: Padding, added: int) -> None:
         """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
         newest = padding[:, -added:].to(self.keys.device, torch.bool)
         if self.valid is None:
-            self.valid = torch.ones(newest.shape[0], self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
-        self.valid[:, self.length - added : self.length] = newest
+            self.valid = torch.ones(newest.shape[0], 1, self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+        self.valid[:, :, self.length - added : self.length] = newest[:, None]
         if self.seen == added:
             lengths = newest.sum(-1)
             if not torch.equal(newest, newest.sort(dim=-1).values):
@@ -107,25 +109,14 @@ class CompactLayer(CacheLayerMixin):
 
     def keep(self, positions: list[Tensor | None]) -> None:
         """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole."""
-        columns = []
-        for row, wanted in enumerate(positions):
-            held, pad = self.positions[row], self.pads[row]
-            if wanted is None:
-                wanted = torch.arange(self.prompt - pad, device=self.keys.device)[None]
-            if held is None:
-                columns.append(wanted + self.length - (self.prompt - pad))
-            else:
-                place = torch.searchsorted(held.contiguous(), wanted.to(held.dtype).contiguous())
-                columns.append(place + self.length - held.shape[1])
-        lengths = [index.shape[1] for index in columns]
-        width = max(lengths)
+        columns = [
+            columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device)
+            for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
+        ]
         self.keys, self.values = gather_entries(self.keys, columns), gather_entries(self.values, columns)
-        self.length = width
+        self.length = self.keys.shape[2]
         self.positions = [None if p is None else p.to(torch.int32) for p in positions]
-        self.valid = None
-        if min(lengths) < width:
-            first = width - torch.tensor(lengths, device=self.keys.device)
-            self.valid = torch.arange(width, device=self.keys.device) >= first[:, None]
+        self.valid = occupied(columns, self.keys.shape[1])
 
     def own(self) -> None:
         """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
@@ -134,10 +125,13 @@ class CompactLayer(CacheLayerMixin):
             for states in (self.keys, self.values)
         )
 
-    def entries(self, row: int) -> int:
-        """Entries that a row holds of the prompt, per KV head."""
+    def entries(self, row: int) -> Entries:
+        """Entries that a row holds of the prompt per KV head, mean over heads."""
         kept = self.positions[row]
-        return self.prompt - self.pads[row] if kept is None else kept.shape[-1]
+        if kept is None:
+            return self.prompt - self.pads[row]
+        mean = Fraction(int((kept >= 0).sum()), len(kept))
+        return int(mean) if mean.denominator == 1 else mean
 
     @property
     def entry_bytes(self) -> int:
@@ -207,7 +201,8 @@ class CompactCache(Cache):
         cache on to the framework's own function; the model is put back when the cache dies.
     policy: a name, a spec (``"windowkv:group=6"``) or a :class:`Policy`.
     budget: kept entries (int) or the kept fraction of the prompt (float).
-    task: ``"localization"`` or ``"aggregation"``, for policies that score by task.
+    task: ``"localization"``, ``"aggregation"`` or a :class:`TaskProfile`, for policies that score
+        by task; a sequence gives each row of a batch its own.
     record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
         other policies over this prefill; for evaluation.
     hold: keep the model's attention routed while the cache lives. A compress block, which
@@ -225,14 +220,14 @@ class CompactCache(Cache):
         policy: str | Policy = "snapkv",
         budget: Budget | int | float | str = 512,
         *,
-        task: TaskProfile | str | None = None,
+        task: Tasks = None,
         record: int = 0,
         hold: bool = True,
     ) -> None:
-        self.policy = make_policy(policy).for_task(TaskProfile.of(task))
+        check_model(model)
+        self.policies = resolve(policy, Fingerprint.of(model), task)
         self.budget = Budget.of(budget)
         self._asked = policy if isinstance(policy, str) else policy.name
-        check_model(model)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.
         super().__init__(layers=[CompactLayer() if type(layer) is DynamicLayer else layer for layer in layers])
@@ -268,6 +263,10 @@ class CompactCache(Cache):
     def compact_layers(self) -> list[CompactLayer]:
         """The layers whose cache is compressed, first to last."""
         return [layer for layer in self.layers if isinstance(layer, CompactLayer)]
+
+    def slot(self, layer_idx: int) -> int:
+        """A layer's place among the compressed layers."""
+        return self._slots[layer_idx]
 
     @property
     def held_bytes(self) -> int:
@@ -310,13 +309,13 @@ class CompactCache(Cache):
         if self._awaiting is not None:
             raise UnsupportedModelError(f"layer {self._awaiting}: {BYPASSED}")
 
-    def validity(self, layer_idx: int, padding: Valid | None, added: int) -> Valid | None:
-        """Which entries of a layer count, ``[B, length]``, None where all do. Called before attention."""
+    def validity(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
+        """Which entries of a layer count, ``[B, 1 or Hkv, length]``, None where all do. Called before attention."""
         layer = self.layers[layer_idx]
         self._awaiting = None
         if padding is not None:
             layer.mark(padding, added)
-        return None if layer.valid is None else layer.valid[:, : layer.length]
+        return None if layer.valid is None else layer.valid[..., : layer.length]
 
     def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
         """After a layer's attention: at prefill score and evict, later only count."""
@@ -341,13 +340,16 @@ class CompactCache(Cache):
         if self._plans is None:
             lengths = [layer.prompt - pad for pad in layer.pads]
             prompts = [Prompt(n, len(layers), self.budget.entries(n)) for n in lengths]
-            self._plans = [PrefillPlan(self.policy, prompt) for prompt in prompts]
+            if len(self.policies) not in (1, len(prompts)):
+                raise InputError(f"{len(self.policies)} tasks for a batch of {len(prompts)} prompts: give one for each, or one")
+            policies = self.policies if len(self.policies) > 1 else self.policies * len(prompts)
+            self._plans = [PrefillPlan(policy, prompt) for policy, prompt in zip(policies, prompts, strict=True)]
         self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
-        window = queries[:, :, max(queries.shape[2] - self.policy.observe, 0) :]
         changed: set[int] = set()
         for row, plan in enumerate(self._plans):
             keys = layer.keys[row : row + 1, :, layer.pads[row] :]
-            changed.update(plan.observe(window[row : row + 1], keys, scale))
+            read = min(plan.policy.reads(keys.shape[2]), queries.shape[2])
+            changed.update(plan.observe(queries[row : row + 1, :, queries.shape[2] - read :], keys, scale))
         for index in changed:
             kept = [plan.kept[index] for plan in self._plans]
             layers[index].keep([None if positions is None else positions[0] for positions in kept])
@@ -356,10 +358,10 @@ class CompactCache(Cache):
 
     def _settle(self, now: float) -> None:
         layers, report = self.compact_layers, self.report
-        rows = range(len(layers[0].pads))
-        report.prompt_tokens = [layers[0].prompt - layers[0].pads[row] for row in rows]
-        report.kept_entries = [[layer.entries(row) for layer in layers] for row in rows]
-        report.kept_bytes = sum(layer.entries(row) * layer.entry_bytes for row in rows for layer in layers)
+        report.prompt_tokens = [layers[0].prompt - pad for pad in layers[0].pads]
+        kept = [[layer.entries(row) for layer in layers] for row in range(len(layers[0].pads))]
+        report.kept_entries = [[n if isinstance(n, int) else float(n) for n in row] for row in kept]
+        report.kept_bytes = int(sum(n * layer.entry_bytes for row in kept for n, layer in zip(row, layers, strict=True)))
         report.full_bytes = sum(tokens * layer.entry_bytes for tokens in report.prompt_tokens for layer in layers)
         report.held_bytes = self.held_bytes
         report.prefill_seconds = now - self._started
@@ -367,9 +369,7 @@ class CompactCache(Cache):
         self._plans = None
         self._settled = True
 
-    def replay(
-        self, policy: str | Policy, budget: Budget | int | float | str, *, task: TaskProfile | str | None = None
-    ) -> CompactCache:
+    def replay(self, policy: str | Policy, budget: Budget | int | float | str, *, task: Tasks = None) -> CompactCache:
         """A new cache that keeps what another policy selects from this recorded prefill.
 
         Equal to a prefill with that policy, because eviction changes nothing that prefill
@@ -384,9 +384,9 @@ class CompactCache(Cache):
         if not (self._record and self._settled and whole):
             raise CacheError("replay needs CompactCache(model, 'full', record=...) fresh from prefill")
         other = CompactCache(model, policy, budget, task=task)
-        observed = min(other.policy.observe, layers[0].prompt)
-        if observed > self._record:
-            raise CacheError(f"{other.policy.name} observes {observed} queries, only {self._record} were recorded")
+        read = min(max(policy.reads(layers[0].prompt) for policy in other.policies), layers[0].prompt)
+        if read > self._record:
+            raise CacheError(f"{other.policies[0].name} reads {read} queries, only {self._record} were recorded")
         if len(layers) != len(other.layers):
             raise CacheError("replay works on models whose layers are all full attention")
         begin = other._started = time.perf_counter()

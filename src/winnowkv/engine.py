@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from winnowkv.attention import Routing, acquire, release
+from winnowkv.attention import Routing, acquire, check_model, release
 from winnowkv.budget import Budget
 from winnowkv.cache import CompactCache
 from winnowkv.errors import CacheError, InputError
-from winnowkv.policies import Policy, policy as make_policy
+from winnowkv.fingerprint import Fingerprint
+from winnowkv.policies import Policy, Tasks, resolve
 from winnowkv.report import Report
-from winnowkv.task import TaskProfile
 
 
 class Run:
     """One ``compress`` block: its settings and the reports of the prompts that went through it."""
 
-    def __init__(self, policy: str | Policy, budget: Budget, task: TaskProfile) -> None:
+    def __init__(self, policy: str | Policy, budget: Budget, task: Tasks) -> None:
         self.policy = policy
         self.budget = budget
         self.task = task
@@ -44,7 +44,7 @@ def compress(
     policy: str | Policy = "snapkv",
     budget: Budget | int | float | str = 512,
     *,
-    task: TaskProfile | str | None = None,
+    task: Tasks = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything the model reads inside the block.
 
@@ -73,8 +73,9 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> print(run.report)                                            # doctest: +SKIP
     """
-    run = Run(policy, Budget.of(budget), TaskProfile.of(task))
-    make_policy(policy).for_task(run.task)  # complain now, not in the middle of a forward pass
+    run = Run(policy, Budget.of(budget), task)
+    check_model(model)
+    resolve(policy, Fingerprint.of(model), run.task)  # complain now, not in the middle of a forward pass
     routing = acquire(model)
 
     def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

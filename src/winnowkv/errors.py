@@ -25,5 +25,9 @@ class ModelNotFoundError(WinnowError):
     """A model that is neither embedded, nor a folder, nor reachable on the hub."""
 
 
+class ProfileError(WinnowError, ValueError):
+    """A calibration profile that is missing, broken, too new, or of another model."""
+
+
 class CacheError(WinnowError):
     """A compact cache used after its end, or asked for what eviction made impossible."""

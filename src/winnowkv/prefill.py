@@ -7,9 +7,11 @@ prefill computes, since a layer's attention is done before its entries go.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from winnowkv.errors import PolicyError
 from winnowkv.policies import Policy, Prompt
-from winnowkv.types import Indices, Keys, Queries, Scores
+from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 
 class PrefillPlan:
@@ -37,7 +39,7 @@ class PrefillPlan:
         self.kept: list[Indices | None] = []
         self.note: str | None = None
         self._scores: list[Scores] = []
-        self._limits: list[int] = []
+        self._limits: list[Entries] = []
         if not policy.evicts or prompt.budget >= prompt.tokens:
             self._ceilings = None
         elif prompt.tokens <= policy.observe:
@@ -53,7 +55,7 @@ class PrefillPlan:
     def observe(self, queries: Queries, keys: Keys, scale: float) -> dict[int, Indices]:
         """Take in the next layer and return ``{layer: positions that stay}`` for every layer that shrinks now.
 
-        ``queries`` are the last ``policy.observe`` of the prompt, ``keys`` all of it.
+        ``queries`` are the last ``policy.reads(tokens)`` of the prompt, ``keys`` all of it.
         """
         layer, tokens = len(self.kept), self.prompt.tokens
         self.kept.append(None)
@@ -62,7 +64,7 @@ class PrefillPlan:
         leader = self.policy.leader(layer)
         own = leader >= layer
         self._scores.append(self.policy.score(layer, queries, keys, scale) if own else self._scores[leader])
-        limits = [*self._limits, self._ceilings[layer]]
+        limits: Sequence[Entries] = [*self._limits, self._ceilings[layer]]
         last = layer == self.prompt.layers - 1
         limits = (self.policy.allocate if last else self.policy.revise)(self._scores, limits, self.prompt)
         if last and sum(limits) != self.prompt.total:
@@ -73,14 +75,14 @@ class PrefillPlan:
         for i, (limit, held) in enumerate(zip(limits, [*self._limits, tokens], strict=True)):
             if limit < held:
                 changed[i] = self.kept[i] = self._select(i, limit)
-        self._limits = limits
+        self._limits = list(limits)
         if last:
             self._scores.clear()
         return changed
 
-    def _select(self, layer: int, limit: int) -> Indices:
+    def _select(self, layer: int, limit: Entries) -> Indices:
         leader = self.policy.leader(layer)
         shared = self.kept[leader] if leader < layer else None
         if shared is not None and shared.shape[-1] == limit:
             return shared
-        return self.policy.select(self._scores[layer], limit, self.prompt)
+        return self.policy.select(layer, self._scores[layer], limit, self.prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,11 +17,12 @@ class Report:
     ----------
     policy, budget: as they were asked.
     prompt_tokens: per row, padding not counted.
-    kept_entries: per row, per compressed layer: entries kept of the prompt per KV head.
+    kept_entries: per row, per compressed layer: entries kept of the prompt per KV head, mean over heads
+        (a float only where heads keep different numbers).
     kept_bytes, full_bytes: keys and values of the prompt's entries at the end of prefill,
         after and without eviction; padding is in neither.
-    held_bytes: storage that keys and values really occupied at the end of prefill (rows of
-        a batch are padded to the layer's longest).
+    held_bytes: storage that keys and values really occupied at the end of prefill (rows of a
+        batch, and heads, are padded to the longest of the layer).
     peak_bytes: the most storage that keys and values occupied at any layer of prefill.
     prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
     compress_seconds: the part of it spent on scoring and eviction (on CUDA: launching it).
@@ -32,7 +34,7 @@ class Report:
     policy: str
     budget: int | float
     prompt_tokens: list[int] = field(default_factory=list)
-    kept_entries: list[list[int]] = field(default_factory=list)
+    kept_entries: list[list[int | float]] = field(default_factory=list)
     kept_bytes: int = 0
     full_bytes: int = 0
     held_bytes: int = 0
@@ -70,12 +72,12 @@ class Report:
         return "\n".join(lines)
 
 
-def summary(entries: list[int]) -> str:
+def summary(entries: Sequence[int | float]) -> str:
     """Per-layer lengths, runs of equal ones folded: ``360 x 30``."""
-    runs: list[list[int]] = []
+    runs: list[list[float]] = []
     for count in entries:
         if runs and runs[-1][0] == count:
             runs[-1][1] += 1
         else:
             runs.append([count, 1])
-    return " ".join(f"{count}" if times == 1 else f"{count} x {times}" for count, times in runs)
+    return " ".join(f"{count:g}" if times == 1 else f"{count:g} x {times:g}" for count, times in runs)

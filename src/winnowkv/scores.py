@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from winnowkv.types import HeadScores, Keys, Queries, Scores, WindowScores
+from winnowkv.types import HeadScores, Keys, Probabilities, Queries, Scores, WindowScores
 
 PoolKind = Literal["avg", "max"]
 GroupKind = Literal["mean", "max"]
 
 
-def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
-    """Attention that each context token gets from the last ``W`` queries, summed over them.
+def window_probabilities(queries: Queries, keys: Keys, scale: float) -> Probabilities:
+    """Attention probabilities of the last ``W`` queries on the context, ``[B, Hq, W, C]``.
 
-    Causal softmax in float32 over all ``S`` keys; only the ``C = S - W`` context
-    columns are returned, ``[B, Hq, C]``. No map larger than ``[B, Hq, W, S]`` exists,
-    and KV heads are not expanded. Source: SnapKV (arXiv 2404.14469).
+    Causal softmax in float32 over all ``S`` keys; only the ``C = S - W`` context columns
+    are returned. No map larger than ``[B, Hq, W, S]`` exists, and KV heads are not expanded.
     """
     batch, heads, window, size = queries.shape
     kv_heads, tokens = keys.shape[1], keys.shape[2]
@@ -26,13 +27,67 @@ def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
     logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, window, tokens)
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    return logits.softmax(-1)[..., : tokens - window].sum(-2)
+    return logits.softmax(-1)[..., : tokens - window]
+
+
+def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
+    """Attention that each context token gets from the last ``W`` queries, summed over them, ``[B, Hq, C]``.
+
+    Source: SnapKV (arXiv 2404.14469).
+    """
+    return window_probabilities(queries, keys, scale).sum(-2)
+
+
+def accumulated_attention(queries: Queries, keys: Keys, scale: float, block: int = 256) -> HeadScores:
+    """Attention that each token gets from every query of the prompt (``W = S``), summed, ``[B, Hq, S]``.
+
+    Causal softmax in float32, ``block`` queries at a time over the keys that they can see, so
+    that no map larger than ``[B, Hq, block, S]`` exists. Source: H2O (arXiv 2306.14048).
+    """
+    batch, heads, tokens, size = queries.shape
+    kv_heads = keys.shape[1]
+    total = torch.zeros(batch, heads, tokens, device=keys.device)
+    turned = keys.float().transpose(-1, -2)
+    for begin in range(0, tokens, block):
+        end = min(begin + block, tokens)
+        rows = queries[:, :, begin:end].float().reshape(batch, kv_heads, -1, size) * scale
+        logits = (rows @ turned[..., :end]).view(batch, heads, end - begin, end)
+        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., begin:].masked_fill_(future, float("-inf"))
+        total[..., :end] += logits.softmax(-1).sum(-2)
+    return total
 
 
 def group_reduce(scores: HeadScores, kv_heads: int, how: GroupKind = "mean") -> Scores:
     """Query-head scores to KV-head scores ``[B, Hkv, C]``: mean (or max) over each GQA group."""
     grouped = scores.unflatten(1, (kv_heads, -1))
     return grouped.mean(2) if how == "mean" else grouped.amax(2)
+
+
+def some_heads_attention(queries: Queries, keys: Keys, scale: float, heads: Sequence[int]) -> HeadScores:
+    """:func:`window_attention` of a few query heads only, ``[B, len(heads), C]``."""
+    if len(heads) == queries.shape[1]:
+        return window_attention(queries, keys, scale)
+    group = queries.shape[1] // keys.shape[1]
+    return window_attention(queries[:, list(heads)], keys[:, [head // group for head in heads]], scale)
+
+
+def group_members(scores: HeadScores, heads: Sequence[int], query_heads: int, kv_heads: int) -> Scores:
+    """Scores of some query heads to KV-head scores ``[B, Hkv, C]``: the mean of a group's own, of all if it has none."""
+    owner = torch.tensor(heads, device=scores.device) // (query_heads // kv_heads)
+    rows = [scores[:, owner == kv] if bool((owner == kv).any()) else scores for kv in range(kv_heads)]
+    return torch.stack([row.mean(1) for row in rows], dim=1)
+
+
+def attention_preference(attention: Probabilities, tau1: float, tau2: float) -> Tensor:
+    """How much cache a layer asks for: entropy ``^(1/tau1)`` times variance ``^(1/tau2)``, a scalar.
+
+    The entropy of every query's attention and the variance of every token's over the ``W``
+    queries, each summed over heads and tokens. Source: CAKE (arXiv 2503.12491, section 4).
+    """
+    entropy = -(attention * (attention + 1e-10).log()).sum().clamp(min=0)
+    variance = attention.var(-2).sum()
+    return entropy ** (1 / tau1) * variance ** (1 / tau2)
 
 
 def pool(scores: Scores, kernel: int, kind: PoolKind) -> Scores:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from winnowkv.types import Indices, Scores, WindowScores
+from winnowkv.types import Indices, Scores, Valid, WindowScores
 
 
 def top_tokens(scores: Scores, n: int) -> Indices:
@@ -36,6 +37,15 @@ def top_windows(windows: WindowScores, tokens: Scores, n: int, width: int) -> In
     return by_score.gather(-1, by_window)[..., :n].sort(dim=-1).values
 
 
+def ragged_tokens(scores: Scores, counts: Sequence[int]) -> Indices:
+    """Positions of the ``counts[h]`` best tokens of each head, ascending, ``[B, H, max(counts)]``, -1 in front."""
+    tokens = scores.shape[-1]
+    rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+    place = torch.arange(tokens, device=scores.device)
+    stays = rank < torch.tensor(counts, device=scores.device)[:, None]
+    return torch.where(stays, place, -1).sort(dim=-1).values[..., tokens - max(counts) :]
+
+
 def with_sinks(scores: Scores, sinks: int) -> Scores:
     """Scores in which the first ``sinks`` tokens win against everything."""
     if not sinks:
@@ -50,10 +60,38 @@ def with_recent(context: Indices, prompt_tokens: int, window: int) -> Indices:
     return torch.cat([context, recent.expand(*context.shape[:-1], window)], dim=-1)
 
 
+def columns_of(wanted: Tensor | None, held: Tensor | None, tokens: int, length: int, device: torch.device) -> Tensor:
+    """Columns of a right-aligned row at which wanted prompt positions lie, ``[H, n]``; padding stays -1.
+
+    ``wanted`` and ``held`` are positions ``[H, n]``, None for all ``tokens`` of the row's prompt;
+    what is wanted is a part of what is held. ``length`` counts the row's columns.
+    """
+    if wanted is None:
+        wanted = torch.arange(tokens, device=device)[None] if held is None else held
+    if held is None:
+        columns = wanted + (length - tokens)
+    else:
+        held = held.to(wanted.dtype).expand(max(len(held), len(wanted)), -1).contiguous()
+        wanted = wanted.expand(len(held), -1).contiguous() if len(held) > len(wanted) else wanted.contiguous()
+        columns = torch.searchsorted(held, wanted) + (length - held.shape[1])
+    return columns.masked_fill(wanted < 0, -1)
+
+
+def occupied(columns: Sequence[Tensor], heads: int) -> Valid | None:
+    """Which entries of rows gathered at these columns count, ``[B, H, longest n]``; None where all do."""
+    width = max(index.shape[1] for index in columns)
+    if all(index.shape[1] == width for index in columns) and not any(bool((index < 0).any()) for index in columns):
+        return None
+    rows = [F.pad(index >= 0, (width - index.shape[1], 0)) for index in columns]
+    several = any(len(row) > 1 for row in rows)
+    return torch.stack([row.expand(heads if several else 1, -1) for row in rows])
+
+
 def gather_entries(states: Tensor, columns: Sequence[Tensor]) -> Tensor:
     """Keys or values ``[B, Hkv, K, D]`` at each row's columns ``[H, n]``, as ``[B, Hkv, longest n, D]``.
 
-    Rows with fewer columns are right-aligned and zero in front: not a number there would pass every mask.
+    Rows with fewer columns are right-aligned and zero in front, as is every column -1: not a
+    number there would pass every mask.
     """
     heads, size = states.shape[1], states.shape[3]
     rows = []
@@ -61,7 +99,8 @@ def gather_entries(states: Tensor, columns: Sequence[Tensor]) -> Tensor:
         if index.shape[0] == 1:  # one selection for all heads
             rows.append(states[row].index_select(1, index[0]))
         else:
-            rows.append(states[row].gather(1, index.long()[..., None].expand(heads, -1, size)))
+            picked = states[row].gather(1, index.long().clamp(min=0)[..., None].expand(heads, -1, size))
+            rows.append(picked.masked_fill_((index < 0)[..., None], 0))
     if len(rows) == 1:
         return rows[0][None]
     width = max(picked.shape[1] for picked in rows)

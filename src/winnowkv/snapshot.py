@@ -6,9 +6,8 @@ the lengths, the report and a fingerprint of the model.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,16 @@ from transformers import PreTrainedModel
 
 from winnowkv.cache import CompactCache
 from winnowkv.errors import CacheError
+from winnowkv.fingerprint import Fingerprint
 from winnowkv.report import Report
 
 FORMAT = 1
 LENGTHS = ("length", "seen", "prompt", "pads")
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """What must be equal for a cache to fit a model: architecture, sizes, dtype (weights are not compared)."""
-    config = model.config.get_text_config(decoder=True).to_dict()
-    shape = {key: value for key, value in config.items() if not key.startswith("_") and isinstance(value, int | float | list)}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()
-    return {"architecture": type(model).__name__, "config": digest[:16], "dtype": str(model.dtype)}
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What must be equal for a cache to fit a model: its fingerprint and dtype (weights are not compared)."""
+    return {**asdict(Fingerprint.of(model)), "dtype": str(model.dtype)}
 
 
 def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) -> None:
@@ -52,7 +49,7 @@ def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) ->
         tensors[f"{index}.keys"] = layer.keys[:, :, : layer.length].contiguous()
         tensors[f"{index}.values"] = layer.values[:, :, : layer.length].contiguous()
         if layer.valid is not None:
-            tensors[f"{index}.valid"] = layer.valid[:, : layer.length].contiguous()
+            tensors[f"{index}.valid"] = layer.valid[..., : layer.length].contiguous()
         for row, positions in enumerate(layer.positions):
             if positions is not None:  # groups of layers share one tensor, which safetensors would refuse
                 tensors[f"{index}.positions.{row}"] = positions.clone()

@@ -17,10 +17,13 @@ R    review windows (WindowKV), ``ceil(C / width)``
 ==== =====================================================================
 
 Importance scores are non-negative and higher is kept. Indices are token
-positions of the prompt, unique and ascending along their last axis.
+positions of the prompt, unique and ascending along their last axis; where heads of
+a layer keep different numbers, the shorter ones are padded in front with -1.
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -31,6 +34,12 @@ HeadScores = Float[Tensor, "B Hq C"]
 Scores = Float[Tensor, "B H C"]
 WindowScores = Float[Tensor, "B H R"]
 Indices = Int[Tensor, "B H n"]
-Valid = Bool[Tensor, "B S"]
+Padding = Bool[Tensor, "B S"]
+Valid = Bool[Tensor, "B H S"]
+Probabilities = Float[Tensor, "B Hq W C"]
+# Entries per KV head of a layer, mean over its heads: a fraction where heads keep different numbers.
+Entries = int | Fraction
 
-__all__ = ["HeadScores", "Indices", "Keys", "Queries", "Scores", "Valid", "WindowScores"]
+__all__ = [
+    "Entries", "HeadScores", "Indices", "Keys", "Padding", "Probabilities", "Queries", "Scores", "Valid", "WindowScores",
+]  # fmt: skip

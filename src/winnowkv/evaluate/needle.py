@@ -129,7 +129,7 @@ def run(
             continue
         advance_to = f"{length} tokens, depth {depth}, {needle.answer}"
         ids = torch.tensor([builder.build(needle, length, depth)], device=model.device)
-        record = max(policies[line["policy"]].observe for line in todo)
+        record = max(policies[line["policy"]].reads(ids.shape[1]) for line in todo)
         begin = time.perf_counter()
         recorded = CompactCache(model, "full", 1, record=max(record, 1))
         logits = prefill(model, ids, recorded)

@@ -1,10 +1,34 @@
-"""Pictures of needle results."""
+"""Pictures of needle results and of calibration profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from winnowkv.profile import Profile
+
+
+def head_map(profile: Profile, file: Path) -> None:
+    """Layer x head maps of both retrieval scores, and the layers' shares of the eviction error, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers, heads = len(profile.semantic), len(profile.semantic[0])
+    size = (max(0.3 * heads, 2.5) * 2 + 4, max(0.16 * layers + 1.5, 3))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(1, 1, 0.6))
+    for panel, kind in ((left, "semantic"), (middle, "traditional")):
+        image = panel.imshow(getattr(profile, kind), cmap="viridis", aspect="auto", vmin=0)
+        figure.colorbar(image, ax=panel, shrink=0.7)
+        panel.set_title(f"{kind} retrieval score")
+        panel.set_xlabel("query head")
+    left.set_ylabel("layer")
+    right.barh(range(layers), profile.errors, color="tab:gray")
+    right.set_title("share of eviction error")
+    figure.suptitle(f"{profile.model}: {profile.about.get('answered')} answered prompts")
+    figure.savefig(file, dpi=120)
 
 
 def depth_map(groups: Sequence[dict[str, Any]], file: Path) -> None:

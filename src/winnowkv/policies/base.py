@@ -17,9 +17,10 @@ from typing import ClassVar
 
 from winnowkv.budget import uniform
 from winnowkv.errors import BudgetError, PolicyError
+from winnowkv.fingerprint import Fingerprint
 from winnowkv.select import top_tokens, with_recent, with_sinks
 from winnowkv.task import TaskProfile
-from winnowkv.types import Indices, Keys, Queries, Scores
+from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,19 @@ class Policy:
     ----------
     sinks: first tokens that always stay.
     observe: observation window ``W``, the last prompt tokens; they always stay.
+
+    Class attributes
+    ----------------
+    evicts: False for what keeps everything.
+    by_task, by_profile: whether :meth:`for_task` needs a task, :meth:`for_model` a calibration profile.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     scope: ClassVar[str]
     evicts: ClassVar[bool] = True
+    by_task: ClassVar[bool] = False
+    by_profile: ClassVar[bool] = False
 
     sinks: int = 0
     observe: int = 0
@@ -65,19 +73,32 @@ class Policy:
         self.require("sinks", minimum=0)
         self.require("observe", minimum=0)
 
-    def require(self, option: str, *, minimum: float, odd: bool = False) -> None:
-        """Raise PolicyError where an option lies below its minimum, is not finite or is not odd."""
+    def require(self, option: str, *, minimum: float, maximum: float = math.inf, odd: bool = False) -> None:
+        """Raise PolicyError where an option lies outside its bounds, is not finite or is not odd."""
         value = getattr(self, option)
         if value is not None and not math.isfinite(value):
             raise PolicyError(f"{self.name}: {option}={value} must be a finite number")
         if value is not None and value < minimum:
             raise PolicyError(f"{self.name}: {option}={value} is too small, it must be at least {minimum}")
+        if value is not None and value > maximum:
+            raise PolicyError(f"{self.name}: {option}={value} is too large, it must be at most {maximum}")
         if value is not None and odd and value % 2 == 0:
             raise PolicyError(f"{self.name}: {option}={value} must be odd")
 
     def for_task(self, profile: TaskProfile) -> Policy:
         """The policy with everything that hangs on the task decided. Most policies do not care."""
         return self
+
+    def for_model(self, model: Fingerprint) -> Policy:
+        """The policy with everything that hangs on the model decided; a second call changes nothing.
+
+        Raises ProfileError where the policy needs a calibration profile and there is none of this model.
+        """
+        return self
+
+    def reads(self, tokens: int) -> int:
+        """How many of the prompt's last queries :meth:`score` wants to see; the observation window for most."""
+        return self.observe
 
     def minimum_budget(self) -> int:
         """The smallest budget that leaves room for sinks and recent window."""
@@ -96,23 +117,27 @@ class Policy:
         """The layer whose scores this layer uses; itself where nothing is shared."""
         return layer
 
-    def ceilings(self, prompt: Prompt) -> list[int]:
+    def ceilings(self, prompt: Prompt) -> Sequence[Entries]:
         """Entries each layer may hold while prefill runs; for one-shot policies what it ends with."""
         return uniform(prompt.layers, prompt.budget)
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """Importance of each context token of one request, ``[1, H, C]``, from the last ``observe`` queries."""
+        """Importance of each context token of one request, ``[1, H, C]``, from the last queries it reads."""
         raise TypeError(f"{type(self).__name__} does not define score()")
 
-    def revise(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> Sequence[Entries]:
         """New limits for the layers seen so far, never above what they hold. One-shot policies change nothing."""
         return list(held)
 
-    def allocate(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> Sequence[Entries]:
         """What every layer ends with; the sum is ``prompt.total``. One-shot policies are there already."""
         return list(held)
 
-    def select(self, scores: Scores, entries: int, prompt: Prompt) -> Indices:
-        """Positions that stay, ``entries`` for each head of ``scores``, sinks and recent window included."""
-        context = top_tokens(with_sinks(scores, self.sinks), entries - self.observe)
+    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
+        """Positions that stay, ``[1, H, n]``, sinks and recent window included.
+
+        ``entries`` for each head of ``scores``; a policy with budgets per head splits ``entries``
+        times the number of heads between them and pads the shorter ones in front with -1.
+        """
+        context = top_tokens(with_sinks(scores, self.sinks), int(entries) - self.observe)
         return with_recent(context, prompt.tokens, self.observe)

@@ -10,7 +10,7 @@ from winnowkv.budget import apportion, global_top_k
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.scores import PoolKind
-from winnowkv.types import Scores
+from winnowkv.types import Entries, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class DynamicKV(SnapKV):
         most = int(self.ceiling * (prompt.budget - self.observe))
         return [min(most + self.observe, prompt.tokens)] * prompt.layers
 
-    def revise(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
         """At every ``every``-th layer the layers seen so far share their part of the budget."""
-        return self.allocate(scores, held, prompt) if len(scores) % self.every == 0 else list(held)
+        return self.allocate(scores, held, prompt) if len(scores) % self.every == 0 else [int(entries) for entries in held]
 
-    def allocate(self, scores: Sequence[Scores], held: Sequence[int], prompt: Prompt) -> list[int]:
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
         """Shares of one global top-k over the layers seen; the sum is exact."""
         mean = prompt.budget - self.observe
         total = mean * len(scores)
         winners = global_top_k(scores, total * scores[0].shape[1])
-        caps = [entries - self.observe for entries in held]
+        caps = [int(entries) - self.observe for entries in held]
         least = max(self.sinks, int(min(self.floor, 1.0) * mean))
         context = apportion(winners, total, caps, [min(least, cap) for cap in caps])
         return [entries + self.observe for entries in context]

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import difflib
 import types
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from winnowkv.errors import PolicyError
+from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies.base import Policy
+from winnowkv.task import TaskProfile
 
 GROUP = "winnowkv.policies"
+Tasks = TaskProfile | str | None | Sequence[TaskProfile | str | None]
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -55,11 +59,15 @@ def policy(name: str | Policy, **options: Any) -> Policy:
         return name
     head, *pairs = name.split(":")
     given: dict[str, Any] = {}
+    key = ""
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
+        option, equals, value = pair.partition("=")
+        if option and equals:
+            given[key := option] = value
+        elif key and not equals:  # a value may hold a colon itself, as heads=random:4 does
+            given[key] += f":{pair}"
+        else:
             raise PolicyError(f"{name!r}: {pair!r} is not option=value; write it as {head}:option=value")
-        given[key] = value
     given.update(options)
     kind = policy_class(head)
     hints = get_type_hints(kind)
@@ -70,6 +78,16 @@ def policy(name: str | Policy, **options: Any) -> Policy:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise PolicyError(f"{head} has no option {key!r}.{hint} Options: {', '.join(allowed)}")
     return kind(**{key: convert(head, key, value, hints[key]) for key, value in given.items()})
+
+
+def resolve(policy_or_spec: str | Policy, model: Fingerprint, task: Tasks = None) -> list[Policy]:
+    """The policy with everything that hangs on model and task decided: one, or one for each row's task.
+
+    Raises PolicyError or ProfileError where a task or a calibration profile is missing or does not fit.
+    """
+    made = policy(policy_or_spec).for_model(model)
+    rows = [task] if task is None or isinstance(task, TaskProfile | str) else task
+    return [made.for_task(TaskProfile.of(row)) for row in rows]
 
 
 def split_policies(text: str) -> list[str]:
@@ -85,6 +103,10 @@ def convert(head: str, key: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None or value == "none":
             return None
+        if not isinstance(value, str | bool) and any(
+            isinstance(value, part) for part in get_args(hint) if isinstance(part, type)
+        ):
+            return value
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         if value not in get_args(hint):

@@ -11,7 +11,7 @@ from winnowkv.policies.base import Policy, Prompt
 from winnowkv.scores import window_attention, window_reduce
 from winnowkv.select import top_windows, with_recent, with_sinks
 from winnowkv.task import Task, TaskProfile
-from winnowkv.types import Indices, Keys, Queries, Scores
+from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 # (observe, window, top) for each task. Paper and repository disagree, see the class.
 PRESETS = {
@@ -71,9 +71,9 @@ class WindowKV(Policy):
         """Attention of every query head, ``[1, Hq, C]``: windows are scored head by head in :meth:`select`."""
         return window_attention(queries, keys, scale)
 
-    def select(self, scores: Scores, entries: int, prompt: Prompt) -> Indices:
+    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
         """The best windows by the mean over heads, ``[1, 1, entries]``."""
         windows = window_reduce(with_sinks(scores, self.sinks), self.window, self.top).mean(1, keepdim=True)
         tokens = with_sinks(scores.mean(1, keepdim=True), self.sinks)
-        context = top_windows(windows, tokens, entries - self.observe, self.window)
+        context = top_windows(windows, tokens, int(entries) - self.observe, self.window)
         return with_recent(context, prompt.tokens, self.observe)

@@ -1,0 +1,67 @@
+"""CAKE: layers share the budget by how spread and how restless their attention is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnowkv.budget import apportion
+from winnowkv.policies.base import Prompt
+from winnowkv.policies.snapkv import SnapKV
+from winnowkv.scores import GroupKind, PoolKind, attention_preference, group_reduce, pool, window_probabilities
+from winnowkv.types import Entries, Keys, Queries, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAKE(SnapKV):
+    """Preference ``H^(1/tau1) V^(1/tau2)`` of each layer, budgets handed on in a cascade (arXiv 2503.12491, section 4).
+
+    ``H`` is the entropy of the window's attention on the context, ``V`` its variance over the
+    window's queries, both summed. A token scores the mean plus ``gamma`` times the variance of
+    its attention. The whole model's budget goes to the layers seen so far, so a layer only ever
+    shrinks. The authors tune ``tau1``, ``tau2`` and ``gamma`` for each model; these are plain defaults.
+    Departure from their code: what is over after rounding goes to the largest remainders, not
+    to all layers alike.
+    """
+
+    name: ClassVar[str] = "cake"
+    source: ClassVar[str] = "CAKE, arXiv 2503.12491, section 4"
+    scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's attention"
+
+    kernel: int = 5
+    pooling: PoolKind = "avg"
+    group_by: GroupKind = "max"
+    gamma: float = 200.0
+    tau1: float = 1.0
+    tau2: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("observe", minimum=2)  # one query has no variance
+        self.require("gamma", minimum=0)
+        self.require("tau1", minimum=0.01)
+        self.require("tau2", minimum=0.01)
+
+    def ceilings(self, prompt: Prompt) -> list[int]:
+        """The first layer may hold everything that the budget allows."""
+        return [prompt.tokens] * prompt.layers
+
+    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+        """Mean plus variance, pooled, ``[1, Hkv, C]``; scaled so that their sum is the layer's preference."""
+        attention = window_probabilities(queries, keys, scale)
+        tokens = attention.mean(-2) + self.gamma * attention.var(-2)
+        scores = group_reduce(pool(tokens, self.kernel, self.pooling), keys.shape[1], self.group_by)
+        # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
+        return scores * (attention_preference(attention, self.tau1, self.tau2) / scores.sum().clamp(min=1e-30))
+
+    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+        """After every layer the layers seen so far share the whole budget."""
+        return self.allocate(scores, held, prompt)
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+        """In proportion to the preferences; the sum is exact once all layers are there."""
+        caps = [int(entries) - self.observe for entries in held]
+        total = min((prompt.budget - self.observe) * prompt.layers, sum(caps))
+        context = apportion([float(layer.sum()) for layer in scores], total, caps, [self.sinks] * len(caps))
+        return [entries + self.observe for entries in context]

@@ -1,0 +1,33 @@
+"""TOVA: tokens that the last token of the prompt attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnowkv.policies.base import Policy
+from winnowkv.scores import window_attention
+from winnowkv.types import Keys, Queries, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Policy):
+    """Attention of the last query, mean over heads, one selection a layer (arXiv 2401.06104, section 3.2).
+
+    Departures: the paper drops one token at every step, here the last query of the prompt
+    chooses once; the last token itself always stays, the paper lets it compete.
+    """
+
+    name: ClassVar[str] = "tova"
+    source: ClassVar[str] = "TOVA, arXiv 2401.06104, section 3.2"
+    scope: ClassVar[str] = "tokens, same for all heads of a layer, same budget for all layers"
+
+    observe: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("observe", minimum=1)
+
+    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+        """Mean over query heads, ``[1, 1, C]``."""
+        return window_attention(queries, keys, scale).mean(1, keepdim=True)
