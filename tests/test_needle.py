@@ -12,7 +12,8 @@ from winnowkv.evaluate.prompts import PromptBuilder, read_haystack, read_needles
 
 FIELDS = {
     "policy", "budget", "length", "depth", "needle", "answer", "correct", "kept_entries_per_layer", "kept_bytes",
-    "full_bytes", "prefill_s", "decode_ms_per_token", "prompt_tokens", "versions", "rouge1_recall", "rouge1_f1", "output",
+    "full_bytes", "held_bytes", "prefill_s", "decode_ms_per_token", "prompt_tokens", "versions", "rouge1_recall",
+    "rouge1_f1", "output",
 }  # fmt: skip
 
 

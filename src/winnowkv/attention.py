@@ -115,8 +115,12 @@ def output_projections(model: PreTrainedModel) -> dict[int, nn.Module]:
 
     Raises UnsupportedModelError where a model names it in a way that we do not know.
     """
-    blocks = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    found = {block.layer_idx: getattr(block, name) for block in blocks for name in PROJECTIONS if hasattr(block, name)}
+    found = {}
+    for block in model.modules():
+        index = getattr(block, "layer_idx", None)
+        projection = next((getattr(block, name) for name in PROJECTIONS if hasattr(block, name)), None)
+        if isinstance(index, int) and projection is not None:
+            found[index] = projection
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its attention blocks have no output projection (looked for {', '.join(PROJECTIONS)})"

@@ -69,4 +69,4 @@ class HeadWatch:
 
     def evidence(self) -> tuple[Masses, Places]:
         """Everything gathered, ``[T, L, Hq]`` each."""
-        return tuple(torch.stack(rows).unflatten(0, (-1, self._layers)) for rows in (self._mass, self._place))  # type: ignore[return-value]
+        return tuple(torch.stack(rows).unflatten(0, (-1, self._layers)) for rows in (self._mass, self._place))

@@ -27,6 +27,6 @@ class ProbedCache(CompactCache):
     def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
         """Count as every cache does, then let the watcher look."""
         super().observe(layer_idx, queries, scale)
-        layer = self.layers[layer_idx]
-        keys, values = layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]
-        self._watch(self.slot(layer_idx), queries, keys, values, scale)
+        slot = self.slot(layer_idx)
+        layer = self.compact_layers[slot]
+        self._watch(slot, queries, layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length], scale)

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import typer
 
-from winnowkv.cli.options import Json, Out
+from winnowkv.cli.options import Factorial, Json, Out
 
-POLICIES = "full,random,streaming,snapkv,pyramidkv,windowkv,dynamickv"
+POLICIES = "full,random,streaming,h2o,tova,snapkv,pyramidkv,adakv,headkv,cake,dynamickv,windowkv,compresskv"
 NEEDLES = 3  # of the package's eight: with three depths, nine prompts, about three minutes on two cores
 
 
-def demo(out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
+def demo(factorial: Factorial = False, out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
     """Answer needle prompts of 3,000 tokens with the full cache and with every policy at 12% and at 128 entries.
 
     Runs the embedded SmolLM2-135M-Instruct; `winnow needle` is the same test with everything adjustable.
     """
-    from winnowkv.cli.needle import measure
+    from winnowkv.cli.needle import asked_policies, measure
     from winnowkv.evaluate.prompts import read_haystack, read_needles
 
     measure(
@@ -26,7 +26,7 @@ def demo(out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
         out=out,
         as_json=as_json,
         haystack=read_haystack(),
-        policies=POLICIES,
+        policies=asked_policies(POLICIES, factorial),
         budgets=[0.12, 128],
         lengths=[3000],
         depths=[0.1, 0.5, 0.9],

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets, numbers
+from winnowkv.cli.options import Chat, Factorial, Json, Model, Out, budgets as read_budgets, numbers
 
 
 def needle(
@@ -29,6 +29,10 @@ def needle(
     ] = "localization",
     chat: Chat = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
+    factorial: Factorial = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Calibration profile for policies that need one. Default: the package's own.")
+    ] = None,
     out: Out = Path("winnow-out/needle"),
     as_json: Json = False,
 ) -> None:
@@ -45,7 +49,7 @@ def needle(
         out=out,
         as_json=as_json,
         haystack=read_haystack(haystack),
-        policies=policies,
+        policies=asked_policies(policies, factorial, profile),
         budgets=read_budgets(budgets),
         lengths=numbers(lengths, int, "--lengths"),
         depths=numbers(depths, float, "--depths"),
@@ -55,16 +59,27 @@ def needle(
     )
 
 
+def asked_policies(text: str, factorial: bool, profile: Path | None = None) -> list[str]:
+    """The policies to run: those of the list, or the ablations; with the profile where they need one and name none."""
+    from winnowkv.evaluate.factorial import all_specs
+    from winnowkv.policies import policy_class, split_policies
+
+    specs = all_specs() if factorial else list(dict.fromkeys(split_policies(text)))
+    if profile is None:
+        return specs
+    needing = {spec for spec in specs if policy_class(spec.split(":")[0]).by_profile and ":profile=" not in spec}
+    return [f"{spec}:profile={profile}" if spec in needing else spec for spec in specs]
+
+
 def measure(
-    *, model: str, chat: bool | None, out: Path, as_json: bool, haystack: str, policies: str, **asked: Any
+    *, model: str, chat: bool | None, out: Path, as_json: bool, haystack: str, policies: list[str], **asked: Any
 ) -> dict[str, Any]:
     """Run a needle test behind a progress bar and show its table (or its JSON); returns the summary."""
     from winnowkv.cli.options import load_model, wants_chat
     from winnowkv.evaluate import needle as test_runner
     from winnowkv.evaluate.prompts import PromptBuilder
-    from winnowkv.policies import split_policies
 
-    test = test_runner.NeedleTest(policies=list(dict.fromkeys(split_policies(policies))), **asked)
+    test = test_runner.NeedleTest(policies=policies, **asked)
     test.resolved()  # unknown policies are told before the model takes its time to load
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,6 +112,7 @@ def measure(
         print()
     else:
         show(summary, out)
+        show_effects(summary["effects"])
     return summary
 
 
@@ -140,6 +156,25 @@ def show(summary: dict[str, Any], out: Path) -> None:
             "-" if pace is None else f"{pace:.1f}",
             " ".join(group["example"]["output"].split()),
         )
+    console.print(table)
+
+
+def show_effects(effects: list[dict[str, Any]]) -> None:
+    """What each design choice is worth by itself, where ablations were run."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not effects:
+        return
+    table = Table(title="Found at each level, mean over all other choices", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("policy", "choice", "budget", "found"):
+        table.add_column(column, overflow="fold")
+    for row in effects:
+        found = "  ".join(f"{level} {100 * accuracy:.0f}%" for level, accuracy in row["accuracy"].items())
+        table.add_row(row["policy"], row["factor"], str(row["budget"]), found)
+    console = Console()
+    console.width = max(console.width, 100)
     console.print(table)
 
 

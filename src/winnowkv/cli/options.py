@@ -24,6 +24,9 @@ Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Use the model's chat template. Default: where it has one.", show_default=False),
 ]
+Factorial = Annotated[
+    bool, typer.Option("--factorial", help="Run the ablations of compresskv and windowkv in place of a list of policies.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder for results; a run that stopped goes on where it was.")]
 
 

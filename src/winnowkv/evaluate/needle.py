@@ -23,9 +23,11 @@ from winnowkv.budget import Budget
 from winnowkv.cache import CompactCache
 from winnowkv.engine import greedy, prefill
 from winnowkv.errors import InputError
+from winnowkv.evaluate.factorial import effects
 from winnowkv.evaluate.machine import machine, versions
 from winnowkv.evaluate.prompts import Needle, PromptBuilder
 from winnowkv.evaluate.store import ResultStore, write_json
+from winnowkv.fingerprint import Fingerprint
 from winnowkv.models import position_limit
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.task import TaskProfile
@@ -53,10 +55,14 @@ class NeedleTest:
     task: str = "localization"
     max_new_tokens: int = 24
 
-    def resolved(self) -> dict[str, Policy]:
-        """Every asked policy with its task decided."""
+    def resolved(self, model: PreTrainedModel | None = None) -> dict[str, Policy]:
+        """Every asked policy with its task decided, and with its model where that is given."""
         profile = TaskProfile.of(self.task)
-        return {spec: make_policy(spec).for_task(profile) for spec in self.policies}
+        made = {spec: make_policy(spec).for_task(profile) for spec in self.policies}
+        if model is None:
+            return made
+        fingerprint = Fingerprint.of(model)
+        return {spec: policy.for_model(fingerprint) for spec, policy in made.items()}
 
     def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
         """Complain about everything that cannot work, before the first prompt is read."""
@@ -67,7 +73,7 @@ class NeedleTest:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
-        limit, policies = position_limit(model), self.resolved().values()
+        limit, policies = position_limit(model), self.resolved(model).values()
         for length in self.lengths:
             if length < 1:
                 raise InputError(f"length {length} must be at least 1 token")
@@ -117,7 +123,7 @@ def run(
     test: NeedleTest, model: PreTrainedModel, tokenizer: Any, builder: PromptBuilder, store: ResultStore, advance: Advance
 ) -> None:
     """Measure what the store does not hold yet, line by line; ``advance`` is told of every line, old and new."""
-    policies = test.resolved()
+    policies = test.resolved(model)
     stop = stop_tokens(model, tokenizer)
     for length, depth, needle in test.cases():
         frame = {"length": length, "depth": depth, **asdict(needle)}
@@ -148,6 +154,7 @@ def run(
                     "kept_entries_per_layer": cache.report.kept_entries[0],
                     "kept_bytes": cache.report.kept_bytes,
                     "full_bytes": cache.report.full_bytes,
+                    "held_bytes": cache.report.held_bytes,
                     "prefill_s": round(seconds + cache.report.compress_seconds, 4),
                     "compress_s": round(cache.report.compress_seconds, 4),
                     "decode_ms_per_token": None if decode_ms is None else round(decode_ms, 2),
@@ -209,7 +216,10 @@ def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, An
                         and type(r["budget"]) is type(budget)]  # fmt: skip
                 if rows:
                     groups.append({"policy": policy, "budget": budget, "length": length, **means(rows)})
-    return {"groups": groups, "lines": len(mine), "expected_lines": len(wanted), "machine": machine(), "versions": versions()}
+    return {
+        "groups": groups, "effects": effects(groups), "lines": len(mine), "expected_lines": len(wanted),
+        "machine": machine(), "versions": versions(),
+    }  # fmt: skip
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def head_map(profile: Profile, file: Path) -> None:
         panel.set_xlabel("query head")
     left.set_ylabel("layer")
     right.barh(range(layers), profile.errors, color="tab:gray")
-    right.set_title("share of eviction error")
+    right.set_title("eviction error, share")
     figure.suptitle(f"{profile.model}: {profile.about.get('answered')} answered prompts")
     figure.savefig(file, dpi=120)
 

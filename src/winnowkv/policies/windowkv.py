@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from winnowkv.budget import arithmetic_groups
-from winnowkv.errors import PolicyError
 from winnowkv.policies.base import Policy, Prompt
 from winnowkv.scores import window_attention, window_reduce
 from winnowkv.select import top_windows, with_recent, with_sinks
@@ -25,17 +24,17 @@ class WindowKV(Policy):
     """Best windows of ``window`` tokens, one selection for each ``group`` of layers (arXiv 2503.17922).
 
     A window scores the mean of its ``top`` best tokens, mean over heads. Paper and repository
-    (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options given
-    by hand win over it. The paper does not state its top-p for windows of 16: half of it here.
+    (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options given by
+    hand win over it. The paper does not state its top-p for windows of 16: half of it here.
 
-    Departures from the repository: the budget includes the window and is met to the entry,
-    the group's size does not bend the pyramid, followers never reuse a stale selection, any
-    number of layers will do, every prompt of a batch votes alone.
+    Departures from the repository: the budget includes the window and is met to the entry, the
+    group's size does not bend the pyramid, no selection is stale, every prompt of a batch votes alone.
     """
 
     name: ClassVar[str] = "windowkv"
     source: ClassVar[str] = "WindowKV, arXiv 2503.17922"
     scope: ClassVar[str] = "windows, same for all heads and a group of layers, falling budgets"
+    by_task: ClassVar[bool] = True
 
     # None until for_task() fills in the preset's numbers; every other hook is called after it.
     observe: int = None  # type: ignore[assignment]
@@ -45,15 +44,16 @@ class WindowKV(Policy):
     slope: float = 14.0
     preset: Literal["paper", "repo"] = "paper"
     task: Task | None = None
+    fallback: Task = "localization"  # where a classifier is less than ``sure``
+    sure: float = 0.75
 
     def __post_init__(self) -> None:
-        for option, minimum in {"sinks": 0, "observe": 1, "window": 1, "top": 1, "group": 1, "slope": 1}.items():
-            self.require(option, minimum=minimum)
+        for option in ("sinks", "observe", "window", "top", "group", "slope", "sure"):
+            self.require(option, minimum=0 if option in ("sinks", "sure") else 1)
 
     def for_task(self, profile: TaskProfile) -> WindowKV:
         """The policy with the preset's numbers filled in. Raises PolicyError where no task was given."""
-        if (task := self.task or profile.task) is None:
-            raise PolicyError("windowkv scores by task: give task='localization' (QA, retrieval) or task='aggregation'")
+        task = self.task or profile.decided(self.name, self.sure, self.fallback)
         observe, window, top = PRESETS[self.preset][task]
         return replace(self, task=task, observe=self.observe or observe, window=self.window or window, top=self.top or top)
 

@@ -1,0 +1,131 @@
+"""``winnow calibrate``: a profile of a model's retrieval heads and layer errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from winnowkv.cli.options import Chat, Json, Model, numbers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from winnowkv.profile import Profile
+
+
+def calibrate(
+    model: Model = "embedded",
+    out: Annotated[
+        Path, typer.Option(help="The profile. Finished prompts lie in FILE.parts; a stopped run goes on there.")
+    ] = Path("winnow-out/profile.json"),
+    show: Annotated[
+        bool, typer.Option("--show", help="Draw the heads as a map (PNG beside the profile); measures only if it is not there.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Your own JSONL with needle, question, answer (a part of the needle), beside ours.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=0, help="Prompts that we generate.")] = 60,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "500,1000,2000",
+    depths: Annotated[
+        str, typer.Option(help="Where the fact hides: 0 the start of the text, 1 its end.")
+    ] = "0.1,0.3,0.5,0.7,0.9",
+    seed: Annotated[int, typer.Option(help="Seed of the generated prompts.")] = 0,
+    error_entries: Annotated[int, typer.Option(min=9, help="The small cache that one layer is limited to.")] = 32,
+    error_sum: Annotated[bool, typer.Option("--error-sum", help="Sum errors over decode steps instead of their mean.")] = False,
+    chat: Chat = None,
+    as_json: Json = False,
+) -> None:
+    """Find a model's retrieval heads, and what eviction costs each of its layers; a few minutes, once a model.
+
+    Policies such as compresskv and headkv read the profile: compresskv:profile=FILE.
+    """
+    from rich.console import Console
+
+    from winnowkv.calibrate.prompts import read_prompts
+    from winnowkv.calibrate.run import Calibration
+    from winnowkv.profile import read_profile
+
+    console = Console(stderr=True)
+    if show and out.exists():
+        profile = read_profile(out)
+    else:
+        asked = Calibration(
+            prompts=count,
+            lengths=numbers(lengths, int, "--lengths"),
+            depths=numbers(depths, float, "--depths"),
+            seed=seed,
+            own=tuple(read_prompts(prompts)) if prompts else (),
+            error_entries=error_entries,
+            error_mean=not error_sum,
+        )
+        profile = measure(asked, model, chat, out, console)
+    picture = None
+    if show:
+        from winnowkv.evaluate.plot import head_map
+
+        picture = out.with_suffix(".png")
+        head_map(profile, picture)
+    if as_json:
+        top = [{"layer": at[0], "head": at[1], "score": profile.semantic[at[0]][at[1]]} for at in profile.top_heads(16)]
+        print(
+            json.dumps({"profile": str(out), "picture": picture and str(picture), "top_heads": top, **profile.about}, indent=2)
+        )
+    else:
+        tell(profile, out, picture)
+
+
+def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Console) -> Profile:
+    """Run a calibration behind a progress bar and write its profile."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from winnowkv.calibrate.prompts import read_filler
+    from winnowkv.calibrate.run import calibrate as run, open_store
+    from winnowkv.cli.options import load_model, wants_chat
+
+    with console.status(f"loading {model}"):
+        loaded, tokenizer = load_model(model)
+    asked.check(loaded)
+    wanted = wants_chat(chat, tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    store = open_store(out.with_name(out.name + ".parts"), model, loaded, wanted, asked)
+    if store.lines:
+        console.print(f"{len(store.lines)} measurements are in {store.folder} already; remove the folder to measure them again")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = asked.prompts + len(asked.own)
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("calibrating", total=total + min(asked.error_prompts, total))
+            profile = run(
+                asked, model, loaded, tokenizer, read_filler(), chat=wanted, store=store,
+                advance=lambda what: progress.update(bar, advance=1, description=what),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted: {len(store.lines)} finished prompts are in {store.file}; the same command goes on from there"
+        )
+        raise
+    finally:
+        store.close()
+    profile.write(out)
+    return profile
+
+
+def tell(profile: Profile, out: Path, picture: Path | None) -> None:
+    """The profile in a few lines."""
+    heads = " ".join(f"{layer}.{head}" for layer, head in profile.top_heads(16))
+    worst = sorted(range(len(profile.errors)), key=lambda layer: -profile.errors[layer])[:5]
+    about = profile.about
+    print(f"profile of {profile.model}: {out}")
+    print(f"answered {about.get('answered')} of {about.get('prompts')} prompts")
+    print(f"strongest semantic retrieval heads (layer.head): {heads}")
+    print(f"layers with the largest eviction error: {', '.join(map(str, worst))}")
+    if picture:
+        print(f"head map: {picture}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(calibrate)
