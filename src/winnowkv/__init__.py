@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from winnowkv.budget import Budget
     from winnowkv.cache import CompactCache
+    from winnowkv.classify import task_profile
     from winnowkv.engine import Run, compress
     from winnowkv.errors import (
         BudgetError,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "winnowkv.budget": ("Budget",),
     "winnowkv.cache": ("CompactCache",),
+    "winnowkv.classify": ("task_profile",),
     "winnowkv.engine": ("Run", "compress"),
     "winnowkv.errors": (
         "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "ProfileError",
@@ -53,6 +55,7 @@ __all__ = [
     "Budget", "BudgetError", "CacheError", "CompactCache", "InputError", "ModelNotFoundError", "Policy", "PolicyError",
     "Profile", "ProfileError", "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError",
     "compress", "load", "load_cache", "policy", "read_profile", "save_cache",
+    "task_profile",
 ]  # fmt: skip
 
 

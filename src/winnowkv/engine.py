@@ -14,10 +14,14 @@ from transformers import DynamicCache, PreTrainedModel
 from winnowkv.attention import Routing, acquire, check_model, release
 from winnowkv.budget import Budget
 from winnowkv.cache import CompactCache
+from winnowkv.classify import task_profile
 from winnowkv.errors import CacheError, InputError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies import Policy, Tasks, resolve
 from winnowkv.report import Report
+from winnowkv.task import TASKS, TaskProfile
+
+ENDS = 1024  # tokens of a prompt's end that surely hold the 256 words that the classifier reads there
 
 
 class Run:
@@ -45,6 +49,7 @@ def compress(
     budget: Budget | int | float | str = 512,
     *,
     task: Tasks = None,
+    tokenizer: Any = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything the model reads inside the block.
 
@@ -56,6 +61,8 @@ def compress(
     Parameters
     ----------
     model, policy, budget, task: as for :class:`CompactCache`.
+    tokenizer: where the policy scores by task and ``task`` is None, each prompt is read back
+        with it and classified (:func:`winnowkv.task_profile`), every row of a batch by itself.
 
     Yields
     ------
@@ -75,14 +82,19 @@ def compress(
     """
     run = Run(policy, Budget.of(budget), task)
     check_model(model)
-    resolve(policy, Fingerprint.of(model), run.task)  # complain now, not in the middle of a forward pass
+    classified = tokenizer is not None and task is None
+    # Complain now, not in the middle of a forward pass.
+    (made, *_) = resolve(policy, Fingerprint.of(model), TASKS[0] if classified else task)
     routing = acquire(model)
 
     def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # In this order: a thread that passes a cache of its own need not have a block.
         if not _wants_cache(module, args, kwargs) or _chosen(routing) is not run:
             return None
-        cache = CompactCache(model, run.policy, run.budget, task=run.task, hold=False)
+        tasks = run.task
+        if classified and made.by_task:
+            tasks = _classify(tokenizer, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+        cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False)
         run.reports.append(cache.report)
         return args, {**kwargs, "past_key_values": cache}
 
@@ -104,6 +116,15 @@ def compress(
         for hook in hooks:
             hook.remove()
         release(model)
+
+
+def _classify(tokenizer: Any, ids: Tensor | None, mask: Tensor | None) -> list[TaskProfile]:
+    """The task of each row of a prompt; both ends are all that the classifier reads."""
+    if ids is None:
+        raise InputError("a prompt given as embeddings cannot be read back and classified: give compress() the task=")
+    rows = [row if mask is None else row[mask[i, -row.shape[0] :].bool()] for i, row in enumerate(ids)]
+    ends = [row if len(row) <= 2 * ENDS else torch.cat([row[:ENDS], row[-ENDS:]]) for row in rows]
+    return [task_profile(tokenizer.decode(row, skip_special_tokens=True)) for row in ends]
 
 
 def _chosen(routing: Routing) -> Run | None:

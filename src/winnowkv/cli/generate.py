@@ -45,7 +45,13 @@ def generate(
     from winnowkv.policies import policy as make_policy
     from winnowkv.task import TaskProfile
 
-    make_policy(policy).for_task(TaskProfile.of(task))  # before the model takes its time to load
+    made = make_policy(policy)  # bad options are told before the model takes its time to load
+    profile = TaskProfile.of(task)
+    if made.by_task and profile.task is None:
+        from winnowkv.classify import task_profile
+
+        profile = task_profile(text)
+    made.for_task(profile)
     asked = Budget.of(budget)
     loaded, tokenizer = load_model(model)
     ids = torch.tensor([encode(tokenizer, text, chat=wants_chat(chat, tokenizer))], device=loaded.device)
@@ -58,7 +64,7 @@ def generate(
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with compress(loaded, policy, asked, task=task) as run:
+    with compress(loaded, policy, asked, task=profile) as run:
         output = loaded.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
@@ -74,6 +80,8 @@ def generate(
         f"-- {report.policy} at {report.budget}: {report.kept_bytes / MIB:.2f} of {report.full_bytes / MIB:.2f} MiB kept, "
         f"{pace}, prefill {report.prefill_seconds:.2f} s, entries per layer {summary(report.kept_entries[0])}"
     )
+    if profile.probability is not None:
+        print(f"-- task: {profile.task}, probability {profile.probability:.2f} (classified; --task says it by hand)")
     for note in report.notes:
         print(f"-- note: {note}")
 

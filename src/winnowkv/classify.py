@@ -1,0 +1,142 @@
+"""The built-in task classifier, and any Hugging Face sequence classifier in its place.
+
+WindowKV (arXiv 2503.17922) tells localization from aggregation with a BERT. The built-in one is
+a hashed n-gram linear model: it reads the first and last 256 words and needs no GPU.
+``python -m winnowkv.calibrate.task`` trains it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from winnowkv.errors import InputError
+from winnowkv.task import TASKS, Task, TaskProfile
+
+FORMAT = 1
+FEATURES = 2**17
+WORDS = 256  # read at each end
+EDGE = 48  # of these, the words nearest to the ends, where instructions stand, count apart from the rest
+TOKENS = 256  # read at each end by a Hugging Face classifier, as in the paper
+WORD = re.compile(r"\w+|[^\w\s]")
+LONGEST_WORD = 24  # characters a word has at the most, on average: how much text is cut into words at all
+
+
+def pieces(text: str) -> Iterable[str]:
+    """Words and word pairs of both ends, marked by where they stand; this is all that the classifier sees."""
+    reach = WORDS * LONGEST_WORD
+    head = WORD.findall(text[:reach].lower())[:WORDS]
+    tail = WORD.findall(text[-reach:].lower())[-WORDS:]
+    for mark, words in (("<", head[:EDGE]), (">", tail[-EDGE:])):
+        for word in words:
+            yield mark + word
+            yield "=" + word  # at either end: an instruction may stand at the other one next time
+        for first, second in pairwise(words):
+            yield f"{mark}{first} {second}"
+            yield f"={first} {second}"
+    yield from head[EDGE:]
+    yield from tail[:-EDGE]
+
+
+def vectorizer() -> Any:
+    """The features, the same for training and for use. Imported late: scikit-learn takes a second."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    return HashingVectorizer(n_features=FEATURES, analyzer=pieces, alternate_sign=False, norm="l2", binary=True)
+
+
+class LinearClassifier:
+    """Weights ``[FEATURES]`` and a bias; above zero is localization."""
+
+    def __init__(self, weights: Tensor, bias: float) -> None:
+        self._weights = weights.float().numpy()
+        self._bias = bias
+        self._features = vectorizer()
+
+    def __call__(self, texts: Sequence[str]) -> list[TaskProfile]:
+        """Task and probability of each text."""
+        logits = torch.from_numpy(self._features.transform(texts) @ self._weights) + self._bias
+        return [of_probability(p) for p in logits.sigmoid().tolist()]
+
+
+class SequenceClassifier:
+    """A Hugging Face sequence classifier with two labels; reads the first and last 256 tokens.
+
+    Labels named localization and aggregation are taken by name, else the first is localization.
+    Raises InputError for a model that cannot be loaded or has other than two labels.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self._model = AutoModelForSequenceClassification.from_pretrained(str(path)).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"classifier {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        names = [str(name).lower() for _, name in sorted(self._model.config.id2label.items())]
+        if len(names) != 2:
+            raise InputError(
+                f"classifier {path} has {len(names)} labels ({', '.join(names)}): it must have two, "
+                f"localization and aggregation"
+            )
+        self._localization = names.index("localization") if "localization" in names else int("aggregation" in names[0])
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> list[TaskProfile]:
+        """Task and probability of each text."""
+        profiles = []
+        for text in texts:
+            ids = self._tokenizer(text, add_special_tokens=False).input_ids
+            if len(ids) > 2 * TOKENS:
+                ids = ids[:TOKENS] + ids[-TOKENS:]
+            room = getattr(self._model.config, "max_position_embeddings", len(ids) + 2) - 2  # for the two special tokens
+            whole = self._tokenizer.build_inputs_with_special_tokens(
+                ids[: room // 2] + ids[-(room // 2) :] if len(ids) > room else ids
+            )
+            probabilities = self._model(input_ids=torch.tensor([whole])).logits[0].softmax(-1)
+            profiles.append(of_probability(float(probabilities[self._localization])))
+        return profiles
+
+
+def of_probability(localization: float) -> TaskProfile:
+    """The likelier task, with its probability."""
+    task = TASKS[0] if localization >= 0.5 else TASKS[1]
+    return TaskProfile(cast(Task, task), max(localization, 1 - localization))
+
+
+@lru_cache(maxsize=4)
+def load_classifier(path: str | Path | None = None) -> LinearClassifier | SequenceClassifier:
+    """The built-in classifier, another weights file (``.safetensors``), or a Hugging Face classifier's folder or hub id."""
+    if path is not None and not str(path).endswith(".safetensors"):
+        return SequenceClassifier(path)
+    from safetensors import SafetensorError, safe_open
+
+    source = Path(str(path or files("winnowkv") / "data" / "task.safetensors"))
+    try:
+        with safe_open(source, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["winnowkv"])
+            weights = file.get_tensor("weights")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{source} is not a task classifier: {error}") from None
+    if about["format"] > FORMAT:
+        raise InputError(f"{source} has format {about['format']}, this version reads up to {FORMAT}: update winnowkv")
+    return LinearClassifier(weights, about["bias"])
+
+
+def task_profile(text: str, classifier: str | Path | None = None) -> TaskProfile:
+    """What a prompt asks for, with the classifier's probability, 0.5 to 1.
+
+    ``classifier``: None for the built-in one, else as :func:`load_classifier` takes it.
+    Raises InputError where it cannot be used.
+    """
+    return load_classifier(classifier)([text])[0]
