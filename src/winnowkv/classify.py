@@ -96,13 +96,14 @@ class SequenceClassifier:
         """Task and probability of each text."""
         profiles = []
         for text in texts:
-            ids = self._tokenizer(text, add_special_tokens=False).input_ids
-            if len(ids) > 2 * TOKENS:
-                ids = ids[:TOKENS] + ids[-TOKENS:]
-            room = getattr(self._model.config, "max_position_embeddings", len(ids) + 2) - 2  # for the two special tokens
-            whole = self._tokenizer.build_inputs_with_special_tokens(
-                ids[: room // 2] + ids[-(room // 2) :] if len(ids) > room else ids
-            )
+            encoded = self._tokenizer(text, return_special_tokens_mask=True)
+            special = [bool(flag) for flag in encoded["special_tokens_mask"]]
+            begin = special.index(False) if False in special else len(special)
+            end = len(special) - (special[::-1].index(False) if False in special else 0)
+            ids, opening, closing = encoded["input_ids"][begin:end], encoded["input_ids"][:begin], encoded["input_ids"][end:]
+            room = getattr(self._model.config, "max_position_embeddings", 2**30) - len(opening) - len(closing)
+            half = min(TOKENS, room // 2)
+            whole = opening + (ids if len(ids) <= 2 * half else ids[:half] + ids[-half:]) + closing
             probabilities = self._model(input_ids=torch.tensor([whole])).logits[0].softmax(-1)
             profiles.append(of_probability(float(probabilities[self._localization])))
         return profiles

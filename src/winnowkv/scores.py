@@ -85,7 +85,7 @@ def attention_preference(attention: Probabilities, tau1: float, tau2: float) -> 
     The entropy of every query's attention and the variance of every token's over the ``W``
     queries, each summed over heads and tokens. Source: CAKE (arXiv 2503.12491, section 4).
     """
-    entropy = -(attention * (attention + 1e-10).log()).sum().clamp(min=0)
+    entropy = (attention * (attention + 1e-10).log()).sum().neg().clamp(min=0)
     variance = attention.var(-2).sum()
     return entropy ** (1 / tau1) * variance ** (1 / tau2)
 

@@ -9,7 +9,7 @@ import typer
 from winnowkv.cli.options import Factorial, Json, Out
 
 POLICIES = "full,random,streaming,h2o,tova,snapkv,pyramidkv,adakv,headkv,cake,dynamickv,windowkv,compresskv"
-NEEDLES = 3  # of the package's eight: with three depths, nine prompts, about three minutes on two cores
+NEEDLES = 2  # of the eight in the package: with three depths, six prompts, about four minutes on two cores
 
 
 def demo(factorial: Factorial = False, out: Out = Path("winnow-out/demo"), as_json: Json = False) -> None:
