@@ -74,7 +74,11 @@ def test_policies_as_table(winnow):
         (("generate", "   "), "the prompt is empty"),
         (("generate", "--file", "/no/such/file"), "prompt file /no/such/file cannot be read"),
         (("generate", "a", "--file", "b"), "not both"),
-        (("generate", "hello", "--policy", "windowkv"), "windowkv scores by task"),
+        (("task",), "give one prompt as an argument"),
+        (("task", "--file", "/no/such/file"), "prompt file /no/such/file cannot be read"),
+        (("task", "hello", "--classifier", "/no/such/folder"), "classifier /no/such/folder cannot be loaded"),
+        (("calibrate", "--prompts", "/no/such/file"), "needle file /no/such/file cannot be read"),
+        (("calibrate", "--lengths", "1k"), "--lengths: '1k' is not a number"),
         (("generate", "hello", "--budget", "0.0"), "budget 0.0 keeps nothing"),
         (("generate", "hello", "--model", "/no/such/model"), "'/no/such/model' does not exist"),
     ],
@@ -112,6 +116,26 @@ def test_generate_streams_the_answer_and_says_what_was_kept(winnow):
     assert kept.startswith("-- snapkv:observe=8 at 36: 0.79 of 0.81 MiB kept")
     assert "tokens/s" in kept
     assert "36 x 30" in kept
+
+
+def test_task_prints_a_label_and_a_probability_a_row(winnow, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = ["Write a summary of this report.\n\nIt rained.\n\nSummary:", "It rained.\n\nQuestion: When did it rain?\nAnswer:"]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    code, out, _ = winnow("task", "--file", str(file), "--json")
+    tasks = json.loads(out)["tasks"]
+    assert code == 0
+    assert [row["label"] for row in tasks] == ["aggregation", "localization"]
+    assert all(0.5 <= row["probability"] <= 1 for row in tasks)
+
+
+@needs_model
+def test_generate_classifies_where_no_task_is_given(winnow):
+    code, out, _ = winnow(
+        "generate", "Question: What is the capital of France?\nAnswer:", "--policy", "windowkv", "--budget", "64"
+    )
+    assert code == 0
+    assert "-- task: localization, probability" in out
 
 
 @needs_model

@@ -159,3 +159,42 @@ def test_a_ready_made_mask_is_refused(model: PreTrainedModel) -> None:
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
     with pytest.raises(wk.InputError, match="2D"), torch.no_grad():
         model(input_ids=prompt(40), attention_mask=mask, past_key_values=wk.CompactCache(model, "snapkv:observe=4", 10))
+
+
+def test_each_row_may_have_a_task_of_its_own(llama: PreTrainedModel) -> None:
+    """A batch with two tasks keeps, row by row, what each prompt alone keeps with its own."""
+    rows, tasks = [prompt(72), prompt(72, seed=1)], ["localization", "aggregation"]
+    settings = {"policy": "windowkv:group=2", "budget": 40}
+    cache = wk.CompactCache(llama, **settings, task=tasks)
+    with torch.no_grad():
+        llama(input_ids=torch.cat(rows), past_key_values=cache)
+    for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
+        single = wk.CompactCache(llama, **settings, task=task)
+        with torch.no_grad():
+            llama(input_ids=row, past_key_values=single)
+        assert same_positions(positions(cache, i), positions(single))
+    with pytest.raises(wk.InputError, match="2 tasks for a batch of 1"), torch.no_grad():
+        llama(input_ids=rows[0], past_key_values=wk.CompactCache(llama, **settings, task=tasks))
+
+
+def test_a_tokenizer_lets_every_row_be_classified(llama: PreTrainedModel) -> None:
+    """The prompt is read back and classified, row by row, padding left out; a given task wins."""
+    texts = ["Write a summary of the report. Summary:", "Question: Who was he? Answer:"]
+
+    class Reader:
+        def decode(self, ids: torch.Tensor, *, skip_special_tokens: bool) -> str:
+            assert bool((ids > 0).all()), "padding was read"
+            return texts[len(ids) < 72]
+
+    ids = torch.cat([prompt(72), prompt(72, seed=1)])
+    mask = torch.ones_like(ids)
+    ids[1, :10] = mask[1, :10] = 0
+    kept = []
+    for options in ({"tokenizer": Reader()}, {"task": ["aggregation", "localization"]}):
+        caches: list[wk.CompactCache] = []
+        hook = llama.register_forward_hook(lambda *a, caches=caches: caches.append(a[-1].past_key_values))
+        with wk.compress(llama, "windowkv:group=2:sure=0.5", 40, **options), torch.no_grad():
+            llama(input_ids=ids, attention_mask=mask)
+        hook.remove()
+        kept.append([positions(caches[0], row) for row in range(2)])
+    assert all(same_positions(a, b) for a, b in zip(*kept, strict=True))
