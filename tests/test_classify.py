@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 import winnowkv as wk
 from winnowkv.classify import EDGE, FEATURES, WORDS, load_classifier, pieces, vectorizer
-from winnowkv.cli.task import read_texts
+from winnowkv.evaluate.prompts import read_rows
 
 TEXT = " ".join(f"w{i}" for i in range(5000))
 
@@ -137,7 +137,7 @@ def test_a_classifier_with_three_labels(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ('{"text": "a"}\nnot json\n', "line 2: not JSON"),
-        ('{"text": "a"}\n\n{"words": "b"}\n', "line 3: a row is"),
+        ('{"text": "a"}\n\n{"words": "b"}\n', "line 3: field 'text' is missing"),
         ("\n", "holds no prompt"),
     ],
 )
@@ -145,7 +145,7 @@ def test_prompt_files(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(text)
     with pytest.raises(wk.InputError, match=says):
-        read_texts(file)
+        read_rows(file, "prompt", ("text",))
 
 
 def test_an_unsure_task_falls_back_and_a_sure_one_does_not() -> None:

@@ -23,9 +23,10 @@ def task(
     """Tell localization (QA, retrieval) from aggregation (summaries, few-shot, code), with a probability for each prompt."""
     if (text is None) == (file is None):
         raise InputError("give one prompt as an argument, or many with --file FILE.jsonl")
-    texts = [text] if text is not None else read_texts(file) if file is not None else []
     from winnowkv.classify import load_classifier
+    from winnowkv.evaluate.prompts import read_rows
 
+    texts = [text] if text is not None else [row["text"] for row in read_rows(file, "prompt", ("text",))]
     profiles = load_classifier(classifier)([str(text) for text in texts])
     if as_json:
         rows = [{"label": p.task, "probability": round(p.probability or 0.0, 4)} for p in profiles]
@@ -33,28 +34,6 @@ def task(
         return
     for profile in profiles:
         print(f"{profile.task} {profile.probability:.3f}")
-
-
-def read_texts(file: Path) -> list[str]:
-    """Texts of a JSONL file. Raises InputError with file and line for a row that is not JSON or has no text."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"prompt file {file}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise InputError(f'prompt file {file}, line {number}: a row is {{"text": "..."}}')
-        texts.append(row["text"])
-    if not texts:
-        raise InputError(f'prompt file {file}: holds no prompt; a row is {{"text": "..."}}')
-    return texts
 
 
 def register(app: typer.Typer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,27 +32,36 @@ def read_needles(path: Path | None = None) -> list[Needle]:
     Raises InputError with file and line for a row that is not JSON or lacks a field.
     """
     source = path or files("winnowkv.evaluate") / "data" / "needles.jsonl"
+    return [Needle(*(row[field] for field in FIELDS)) for row in read_rows(source, "needle", FIELDS)]
+
+
+def read_rows(source: Any, what: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, each an object with these fields as texts that are not empty.
+
+    Raises InputError with file and line for a row that is not, and for a file without rows.
+    """
+    shape = f"{{{', '.join(fields)}}}"
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"needle file {source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    needles = []
+        raise InputError(f"{what} file {source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"needle file {source}, line {number}: not JSON ({error.msg})") from None
+            raise InputError(f"{what} file {source}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(row, dict):
-            raise InputError(f"needle file {source}, line {number}: not a JSON object with {', '.join(FIELDS)}")
-        for field in FIELDS:
+            raise InputError(f"{what} file {source}, line {number}: not a JSON object with {', '.join(fields)}")
+        for field in fields:
             if not isinstance(row.get(field), str) or not row[field].strip():
-                raise InputError(f"needle file {source}, line {number}: field {field!r} is missing or not a text")
-        needles.append(Needle(*(row[field] for field in FIELDS)))
-    if not needles:
-        raise InputError(f"needle file {source}: holds no needle; a row is {{{', '.join(FIELDS)}}}")
-    return needles
+                raise InputError(f"{what} file {source}, line {number}: field {field!r} is missing or not a text")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{what} file {source}: holds no {what}; a row is {shape}")
+    return rows
 
 
 def read_haystack(path: Path | None = None) -> str:
