@@ -8,8 +8,9 @@ is written as its user would write it, ``AdaKVPress(SnapKVPress(window_size=32))
 
 One prefill serves all presses of a prompt: a press works in a forward hook behind every
 attention layer and changes the cache, never what the layer hands on, so each layer's hook
-input is given to every press in turn, each with a cache of its own. ``--live`` reads the
-prompt anew inside each press's own context manager instead, as kvpress documents it.
+input is given to every press in turn, each with a cache of its own. A press that does more
+than that (KVzip, Finch) reads the prompt itself, inside its context manager, as kvpress
+documents it; with ``--live`` all do.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class Run:
             if isinstance(self.press, kvpress.FinchPress):
                 # It learns by a delimiter token where the question begins; tell it, so that the prompt stays the same.
                 self.press.window_size, self.press.delimiter_token_id = question, -1
+
+    @property
+    def alone(self) -> bool:
+        """Whether the press does more than to hook into the attention layers."""
+        return self.press is not None and type(self.press).__call__ is not kvpress.BasePress.__call__
 
     def take(self, module: Any, inputs: Any, kwargs: dict[str, Any], output: Any, layer: Any) -> None:
         """Let the press have a layer: ``layer`` is that of the shared cache, still whole."""
@@ -191,14 +197,17 @@ def main() -> None:
             if not runs:
                 continue
             model.set_attn_implementation(implementation)
-            logits = None if args.live else read_shared(model, ids, runs)
+            sharing = [] if args.live else [run for run in runs if not run.alone]
+            logits = read_shared(model, ids, sharing) if sharing else None
             while runs:
-                run = runs.pop(0)  # its cache dies with it
+                run = runs.pop(0)
+                shared = run in sharing
+                sharing = [other for other in sharing if other is not run]  # so that its cache dies with it
                 line = {"prompt": number, "press": run.asked["press"], "budget": run.asked["budget"]}
                 if run.error is None:
                     with errors_of(run):
-                        last = read_live(model, ids, run) if args.live else logits
-                        line |= {**run.report(), "compress_s": None if args.live else round(run.seconds, 4)}
+                        last = logits if shared else read_live(model, ids, run)
+                        line |= {**run.report(), "compress_s": round(run.seconds, 4) if shared else None}
                         line |= answer(model, run, last, ids.shape[1], limit, stop)
                 tell({**line, "error": run.error} if run.error else line)
         model.set_attn_implementation(native)

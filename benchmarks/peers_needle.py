@@ -65,6 +65,7 @@ PRESSES = (
     "CriticalAdaKVPress(SnapKVPress())",
     "AdaKVPress(SnapKVPress())",
     "AdaKVPress(ExpectedAttentionPress(epsilon=1e-2))",
+    "KVzipPress()",
     "RandomPress(seed=0)",
 )
 WHOLE = "None"  # no press: the full cache on kvpress's side
@@ -139,8 +140,8 @@ def lines_of(args: argparse.Namespace, job: dict[str, Any]) -> Iterable[dict[str
 def measure_theirs(
     args: argparse.Namespace, job: dict[str, Any], frames: Sequence[dict[str, Any]], logits: torch.Tensor, tokenizer: Any,
     store: ResultStore, advance: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Let kvpress measure what is missing; returns its versions, the models' deviation and the presses that broke."""
+) -> dict[str, str]:  # fmt: skip
+    """Let kvpress measure what is missing; returns the presses that broke, with what they said."""
     answers = iter(lines_of(args, job))
     first = next(answers)
     apart = deviation(torch.tensor(first["logits"]), logits)
@@ -158,9 +159,9 @@ def measure_theirs(
         else:
             output = tokenizer.decode(line.pop("tokens"), skip_special_tokens=True)
             judged = {"output": output, **runner.judge(frame["answer"], output)}
-            store.add({"policy": press, **frame, **line, **judged, "versions": first["versions"]})
+            store.add({"policy": press, **frame, **line, **judged, "versions": first["versions"], "logit_deviation": apart})
         advance(f"kvpress: {press}")
-    return {"versions": first["versions"], "logit_deviation": apart, "errors": errors}
+    return errors
 
 
 def rows_of(lines: Iterable[dict[str, Any]], side: str) -> list[dict[str, Any]]:
@@ -262,7 +263,7 @@ def main() -> None:
     job, frames = make_job(args, test, model, tokenizer, builder, theirs)
     todo = sum(len(prompt["asked"]) for prompt in job["prompts"])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    peer: dict[str, Any] = {"errors": {}}
+    errors: dict[str, str] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("needles", total=test.steps() + todo)
 
@@ -274,7 +275,7 @@ def main() -> None:
             with torch.no_grad():
                 ids = torch.tensor([job["check"]], device=model.device)
                 logits = model(ids, logits_to_keep=1).logits[0, -1].float().cpu()
-            peer = measure_theirs(args, job, frames, logits, tokenizer, theirs, advance)
+            errors = measure_theirs(args, job, frames, logits, tokenizer, theirs, advance)
     cases = {(length, depth, needle.needle) for length, depth, needle in test.cases()}
     lines = [
         [line for line in store.lines if line["policy"] in names and (line["length"], line["depth"], line["needle"]) in cases
@@ -283,7 +284,8 @@ def main() -> None:
     ]  # fmt: skip
     rows = ranked([*rows_of(lines[0], "winnowkv"), *rows_of(lines[1], "kvpress")], [str(budget) for budget in test.budgets])
     where = machine()
-    their = lines[1][-1]["versions"] if lines[1] else peer.get("versions", {})
+    last = lines[1][-1] if lines[1] else {"versions": {}}
+    their = last["versions"]
     title = (
         f"{len(cases)} needle prompts of {args.length} tokens, {args.model} in {job['dtype']}, "
         f"{where['accelerator'] or where['processor']}, {where['threads']} threads; "
@@ -292,18 +294,18 @@ def main() -> None:
     )
     summary = {
         "rows": rows,
-        "errors": peer["errors"],
-        "logit_deviation": peer.get("logit_deviation"),
+        "errors": errors,
+        "logit_deviation": last.get("logit_deviation"),
         "versions": {"winnowkv": versions(), "kvpress": their},
         "machine": where,
         "arguments": {name: str(value) for name, value in vars(args).items()},
     }
     write_json(args.out / "summary.json", summary)
-    (args.out / "table.md").write_text(markdown(rows, title, peer["errors"]), encoding="utf-8")
+    (args.out / "table.md").write_text(markdown(rows, title, errors), encoding="utf-8")
     if args.json:
         print(json.dumps(summary, indent=2))
     else:
-        show(rows, title, peer["errors"])
+        show(rows, title, errors)
         print(f"written to {args.out}")
 
 
