@@ -42,7 +42,7 @@ class WindowKV(Policy):
     top: int = None  # type: ignore[assignment]
     group: int = 6
     slope: float = 14.0
-    preset: Literal["paper", "repo"] = "paper"
+    preset: Literal["paper", "repo"] = "repo"
     task: Task | None = None
     fallback: Task = "localization"  # where a classifier is less than ``sure``
     sure: float = 0.75
