@@ -81,6 +81,11 @@ def encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` and its like."""
+    return str(dtype).removeprefix("torch.")
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """Most tokens that the model has positions for, None where its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -131,7 +136,7 @@ def embedded_folder(dtype: torch.dtype) -> Path:
     if source is None:
         raise ModelNotFoundError(f"the embedded model is not installed. Get it with: {INSTALL}")
     root = cache_root()
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     folder = root / f"{source.stem}-{source.stat().st_size}-{kind}-v{FORMAT}"
     if folder.is_dir():
         return folder

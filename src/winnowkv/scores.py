@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from winnowkv.types import HeadScores, Keys, Probabilities, Queries, Scores, WindowScores
@@ -15,19 +16,23 @@ PoolKind = Literal["avg", "max"]
 GroupKind = Literal["mean", "max"]
 
 
-def window_probabilities(queries: Queries, keys: Keys, scale: float) -> Probabilities:
-    """Attention probabilities of the last ``W`` queries on the context, ``[B, Hq, W, C]``.
-
-    Causal softmax in float32 over all ``S`` keys; only the ``C = S - W`` context columns
-    are returned. No map larger than ``[B, Hq, W, S]`` exists, and KV heads are not expanded.
-    """
+def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "B Hq W S"]:
+    """Attention probabilities of the newest ``W`` queries over all ``S`` keys, causal, float32; KV heads are not expanded."""
     batch, heads, window, size = queries.shape
     kv_heads, tokens = keys.shape[1], keys.shape[2]
     grouped = queries.float().reshape(batch, kv_heads, -1, size) * scale
     logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, window, tokens)
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    return logits.softmax(-1)[..., : tokens - window]
+    return logits.softmax(-1)
+
+
+def window_probabilities(queries: Queries, keys: Keys, scale: float) -> Probabilities:
+    """Attention probabilities of the last ``W`` queries on the context, ``[B, Hq, W, C]``.
+
+    The ``C = S - W`` context columns of a softmax over all ``S`` keys; no map is larger than ``[B, Hq, W, S]``.
+    """
+    return causal_attention(queries, keys, scale)[..., : keys.shape[2] - queries.shape[2]]
 
 
 def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
@@ -44,17 +49,12 @@ def accumulated_attention(queries: Queries, keys: Keys, scale: float, block: int
     Causal softmax in float32, ``block`` queries at a time over the keys that they can see, so
     that no map larger than ``[B, Hq, block, S]`` exists. Source: H2O (arXiv 2306.14048).
     """
-    batch, heads, tokens, size = queries.shape
-    kv_heads = keys.shape[1]
+    batch, heads, tokens, _ = queries.shape
     total = torch.zeros(batch, heads, tokens, device=keys.device)
-    turned = keys.float().transpose(-1, -2)
+    keys = keys.float()  # once, not for every block
     for begin in range(0, tokens, block):
         end = min(begin + block, tokens)
-        rows = queries[:, :, begin:end].float().reshape(batch, kv_heads, -1, size) * scale
-        logits = (rows @ turned[..., :end]).view(batch, heads, end - begin, end)
-        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=keys.device).triu(1)
-        logits[..., begin:].masked_fill_(future, float("-inf"))
-        total[..., :end] += logits.softmax(-1).sum(-2)
+        total[..., :end] += causal_attention(queries[:, :, begin:end], keys[:, :, :end], scale).sum(-2)
     return total
 
 

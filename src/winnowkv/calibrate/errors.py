@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from winnowkv.policies import Policy, Prompt
+from winnowkv.scores import causal_attention
 from winnowkv.types import Indices, Keys, Queries
 
 EPSILON = 1e-5  # the repository's
@@ -20,13 +21,10 @@ EPSILON = 1e-5  # the repository's
 
 def attention_output(queries: Queries, keys: Keys, values: Tensor, scale: float, kept: Tensor | None) -> Float[Tensor, "q E"]:
     """Output of the newest ``q`` queries before the projection, float32, ``E = Hq * D``; over ``kept`` columns only."""
-    kv_heads, size, count = keys.shape[1], keys.shape[3], queries.shape[2]
     if kept is not None:
         keys, values = keys[:, :, kept], values[:, :, kept]
-    grouped = queries[0].float().reshape(kv_heads, -1, size) * scale
-    logits = (grouped @ keys[0].float().transpose(-1, -2)).unflatten(1, (-1, count))
-    future = torch.ones(count, logits.shape[-1], dtype=torch.bool, device=keys.device).triu(logits.shape[-1] - count + 1)
-    output = logits.masked_fill(future, float("-inf")).softmax(-1) @ values[0].float()[:, None]
+    attention = causal_attention(queries, keys, scale)[0]
+    output = attention.unflatten(0, (keys.shape[1], -1)) @ values[0].float()[:, None]
     return output.flatten(0, 1).transpose(0, 1).flatten(1)
 
 

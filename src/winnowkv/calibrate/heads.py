@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from winnowkv.scores import causal_attention
 from winnowkv.types import Keys, Queries
 
 Span = tuple[int, int]  # token positions, half open
@@ -23,9 +24,7 @@ HeadTable = Float[Tensor, "L Hq"]
 
 def last_query_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "Hq K"]:
     """Attention of the newest query alone over everything held, float32."""
-    kv_heads, size = keys.shape[1], keys.shape[3]
-    grouped = queries[0, :, -1].float().reshape(kv_heads, -1, size) * scale
-    return (grouped @ keys[0].float().transpose(-1, -2)).flatten(0, 1).softmax(-1)
+    return causal_attention(queries[:, :, -1:], keys, scale)[0, :, 0]
 
 
 def semantic_scores(masses: Masses, generated: Sequence[int], answer: Collection[int]) -> tuple[HeadTable, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from winnowkv.attention import output_projections
@@ -25,8 +26,8 @@ from winnowkv.evaluate.machine import versions
 from winnowkv.evaluate.needle import stop_tokens
 from winnowkv.evaluate.store import ResultStore
 from winnowkv.fingerprint import Fingerprint
-from winnowkv.models import position_limit
-from winnowkv.policies import Prompt, policy as make_policy
+from winnowkv.models import dtype_name, position_limit
+from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.profile import Profile
 
 Advance = Callable[[str], None]
@@ -84,7 +85,7 @@ def identity(line: dict[str, Any]) -> tuple[str, int]:
 def open_store(folder: Path, name: str, model: PreTrainedModel, chat: bool, asked: Calibration) -> ResultStore:
     """The folder of a calibration's lines; lines of another model or other settings are refused."""
     settings = {**asdict(asked), "own": [asdict(fact) for fact in asked.own]}
-    config = {"model": name, "dtype": dtype_name(model), "chat": chat, **settings}
+    config = {"model": name, "dtype": dtype_name(model.dtype), "chat": chat, **settings}
     return ResultStore(folder, {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}, identity)
 
 
@@ -105,11 +106,11 @@ def calibrate(
     """
     asked.check(model)
     cases = list(enumerate(schedule(asked.prompts, asked.lengths, asked.depths, asked.seed, list(asked.own))))
-    stop = stop_tokens(model, tokenizer)
+    stop, layers = stop_tokens(model, tokenizer), output_layers(model)
     for case, (fact, length, depth, offset) in cases:
         if not store.has(("heads", case)):
             prompt = build(tokenizer, filler, fact, length, depth, offset, chat=chat)
-            store.add({"phase": "heads", "case": case, **measure_heads(prompt, model, tokenizer, stop, asked.max_new_tokens)})
+            store.add({"phase": "heads", "case": case, **measure_heads(prompt, model, len(layers), tokenizer, stop, asked)})
         advance(f"heads: {fact.kind}, {length} tokens")
     lines = [line for line in store.lines if line["phase"] == "heads"]
     answered = [line for line in lines if line["success"]]
@@ -117,12 +118,14 @@ def calibrate(
         raise InputError(too_few(lines, len(answered), asked.minimum))
     semantic, traditional = (mean_table([line[kind] for line in answered]) for kind in ("semantic", "traditional"))
     profile = Profile(name, Fingerprint.of(model), semantic, traditional, (1 / len(semantic),) * len(semantic))
+    chooser, found = make_policy("compresskv", profile=profile, budgets="uniform"), output_projections(model)
+    projections = [found[index] for index in layers]
     chosen = {line["case"] for line in spread(answered, asked.error_prompts)}
     for case, (fact, length, depth, offset) in cases:
         if case in chosen:
             if not store.has(("errors", case)):
                 prompt = build(tokenizer, filler, fact, length, depth, offset, chat=chat)
-                store.add({"phase": "errors", "case": case, **measure_errors(prompt, model, profile, stop, asked)})
+                store.add({"phase": "errors", "case": case, **measure_errors(prompt, model, chooser, projections, stop, asked)})
             advance(f"errors: {fact.kind}, {length} tokens")
     kept = "mean" if asked.error_mean else "sum"
     errors = [(line["kind"], line[kept]) for line in store.lines if line["phase"] == "errors" and line["steps"]]
@@ -133,14 +136,10 @@ def calibrate(
     about = {
         "seed": asked.seed, "lengths": list(asked.lengths), "depths": list(asked.depths), "chat": chat,
         "prompts": len(lines), "own_prompts": len(asked.own), "answered": len(answered), "answered_by": tally(lines),
-        "errors_on": len(errors), "error_entries": asked.error_entries, "dtype": dtype_name(model), "versions": versions(),
+        "errors_on": len(errors), "error_entries": asked.error_entries, "dtype": dtype_name(model.dtype),
+        "versions": versions(),
     }  # fmt: skip
     return Profile(name, profile.fingerprint, semantic, traditional, tuple(layer_shares(errors)), about)
-
-
-def dtype_name(model: PreTrainedModel) -> str:
-    """``bfloat16`` and its like."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, limit: int, stop: set[int]) -> list[int]:
@@ -151,11 +150,11 @@ def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, li
 
 
 def measure_heads(
-    prompt: CalibrationPrompt, model: PreTrainedModel, tokenizer: Any, stop: set[int], limit: int
+    prompt: CalibrationPrompt, model: PreTrainedModel, layers: int, tokenizer: Any, stop: set[int], asked: Calibration
 ) -> dict[str, Any]:
     """One line of the first pass: did the model answer, and how every head looked at the answer span."""
-    watch = HeadWatch(len(output_layers(model)), prompt.span)
-    tokens = answer(prompt, model, watch, limit, stop)
+    watch = HeadWatch(layers, prompt.span)
+    tokens = answer(prompt, model, watch, asked.max_new_tokens, stop)
     output = tokenizer.decode(tokens, skip_special_tokens=True)
     masses, places = watch.evidence()
     span = prompt.ids[prompt.span[0] : prompt.span[1]]
@@ -172,14 +171,12 @@ def measure_heads(
 
 
 def measure_errors(
-    prompt: CalibrationPrompt, model: PreTrainedModel, profile: Profile, stop: set[int], asked: Calibration
-) -> dict[str, Any]:
+    prompt: CalibrationPrompt, model: PreTrainedModel, chooser: Policy, projections: Sequence[nn.Module],
+    stop: set[int], asked: Calibration,
+) -> dict[str, Any]:  # fmt: skip
     """One line of the second pass: every layer's error when it alone keeps ``error_entries``."""
-    chooser = make_policy("compresskv", profile=profile, budgets="uniform")
-    layers = output_layers(model)
-    projections = output_projections(model)
-    watch = ErrorWatch(chooser, asked.error_entries, Prompt(len(prompt.ids), len(layers), asked.error_entries),
-                       [projections[index] for index in layers])  # fmt: skip
+    small = Prompt(len(prompt.ids), len(projections), asked.error_entries)
+    watch = ErrorWatch(chooser, asked.error_entries, small, projections)
     answer(prompt, model, watch, asked.max_new_tokens, stop)
     sums = torch.tensor(watch.errors, dtype=torch.float64).sum(-1)
     steps = len(watch.errors[0])

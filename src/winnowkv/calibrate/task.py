@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from winnowkv.calibrate.prompts import read_filler
 from winnowkv.calibrate.task_prompts import AGGREGATION, LOCALIZATION, QUESTIONS, TOPICS
 from winnowkv.classify import FEATURES, FORMAT, LinearClassifier, vectorizer
-from winnowkv.errors import InputError
 from winnowkv.evaluate.machine import versions
-from winnowkv.evaluate.prompts import read_haystack
+from winnowkv.evaluate.prompts import read_haystack, read_rows
 from winnowkv.task import TASKS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "task.safetensors"
@@ -112,23 +111,18 @@ class Row:
     dataset: str
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file. Raises InputError naming the file where it is not there."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; --data is the folder that holds task_classifier/") from None
-
-
 class Filler:
     """Neutral text of any length: it stands in prompts of both tasks alike, so that it tells nothing."""
 
     def __init__(self, data: Path, seed: int) -> None:
         self.draw = random.Random(seed)
         essays = [file.read_text(encoding="utf-8", errors="replace") for file in sorted((data / "needle").rglob("*.txt"))]
-        inputs = [str(row["example_input"]) for row in read_rows(data / "task_classifier" / "niv2_definitions.jsonl")]
+        inputs = [
+            str(row["example_input"])
+            for row in read_rows(data / "task_classifier" / "niv2_definitions.jsonl", "task", ("text",))
+        ]
         self._words = [text.split() for text in (read_filler(), read_haystack(), *essays, " ".join(inputs))]
-        self._code = [row["text"] for row in read_rows(data / "task_classifier" / "humaneval_prompts.jsonl")]
+        self._code = [row["text"] for row in read_rows(data / "task_classifier" / "humaneval_prompts.jsonl", "task", ("text",))]
 
     def text(self, least: int, most: int) -> str:
         """Some words from the middle of one of the texts."""
@@ -205,17 +199,17 @@ def templates(data: Path, filler: Filler) -> list[Row]:
     """Labelled instruction templates and task definitions; rows without a clear side are dropped."""
     folder, rows = data / "task_classifier", []
     for name in ("flan_templates", "promptsource_templates"):
-        for row in read_rows(folder / f"{name}.jsonl"):
+        for row in read_rows(folder / f"{name}.jsonl", "task", ("text",)):
             group = re.split(r"[/_]", row["dataset"].lower())[0]
             turned = row["label"] and TURNED[row["label"]].search(row["text"].lower())
             if row["label"] and group not in DROPPED_DATASETS and not turned:
                 rows += [Row(filled(row["text"], filler), row["label"], f"templates/{group}") for _ in range(FILLED)]
-    for row in read_rows(folder / "niv2_definitions.jsonl"):
+    for row in read_rows(folder / "niv2_definitions.jsonl", "task", ("text",)):
         if row["label"] and row["category"] not in DROPPED and "English" in str(row["languages"]):
             group = row["task"].split("_")[1]
             text = f"{row['text']}\n\n{row['example_input']}"
             rows.append(Row(text, row["label"], f"templates/{group}"))
-    code = read_rows(folder / "humaneval_prompts.jsonl")
+    code = read_rows(folder / "humaneval_prompts.jsonl", "task", ("text",))
     return rows + [Row(row["text"], "aggregation", f"code/{at % 8}") for at, row in enumerate(code)]
 
 
@@ -225,7 +219,7 @@ def longbench(data: Path) -> list[Row]:
     rows = []
     for task, names in zip(TASKS, (LONGBENCH_LOCALIZATION, LONGBENCH_AGGREGATION), strict=True):
         for name in names:
-            for row in read_rows(data / "longbench" / f"{name}.jsonl"):
+            for row in read_rows(data / "longbench" / f"{name}.jsonl", "LongBench", ("context",)):
                 rows.append(Row(prompts[name].format(context=row["context"], input=row["input"]), task, name))
     return rows
 

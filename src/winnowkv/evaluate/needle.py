@@ -28,7 +28,7 @@ from winnowkv.evaluate.machine import machine, versions
 from winnowkv.evaluate.prompts import Needle, PromptBuilder
 from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.fingerprint import Fingerprint
-from winnowkv.models import position_limit
+from winnowkv.models import dtype_name, position_limit
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.task import TaskProfile
 
@@ -110,7 +110,7 @@ def open_store(
     """The result folder of a test; lines of other models, haystacks or settings are refused."""
     config = {
         "model": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "chat": builder.chat,
         "task": test.task,
         "max_new_tokens": test.max_new_tokens,
