@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import winnowkv as wk
 from winnowkv.classify import EDGE, FEATURES, WORDS, load_classifier, pieces, vectorizer
@@ -91,7 +97,9 @@ def test_weights_of_a_newer_format_and_files_that_are_none(tmp_path: Path) -> No
         wk.task_profile("x", broken)
 
 
-def bert(folder: Path, labels: list[str]) -> Path:
+def bert(
+    folder: Path, labels: list[str], config_class: type = BertConfig, model_class: type = BertForSequenceClassification
+) -> Path:
     """A tiny random classifier with a word tokenizer, saved as a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -102,12 +110,12 @@ def bert(folder: Path, labels: list[str]) -> Path:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
+    config = config_class(
         vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=520, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)},
-        initializer_range=1.0,
+        max_position_embeddings=514, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)},
+        initializer_range=1.0, pad_token_id=1,
     )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     return folder
 
 
@@ -125,6 +133,31 @@ def test_a_sequence_classifier_reads_256_tokens_at_each_end(tmp_path: Path) -> N
     turned = wk.task_profile(text, folder)
     assert turned.task != profile.task
     assert turned.probability == pytest.approx(profile.probability)
+
+
+def test_a_roberta_has_fewer_positions_than_its_table(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "roberta", ["localization", "aggregation"], RobertaConfig, RobertaForSequenceClassification)
+    text = " ".join(["first"] * 400 + ["last"] * 400)
+    assert 0.5 <= (wk.task_profile(text, folder).probability or 0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "localization"),
+    [
+        (["localization", "aggregation"], 0),
+        (["aggregation", "localization"], 1),
+        (["other", "task_localization"], 1),
+        (["Task-Aggregation", "rest"], 1),
+        (["LABEL_0", "LABEL_1"], 0),
+    ],
+)
+def test_which_label_is_localization(tmp_path: Path, labels: list[str], localization: int) -> None:
+    assert load_classifier(bert(tmp_path / "bert", labels))._localization == localization
+
+
+def test_blanks_at_the_ends_hide_nothing() -> None:
+    text = "Write a summary of the following report.\n\n" + TEXT
+    assert list(pieces(" " * 9000 + text + "\n" * 9000)) == list(pieces(text))
 
 
 def test_a_classifier_with_three_labels(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from winnowkv.errors import InputError
 from winnowkv.task import TASKS, Task, TaskProfile
@@ -34,6 +34,7 @@ LONGEST_WORD = 24  # characters a word has at the most, on average: how much tex
 def pieces(text: str) -> Iterable[str]:
     """Words and word pairs of both ends, marked by where they stand; this is all that the classifier sees."""
     reach = WORDS * LONGEST_WORD
+    text = text.strip()  # before the cut: blanks at an end must not hide the words behind them
     head = WORD.findall(text[:reach].lower())[:WORDS]
     tail = WORD.findall(text[-reach:].lower())[-WORDS:]
     for mark, words in (("<", head[:EDGE]), (">", tail[-EDGE:])):
@@ -71,7 +72,7 @@ class LinearClassifier:
 class SequenceClassifier:
     """A Hugging Face sequence classifier with two labels; reads the first and last 256 tokens.
 
-    Labels named localization and aggregation are taken by name, else the first is localization.
+    A label with localization or aggregation in its name is taken by it, else the first is localization.
     Raises InputError for a model that cannot be loaded or has other than two labels.
     """
 
@@ -89,7 +90,9 @@ class SequenceClassifier:
                 f"classifier {path} has {len(names)} labels ({', '.join(names)}): it must have two, "
                 f"localization and aggregation"
             )
-        self._localization = names.index("localization") if "localization" in names else int("aggregation" in names[0])
+        named = [name for name in names if "localization" in name] or [name for name in names if "aggregation" not in name]
+        self._localization = names.index((named or names)[0])
+        self._positions = positions(self._model)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[TaskProfile]:
@@ -101,12 +104,19 @@ class SequenceClassifier:
             begin = special.index(False) if False in special else len(special)
             end = len(special) - (special[::-1].index(False) if False in special else 0)
             ids, opening, closing = encoded["input_ids"][begin:end], encoded["input_ids"][:begin], encoded["input_ids"][end:]
-            room = getattr(self._model.config, "max_position_embeddings", 2**30) - len(opening) - len(closing)
-            half = min(TOKENS, room // 2)
+            half = min(TOKENS, (self._positions - len(opening) - len(closing)) // 2)
             whole = opening + (ids if len(ids) <= 2 * half else ids[:half] + ids[-half:]) + closing
             probabilities = self._model(input_ids=torch.tensor([whole])).logits[0].softmax(-1)
             profiles.append(of_probability(float(probabilities[self._localization])))
         return profiles
+
+
+def positions(model: nn.Module) -> int:
+    """Tokens that a classifier has positions for; RoBERTa's kind leaves those up to its padding id unused."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return 2 * TOKENS + 64  # relative or rotary positions: no table to run out of
 
 
 def of_probability(localization: float) -> TaskProfile:
