@@ -93,6 +93,15 @@ CASES = [
     Case("windowkv:preset=repo", "aggregation", 40),
 ]
 EVICTING = [case for case in CASES if case.name != "full"]
+# Lossy storage: what the laws ask of it stands in test_law_quantize.py, since those that speak of exact values do not hold.
+QUANTIZED = [
+    Case("int8"),
+    Case("int4"),
+    Case("snapkv:observe=8:kernel=3:quantize=int8"),
+    Case("adakv:observe=4:floor=0:sinks=2:quantize=int4"),
+    Case("dynamickv:observe=4:kernel=3:every=2:ceiling=2:quantize=int8"),
+    Case("windowkv:observe=4:window=4:top=2:group=2:sinks=2:quantize=int4", "localization"),
+]
 
 TINY = {
     "vocab_size": VOCABULARY,
@@ -170,6 +179,12 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each policy case in turn."""
+    return request.param
+
+
+@pytest.fixture(params=QUANTIZED, ids=str)
+def quantized(request: pytest.FixtureRequest) -> Case:
+    """Each case that stores what it keeps in fewer bits."""
     return request.param
 
 

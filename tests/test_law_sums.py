@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import winnowkv as wk
-from conftest import CASES, PROMPT, Case, prompt, random_profile
+from conftest import CASES, PROMPT, QUANTIZED, Case, prompt, random_profile
 from reference import compact_logits, positions
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.prefill import PrefillPlan
@@ -24,7 +24,7 @@ HEADS, KV_HEADS, SIZE = 4, 2, 4
 def test_every_built_in_policy_has_a_case() -> None:
     """A policy added to the package without a case here would be exempt from all laws."""
     mine = {entry.name for entry in entry_points(group="winnowkv.policies") if entry.value.startswith("winnowkv.")}
-    assert mine <= {case.name for case in CASES}
+    assert mine <= {case.name for case in CASES + QUANTIZED}
 
 
 def budget_values() -> st.SearchStrategy[int | float]:

@@ -1,6 +1,6 @@
-"""The compact cache: transformers' cache socket. Only this file and attention.py know its internals.
+"""The compact cache: transformers' cache socket. Only this file, layer.py and attention.py know its internals.
 
-A :class:`CompactLayer` holds unexpanded KV heads of only the entries that stay, grows
+Each :class:`CompactLayer` holds unexpanded KV heads of only the entries that stay, grows
 in place while tokens are generated, and tells transformers its *logical* length
 (tokens seen, hence RoPE positions) and its *physical* one (entries held, hence masks).
 """
@@ -9,186 +9,24 @@ from __future__ import annotations
 
 import time
 import weakref
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
-from winnowkv.attention import BYPASSED, COMPACT_OFFSET, TAG, acquire, check_model, is_routed, release
+from winnowkv.attention import BYPASSED, TAG, acquire, check_model, is_routed, release
 from winnowkv.budget import Budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.layer import CompactLayer
 from winnowkv.policies import Policy, Prompt, Tasks, resolve
 from winnowkv.prefill import PrefillPlan
+from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
-from winnowkv.select import columns_of, gather_entries, occupied
-from winnowkv.types import Entries, Padding, Valid
-
-GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
-
-
-class CompactLayer(CacheLayerMixin):
-    """Keys and values of one layer: ``[B, Hkv, capacity, D]`` buffers of which ``length`` columns are in use.
-
-    Rows of a batch, and heads of a layer, that keep fewer entries than the longest are
-    right-aligned; ``valid`` (``[B, 1 or Hkv, capacity]``, None where all are) marks what they
-    really hold. ``positions`` are the prompt positions kept, per row ``[H, n]`` with -1 in
-    front of a shorter head's, None where a row keeps all.
-    """
-
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.length = self.seen = self.prompt = 0
-        self.pads: list[int] = []
-        self.valid: Tensor | None = None
-        self.positions: list[Tensor | None] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the prompt's keys and values as they are: nothing is copied before eviction."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states.detach(), value_states.detach()
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append in place and return views of all entries in use."""
-        added = key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.length = self.seen = self.prompt = added
-            self.pads = [0] * key_states.shape[0]
-            self.positions = [None] * key_states.shape[0]
-            # Views, not the tensors we store: attention tags what it gets, and a tag must not outlive the call.
-            return key_states[:, :, :], value_states[:, :, :]
-        end = self.length + added
-        if end > self.keys.shape[2]:
-            self._grow(end + GROWTH)
-        self.keys[:, :, self.length : end] = key_states.detach()
-        self.values[:, :, self.length : end] = value_states.detach()
-        if self.valid is not None:
-            self.valid[..., self.length : end] = True
-        self.length, self.seen = end, self.seen + added
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _grow(self, capacity: int) -> None:
-        def larger(buffer: Tensor, axis: int) -> Tensor:
-            shape = list(buffer.shape)
-            shape[axis] = capacity
-            grown = buffer.new_empty(shape)
-            grown.narrow(axis, 0, self.length).copy_(buffer.narrow(axis, 0, self.length))
-            return grown
-
-        self.keys, self.values = larger(self.keys, 2), larger(self.values, 2)
-        self.valid = None if self.valid is None else larger(self.valid, 2)
-
-    def mark(self, padding: Padding, added: int) -> None:
-        """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
-        newest = padding[:, -added:].to(self.keys.device, torch.bool)
-        if self.valid is None:
-            self.valid = torch.ones(newest.shape[0], 1, self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
-        self.valid[:, :, self.length - added : self.length] = newest[:, None]
-        if self.seen == added:
-            lengths = newest.sum(-1)
-            if not torch.equal(newest, newest.sort(dim=-1).values):
-                raise InputError("the attention mask has padding behind or inside a prompt: pad on the left")
-            if not lengths.all():
-                raise InputError("a row of the batch is padding only: every prompt needs at least one token")
-            self.pads = [added - n for n in lengths.tolist()]
-
-    def keep(self, positions: list[Tensor | None]) -> None:
-        """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole."""
-        columns = [
-            columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device)
-            for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
-        ]
-        self.keys, self.values = gather_entries(self.keys, columns), gather_entries(self.values, columns)
-        self.length = self.keys.shape[2]
-        self.positions = [None if p is None else p.to(torch.int32) for p in positions]
-        self.valid = occupied(columns, self.keys.shape[1])
-
-    def own(self) -> None:
-        """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
-        self.keys, self.values = (
-            states.clone() if states.untyped_storage().nbytes() > states.nbytes else states
-            for states in (self.keys, self.values)
-        )
-
-    def entries(self, row: int) -> Entries:
-        """Entries that a row holds of the prompt per KV head, mean over heads."""
-        kept = self.positions[row]
-        if kept is None:
-            return self.prompt - self.pads[row]
-        mean = Fraction(int((kept >= 0).sum()), len(kept))
-        return int(mean) if mean.denominator == 1 else mean
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry: key and value, all KV heads."""
-        return self.keys[0, :, 0].nbytes + self.values[0, :, 0].nbytes
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of storage behind keys and values."""
-        if not self.is_initialized:
-            return 0
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
-
-    def get_seq_length(self) -> int:
-        """Logical length: tokens seen, padding included, as transformers counts them."""
-        return self.seen
-
-    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
-        """Physical length with the coming queries; newer releases pass their number, older ones their positions."""
-        coming = queries if isinstance(queries, int) else queries.shape[0]
-        if coming == 0:
-            raise InputError("the prompt is empty: give at least one token")
-        return self.length + coming, COMPACT_OFFSET
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in older releases
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take over the rows that beam search goes on with."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        rows = torch.arange(len(self.positions), device=self.keys.device).repeat_interleave(repeats)
-        self.batch_select_indices(rows)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows, in this order."""
-        if not self.is_initialized:
-            return
-        indices = indices.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
-        self.valid = None if self.valid is None else self.valid.index_select(0, indices)
-        rows = indices.tolist()
-        self.positions, self.pads = [self.positions[r] for r in rows], [self.pads[r] for r in rows]
-
-    def crop(self, tokens: int) -> None:
-        """Generated tokens can be taken back, evicted ones cannot. Negative: that many; positive: down to that length."""
-        back = -tokens if tokens < 0 else self.seen - tokens
-        if back <= 0 or not self.is_initialized:
-            return
-        if back > self.seen - self.prompt:
-            raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
-        self.length, self.seen = self.length - back, self.seen - back
+from winnowkv.types import Padding, Valid
 
 
 class CompactCache(Cache):
@@ -203,6 +41,8 @@ class CompactCache(Cache):
     budget: kept entries (int) or the kept fraction of the prompt (float).
     task: ``"localization"``, ``"aggregation"`` or a :class:`TaskProfile`, for policies that score
         by task; a sequence gives each row of a batch its own.
+    quantize: ``"int8"`` or ``"int4"`` stores what stays in 8 or 4 bits when the prompt is read; what
+        comes after stays as it is. None does as the policy says. Needs the package optimum-quanto.
     record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
         other policies over this prefill; for evaluation.
     hold: keep the model's attention routed while the cache lives. A compress block, which
@@ -221,11 +61,17 @@ class CompactCache(Cache):
         budget: Budget | int | float | str = 512,
         *,
         task: Tasks = None,
+        quantize: Quantization | None = None,
         record: int = 0,
         hold: bool = True,
     ) -> None:
         check_model(model)
         self.policies = resolve(policy, Fingerprint.of(model), task)
+        if quantize is not None:
+            self.policies = [replace(made, quantize=quantize) for made in self.policies]
+        self._stored = self.policies[0].quantize
+        if self._stored is not None:
+            quanto()  # complain now, and load it before the clock runs
         self.budget = Budget.of(budget)
         self._asked = policy if isinstance(policy, str) else policy.name
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -243,7 +89,7 @@ class CompactCache(Cache):
             weakref.finalize(self, release, model).atexit = False
 
     def _forget(self) -> None:
-        self.report = Report(policy=self._asked, budget=self.budget.asked)
+        self.report = Report(policy=self._asked, budget=self.budget.asked, quantize=self._stored)
         self._plans: list[PrefillPlan] | None = None
         self._settled = False
         self._awaiting: int | None = None
@@ -258,6 +104,13 @@ class CompactCache(Cache):
     def resume(self, report: Report) -> None:
         """Take this cache for one whose prompt is read already, as :mod:`winnowkv.snapshot` does; layers are filled after."""
         self.report, self._settled = report, True
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that this cache serves. Raises CacheError where it is gone."""
+        if (model := self._model()) is None:
+            raise CacheError("the model of this cache is gone")
+        return model
 
     @property
     def compact_layers(self) -> list[CompactLayer]:
@@ -355,13 +208,17 @@ class CompactCache(Cache):
             layers[index].keep([None if positions is None else positions[0] for positions in kept])
         if slot not in changed:
             layer.own()
+        if self._stored is not None and layer is layers[-1]:
+            for each in layers:
+                each.quantize(self._stored)
 
     def _settle(self, now: float) -> None:
         layers, report = self.compact_layers, self.report
         report.prompt_tokens = [layers[0].prompt - pad for pad in layers[0].pads]
-        kept = [[layer.entries(row) for layer in layers] for row in range(len(layers[0].pads))]
+        rows = range(len(layers[0].pads))
+        kept = [[layer.entries(row) for layer in layers] for row in rows]
         report.kept_entries = [[n if isinstance(n, int) else float(n) for n in row] for row in kept]
-        report.kept_bytes = int(sum(n * layer.entry_bytes for row in kept for n, layer in zip(row, layers, strict=True)))
+        report.kept_bytes = sum(layer.kept_bytes(row) for layer in layers for row in rows)
         report.full_bytes = sum(tokens * layer.entry_bytes for tokens in report.prompt_tokens for layer in layers)
         report.held_bytes = self.held_bytes
         report.prefill_seconds = now - self._started
@@ -369,21 +226,25 @@ class CompactCache(Cache):
         self._plans = None
         self._settled = True
 
-    def replay(self, policy: str | Policy, budget: Budget | int | float | str, *, task: Tasks = None) -> CompactCache:
+    def replay(
+        self,
+        policy: str | Policy,
+        budget: Budget | int | float | str,
+        *,
+        task: Tasks = None,
+        quantize: Quantization | None = None,
+    ) -> CompactCache:
         """A new cache that keeps what another policy selects from this recorded prefill.
 
         Equal to a prefill with that policy, because eviction changes nothing that prefill
-        computes. Raises CacheError where nothing was recorded, something was already evicted
-        or generated, or the policy observes more queries than were recorded.
+        computes. Raises CacheError where nothing was recorded, something was already evicted,
+        quantized or generated, or the policy observes more queries than were recorded.
         """
-        model = self._model()
-        if model is None:
-            raise CacheError("the model of this cache is gone")
-        layers = self.compact_layers
+        model, layers = self.model, self.compact_layers
         whole = all(p is None for layer in layers for p in layer.positions) and layers[0].seen == layers[0].prompt
-        if not (self._record and self._settled and whole):
+        if not (self._record and self._settled and whole and self._stored is None):
             raise CacheError("replay needs CompactCache(model, 'full', record=...) fresh from prefill")
-        other = CompactCache(model, policy, budget, task=task)
+        other = CompactCache(model, policy, budget, task=task, quantize=quantize)
         read = min(max(policy.reads(layers[0].prompt) for policy in other.policies), layers[0].prompt)
         if read > self._record:
             raise CacheError(f"{other.policies[0].name} reads {read} queries, only {self._record} were recorded")

@@ -1,9 +1,9 @@
-"""Where the stages meet: the ``compress`` block, and plain greedy decoding over a compact cache."""
+"""Where the stages meet: the ``compress`` block, and greedy decoding over compact caches, one row or many."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from winnowkv.classify import task_profile
 from winnowkv.errors import CacheError, InputError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies import Policy, Tasks, resolve
+from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
 from winnowkv.task import TASKS, TaskProfile
 
@@ -27,10 +28,11 @@ ENDS = 1024  # tokens of a prompt's end that surely hold the 256 words that the 
 class Run:
     """One ``compress`` block: its settings and the reports of the prompts that went through it."""
 
-    def __init__(self, policy: str | Policy, budget: Budget, task: Tasks) -> None:
+    def __init__(self, policy: str | Policy, budget: Budget, task: Tasks, quantize: Quantization | None) -> None:
         self.policy = policy
         self.budget = budget
         self.task = task
+        self.quantize = quantize
         self.owner = threading.get_ident()
         self.reports: list[Report] = []
 
@@ -49,6 +51,7 @@ def compress(
     budget: Budget | int | float | str = 512,
     *,
     task: Tasks = None,
+    quantize: Quantization | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything the model reads inside the block.
@@ -60,7 +63,7 @@ def compress(
 
     Parameters
     ----------
-    model, policy, budget, task: as for :class:`CompactCache`.
+    model, policy, budget, task, quantize: as for :class:`CompactCache`.
     tokenizer: where the policy scores by task and ``task`` is None, each prompt is read back
         with it and classified (:func:`winnowkv.task_profile`), every row of a batch by itself.
 
@@ -80,11 +83,13 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> print(run.report)                                            # doctest: +SKIP
     """
-    run = Run(policy, Budget.of(budget), task)
+    run = Run(policy, Budget.of(budget), task, quantize)
     check_model(model)
     classified = tokenizer is not None and task is None
     # Complain now, not in the middle of a forward pass.
     (made, *_) = resolve(policy, Fingerprint.of(model), TASKS[0] if classified else task)
+    if quantize or made.quantize:
+        quanto()
     routing = acquire(model)
 
     def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +99,7 @@ def compress(
         tasks = run.task
         if classified and made.by_task:
             tasks = _classify(tokenizer, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
-        cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False)
+        cache = CompactCache(model, run.policy, run.budget, task=tasks, quantize=run.quantize, hold=False)
         run.reports.append(cache.report)
         return args, {**kwargs, "past_key_values": cache}
 
@@ -170,3 +175,58 @@ def greedy(
         if step + 1 < max_new_tokens:
             ids = torch.tensor([[token]], device=logits.device)
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+@torch.no_grad()
+def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: Sequence[int], last: int = 0) -> Tensor:
+    """Read ``ids`` ``[B, k]`` into a (stacked) cache whose rows have seen ``positions`` tokens.
+
+    Returns the logits ``[B, k, vocabulary]``, or of the ``last`` tokens only where that is not 0.
+    """
+    begin = torch.tensor(positions, device=ids.device)
+    places = begin[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    return model(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+
+
+def greedy_rows(
+    model: PreTrainedModel,
+    cache: CompactCache,
+    logits: Tensor,
+    positions: Sequence[int],
+    limit: int,
+    done: Callable[[list[int]], bool],
+) -> list[list[int] | None]:
+    """Most likely tokens of every row of a (stacked) cache, decoded together; rows leave the batch as they end.
+
+    Parameters
+    ----------
+    logits: of each row's latest token, ``[B, vocabulary]``; positions: tokens that each row has seen.
+    limit: most tokens of a row, at least 1.
+    done: told a row's tokens after each new one; True ends the row, the token included.
+
+    Returns
+    -------
+    list
+        Tokens per row; None for a row with a logit that is not a number, which ends it.
+    """
+    rows: list[list[int] | None] = [[] for _ in positions]
+    active, seen = list(range(len(rows))), list(positions)
+    while active:
+        broken = logits.isnan().any(-1).tolist()
+        going = []
+        for at, (row, token) in enumerate(zip(active, logits.argmax(-1).tolist(), strict=True)):
+            tokens = rows[row]
+            if broken[at] or tokens is None:
+                rows[row] = None
+                continue
+            tokens.append(token)
+            if len(tokens) < limit and not done(tokens):
+                going.append(at)
+        if len(going) < len(active) and going:
+            cache.batch_select_indices(torch.tensor(going))
+        active, seen = [active[at] for at in going], [seen[at] for at in going]
+        if active:
+            ids = torch.tensor([[rows[row][-1]] for row in active], device=logits.device)  # type: ignore[index]
+            logits = extend(model, cache, ids, seen)[:, -1]
+            seen = [tokens + 1 for tokens in seen]
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 MIB = 2**20
 
@@ -16,16 +16,18 @@ class Report:
     Attributes
     ----------
     policy, budget: as they were asked.
+    quantize: ``int8`` or ``int4`` where the kept entries are stored so.
     prompt_tokens: per row, padding not counted.
     kept_entries: per row, per compressed layer: entries kept of the prompt per KV head, mean over heads
         (a float only where heads keep different numbers).
     kept_bytes, full_bytes: keys and values of the prompt's entries at the end of prefill,
-        after and without eviction; padding is in neither.
+        after and without eviction; padding is in neither. Quantized entries count as they are stored,
+        with scales and zero points; ``full_bytes`` is always in the model's precision.
     held_bytes: storage that keys and values really occupied at the end of prefill (rows of a
         batch, and heads, are padded to the longest of the layer).
-    peak_bytes: the most storage that keys and values occupied at any layer of prefill.
+    peak_bytes: the most storage that keys and values occupied at any layer of prefill, which quantizes at its end.
     prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
-    compress_seconds: the part of it spent on scoring and eviction (on CUDA: launching it).
+    compress_seconds: the part of it spent on scoring, eviction and quantization (on CUDA: launching it).
     decode_tokens: tokens read after the prompt; decode_seconds: from the first layer of the
         first of them to the last layer of the last.
     notes: what the user should know, in sentences.
@@ -44,6 +46,7 @@ class Report:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    quantize: Literal["int8", "int4"] | None = None
 
     @property
     def kept_fraction(self) -> float:
@@ -61,9 +64,10 @@ class Report:
 
     def __str__(self) -> str:
         rows = [f"[{summary(row)}]" for row in self.kept_entries]
+        precision = f" in {self.quantize}" if self.quantize else ""
         lines = [
             f"{self.policy} at {self.budget}: kept {self.kept_bytes / MIB:.2f} of {self.full_bytes / MIB:.2f} MiB "
-            f"({100 * self.kept_fraction:.1f}%), held {self.held_bytes / MIB:.2f} MiB",
+            f"({100 * self.kept_fraction:.1f}%){precision}, held {self.held_bytes / MIB:.2f} MiB",
             f"prompt tokens {self.prompt_tokens}, entries per layer {', '.join(rows)}",
             f"prefill {self.prefill_seconds:.2f} s (compression {self.compress_seconds:.3f} s), "
             f"{self.decode_tokens} tokens at {self.decode_ms_per_token:.1f} ms",

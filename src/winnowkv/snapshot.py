@@ -1,7 +1,7 @@
 """Save a compact cache and load it in another process: a long prompt is read once, its cache kept.
 
-One safetensors file holds keys and values of what stayed, the positions, and as metadata
-the lengths, the report and a fingerprint of the model.
+One safetensors file holds keys and values of what stayed (quantized ones as they are), the
+positions, and as metadata the lengths, the report and a fingerprint of the model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from transformers import PreTrainedModel
 from winnowkv.cache import CompactCache
 from winnowkv.errors import CacheError
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.layer import CompactLayer
+from winnowkv.quantize import Quantization, Quantized
 from winnowkv.report import Report
 
 FORMAT = 1
 LENGTHS = ("length", "seen", "prompt", "pads")
+QUANTIZED = ("quantized_keys", "quantized_values")
+PARTS = ("codes", "scales", "zeros")
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -46,8 +50,11 @@ def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) ->
     lengths = []
     for index, layer in enumerate(cache.compact_layers):
         lengths.append({name: getattr(layer, name) for name in LENGTHS})
-        tensors[f"{index}.keys"] = layer.keys[:, :, : layer.length].contiguous()
-        tensors[f"{index}.values"] = layer.values[:, :, : layer.length].contiguous()
+        recent = layer.length - layer.frozen
+        tensors[f"{index}.keys"] = layer.keys[:, :, :recent].contiguous()
+        tensors[f"{index}.values"] = layer.values[:, :, :recent].contiguous()
+        for name, part in zip(QUANTIZED, layer.quantized, strict=False):  # nothing, or keys and values
+            tensors |= {f"{index}.{name}.{kind}": getattr(part, kind) for kind in PARTS}
         if layer.valid is not None:
             tensors[f"{index}.valid"] = layer.valid[..., : layer.length].contiguous()
         for row, positions in enumerate(layer.positions):
@@ -73,22 +80,29 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
         raise CacheError(f"{path} is not a saved cache: {error}") from None
     if about["format"] > FORMAT:
         raise CacheError(f"{path} has format {about['format']}, this version reads up to {FORMAT}: update winnowkv")
-    for name, mine in fingerprint(model).items():
-        if about["model"][name] != mine:
-            raise CacheError(f"{path} was made with another model ({name} {about['model'][name]}, here {mine})")
+    for name, here in fingerprint(model).items():
+        if about["model"][name] != here:
+            raise CacheError(f"{path} was made with another model ({name} {about['model'][name]}, here {here})")
     known = {field.name for field in fields(Report)}
     report = Report(**{key: value for key, value in about["report"].items() if key in known})
     report.decode_tokens, report.decode_seconds = 0, 0.0  # counted afresh from here
     cache = CompactCache(model, "full", 1)
     cache.resume(report)
     for index, (layer, lengths) in enumerate(zip(cache.compact_layers, about["lengths"], strict=True)):
-        restore(layer, lengths, {k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")})
+        mine = {k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")}
+        restore(layer, lengths, mine, report.quantize)
     return cache
 
 
-def restore(layer: Any, lengths: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def restore(layer: CompactLayer, lengths: dict[str, Any], tensors: dict[str, Tensor], stored: Quantization | None) -> None:
     """Put one layer back as it was saved."""
     layer.lazy_initialization(tensors["keys"], tensors["values"])
+    if stored is not None:
+        keys, values = ({kind: tensors[f"{name}.{kind}"] for kind in PARTS} for name in QUANTIZED)
+        layer.quantized = (
+            Quantized(**keys, stored=stored, per_channel=True),
+            Quantized(**values, stored=stored, per_channel=False),
+        )
     for name in LENGTHS:
         setattr(layer, name, lengths[name])
     layer.valid = tensors.get("valid")

@@ -18,6 +18,7 @@ from typing import ClassVar
 from winnowkv.budget import uniform
 from winnowkv.errors import BudgetError, PolicyError
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.quantize import BITS, Quantization
 from winnowkv.select import top_tokens, with_recent, with_sinks
 from winnowkv.task import TaskProfile
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
@@ -52,6 +53,7 @@ class Policy:
     ----------
     sinks: first tokens that always stay.
     observe: observation window ``W``, the last prompt tokens; they always stay.
+    quantize: ``int8`` or ``int4`` stores the entries that stay in 8 or 4 bits once the prompt is read.
 
     Class attributes
     ----------------
@@ -68,10 +70,13 @@ class Policy:
 
     sinks: int = 0
     observe: int = 0
+    quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
         self.require("sinks", minimum=0)
         self.require("observe", minimum=0)
+        if self.quantize not in (None, *BITS):
+            raise PolicyError(f"{self.name}: quantize={self.quantize!r} must be one of {', '.join(BITS)}")
 
     def require(self, option: str, *, minimum: float, maximum: float = math.inf, odd: bool = False) -> None:
         """Raise PolicyError where an option lies outside its bounds, is not finite or is not odd."""

@@ -1,0 +1,231 @@
+"""One layer of the compact cache: its entries in place, growing, selected, quantized.
+
+With cache.py and attention.py the only files that know the internals of transformers.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from winnowkv.attention import COMPACT_OFFSET
+from winnowkv.errors import CacheError, InputError
+from winnowkv.quantize import Quantization, Quantized, quantize, stored_bytes
+from winnowkv.select import columns_of, gather_entries, occupied
+from winnowkv.types import Entries, Padding
+
+GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
+
+
+class CompactLayer(CacheLayerMixin):
+    """Keys and values of one layer: ``[B, Hkv, capacity, D]`` buffers of which ``length`` columns are in use.
+
+    Rows of a batch, and heads of a layer, that keep fewer entries than the longest are
+    right-aligned; ``valid`` (``[B, 1 or Hkv, capacity]``, None where all are) marks what they
+    really hold. ``positions`` are the prompt positions kept, per row ``[H, n]`` with -1 in
+    front of a shorter head's, None where a row keeps all.
+
+    Once quantized, the first ``frozen`` of these columns lie in ``quantized`` (keys, values) and the
+    buffers hold only what came after, in full precision.
+    """
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = self.seen = self.prompt = 0
+        self.pads: list[int] = []
+        self.valid: Tensor | None = None
+        self.positions: list[Tensor | None] = []
+        self.quantized: tuple[Quantized, ...] = ()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the prompt's keys and values as they are: nothing is copied before eviction."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states.detach(), value_states.detach()
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append in place and return all entries in use."""
+        added = key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.length = self.seen = self.prompt = added
+            self.pads = [0] * key_states.shape[0]
+            self.positions = [None] * key_states.shape[0]
+            # Views, not the tensors we store: attention tags what it gets, and a tag must not outlive the call.
+            return key_states[:, :, :], value_states[:, :, :]
+        begin = self.length - self.frozen
+        end = begin + added
+        if end > self.keys.shape[2]:
+            self._grow(end + GROWTH)
+        self.keys[:, :, begin:end] = key_states.detach()
+        self.values[:, :, begin:end] = value_states.detach()
+        if self.valid is not None:
+            self.valid[..., self.length : self.length + added] = True
+        self.length, self.seen = self.length + added, self.seen + added
+        return self.entries_in_use()
+
+    def _grow(self, columns: int) -> None:
+        def larger(buffer: Tensor, capacity: int, used: int) -> Tensor:
+            grown = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
+            grown[:, :, :used] = buffer[:, :, :used]
+            return grown
+
+        used, frozen = self.length - self.frozen, self.frozen
+        self.keys, self.values = larger(self.keys, columns, used), larger(self.values, columns, used)
+        self.valid = None if self.valid is None else larger(self.valid, frozen + columns, self.length)
+
+    @property
+    def frozen(self) -> int:
+        """Columns that are quantized; none before the end of prefill."""
+        return self.quantized[0].entries if self.quantized else 0
+
+    def entries_in_use(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hkv, length, D]``: views of the buffers, or new tensors where entries are quantized."""
+        used = self.length - self.frozen
+        recent = self.keys[:, :, :used], self.values[:, :, :used]
+        if not self.quantized:
+            return recent
+        keys, values = (torch.cat([part.dequantize(), new], 2) for part, new in zip(self.quantized, recent, strict=True))
+        return keys, values
+
+    def quantize(self, stored: Quantization) -> None:
+        """Store what stays in fewer bits, once, when the prompt is read; what comes after it stays as it is."""
+        valid = None if self.valid is None else self.valid[..., : self.length]
+        states = self.entries_in_use()
+        self.quantized = tuple(
+            quantize(part, stored, per_channel=is_keys, valid=valid)
+            for part, is_keys in zip(states, (True, False), strict=True)
+        )
+        self.keys, self.values = (part.new_empty(*part.shape[:2], 0, part.shape[3]) for part in states)
+
+    def mark(self, padding: Padding, added: int) -> None:
+        """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
+        newest = padding[:, -added:].to(self.keys.device, torch.bool)
+        if self.valid is None:
+            capacity = self.frozen + self.keys.shape[2]
+            self.valid = torch.ones(newest.shape[0], 1, capacity, dtype=torch.bool, device=self.keys.device)
+        self.valid[:, :, self.length - added : self.length] = newest[:, None]
+        if self.seen == added:
+            lengths = newest.sum(-1)
+            if not torch.equal(newest, newest.sort(dim=-1).values):
+                raise InputError("the attention mask has padding behind or inside a prompt: pad on the left")
+            if not lengths.all():
+                raise InputError("a row of the batch is padding only: every prompt needs at least one token")
+            self.pads = [added - n for n in lengths.tolist()]
+
+    def keep(self, positions: list[Tensor | None]) -> None:
+        """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole."""
+        columns = [
+            columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device)
+            for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
+        ]
+        self.keys, self.values = gather_entries(self.keys, columns), gather_entries(self.values, columns)
+        self.length = self.keys.shape[2]
+        self.positions = [None if p is None else p.to(torch.int32) for p in positions]
+        self.valid = occupied(columns, self.keys.shape[1])
+
+    def own(self) -> None:
+        """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
+        self.keys, self.values = (
+            states.clone() if states.untyped_storage().nbytes() > states.nbytes else states
+            for states in (self.keys, self.values)
+        )
+
+    def counts(self, row: int) -> list[int]:
+        """Entries that each KV head of a row holds of the prompt."""
+        kept, heads = self.positions[row], self.keys.shape[1]
+        if kept is None:
+            return [self.prompt - self.pads[row]] * heads
+        held = (kept >= 0).sum(-1).tolist()
+        return held if len(held) == heads else held * heads
+
+    def entries(self, row: int) -> Entries:
+        """Entries that a row holds of the prompt per KV head, mean over heads."""
+        counts = self.counts(row)
+        mean = Fraction(sum(counts), len(counts))
+        return int(mean) if mean.denominator == 1 else mean
+
+    def kept_bytes(self, row: int) -> int:
+        """Bytes that a row's entries of the prompt take as they are stored, scales and zero points included."""
+        counts = self.counts(row)
+        if not self.quantized:
+            return sum(counts) * self.entry_bytes // len(counts)
+        sizes = (self.keys.shape[3], self.values.shape[3])
+        return sum(
+            stored_bytes(count, size, part.stored, part.scales.itemsize, per_channel=part.per_channel)
+            for count in counts
+            for part, size in zip(self.quantized, sizes, strict=True)
+        )
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry in full precision: key and value, all KV heads."""
+        return sum(states.shape[1] * states.shape[3] * states.itemsize for states in (self.keys, self.values))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of storage behind keys and values, scales and zero points included."""
+        if not self.is_initialized:
+            return 0
+        buffers = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return buffers + sum(part.held_bytes for part in self.quantized)
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, padding included, as transformers counts them."""
+        return self.seen
+
+    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
+        """Physical length with the coming queries; newer releases pass their number, older ones their positions."""
+        coming = queries if isinstance(queries, int) else queries.shape[0]
+        if coming == 0:
+            raise InputError("the prompt is empty: give at least one token")
+        return self.length + coming, COMPACT_OFFSET
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older releases
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take over the rows that beam search goes on with."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        rows = torch.arange(len(self.positions), device=self.keys.device).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
+        self.valid = None if self.valid is None else self.valid.index_select(0, indices)
+        self.quantized = tuple(part.select(indices) for part in self.quantized)
+        rows = indices.tolist()
+        self.positions, self.pads = [self.positions[r] for r in rows], [self.pads[r] for r in rows]
+
+    def crop(self, tokens: int) -> None:
+        """Generated tokens can be taken back, evicted ones cannot. Negative: that many; positive: down to that length."""
+        back = -tokens if tokens < 0 else self.seen - tokens
+        if back <= 0 or not self.is_initialized:
+            return
+        if back > self.seen - self.prompt:
+            raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
+        self.length, self.seen = self.length - back, self.seen - back
