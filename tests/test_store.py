@@ -1,11 +1,12 @@
 """Results survive interruption and never mix."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from winnowkv.errors import InputError
-from winnowkv.evaluate.store import ResultStore, write_json
+from winnowkv.evaluate.store import ResultStore, read_config, write_json
 
 
 def key(line):
@@ -24,6 +25,13 @@ def test_lines_are_flushed_one_by_one_and_read_back(tmp_path):
     assert again.lines == [{"id": 1, "text": "ä"}]
 
 
+def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
+    store = ResultStore(tmp_path, {}, key)
+    store.add({"id": 1, "prediction": "a\u2028b\x85c\x0b"})
+    store.close()
+    assert ResultStore(tmp_path, {}, key).lines == [{"id": 1, "prediction": "a\u2028b\x85c\x0b"}]
+
+
 def test_half_a_line_is_dropped_and_done_again(tmp_path):
     store = ResultStore(tmp_path, {}, key)
     store.add({"id": 1})
@@ -40,6 +48,33 @@ def test_other_settings_are_refused_by_name_and_value(tmp_path):
     ResultStore(tmp_path, {"model": "a", "chat": True}, key).close()
     with pytest.raises(InputError, match=r"model: 'a', now 'b'"):
         ResultStore(tmp_path, {"model": "b", "chat": True}, key)
+
+
+def test_settings_come_back_as_they_were(tmp_path):
+    config = {"model": "m", "depths": (0.1, 0.5), "own": [{"question": "Wo? é"}], "limit": None}
+    ResultStore(tmp_path, config, key).close()
+    assert read_config(tmp_path) == {**config, "depths": [0.1, 0.5]}
+    ResultStore(tmp_path, config, key).close()
+
+
+@pytest.mark.parametrize("text", ["a: [1", "just words"])
+def test_broken_settings_are_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config.yaml (cannot be read|is not a YAML mapping)"):
+        ResultStore(tmp_path, {"model": "a"}, key)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full to stand for a full disk")
+def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
+    store = ResultStore(tmp_path, {}, key)
+    store.add({"id": 1})
+    store._out.close()
+    store._out = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115 - the store closes it
+    with pytest.raises(InputError, match="No space left on device. 1 finished lines are safe"):
+        store.add({"id": 2})
+    assert not store.has(2)
+    store.close()
+    assert ResultStore(tmp_path, {}, key).lines == [{"id": 1}]
 
 
 def test_a_broken_line_is_named(tmp_path):

@@ -24,6 +24,7 @@ from winnowkv.calibrate.task_prompts import AGGREGATION, LOCALIZATION, QUESTIONS
 from winnowkv.classify import FEATURES, FORMAT, LinearClassifier, vectorizer
 from winnowkv.evaluate.machine import versions
 from winnowkv.evaluate.prompts import read_haystack, read_rows
+from winnowkv.evaluate.tasks import AGGREGATION as AGGREGATION_SETS, LOCALIZATION as LOCALIZATION_SETS
 from winnowkv.task import TASKS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "task.safetensors"
@@ -37,10 +38,6 @@ CHAT = (
     ("[INST] ", " [/INST]"),
     ("User: ", "\nAssistant:"),
 )
-LONGBENCH_LOCALIZATION = (
-    "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa", "passage_retrieval_en",
-)  # fmt: skip
-LONGBENCH_AGGREGATION = ("gov_report", "qmsum", "multi_news", "trec", "samsum", "passage_count", "lcc", "repobench-p")
 # Rules mislabelled these categories and datasets: they ask about a word, a number or one short sentence, with neither
 # examples nor a text to look through, or they are cloze tests.
 DROPPED = (
@@ -217,7 +214,7 @@ def longbench(data: Path) -> list[Row]:
     """Every row of LongBench in its official prompt."""
     prompts = json.loads((data / "longbench_config" / "dataset2prompt.json").read_text(encoding="utf-8"))
     rows = []
-    for task, names in zip(TASKS, (LONGBENCH_LOCALIZATION, LONGBENCH_AGGREGATION), strict=True):
+    for task, names in zip(TASKS, (LOCALIZATION_SETS, AGGREGATION_SETS), strict=True):
         for name in names:
             for row in read_rows(data / "longbench" / f"{name}.jsonl", "LongBench", ("context",)):
                 rows.append(Row(prompts[name].format(context=row["context"], input=row["input"]), task, name))

@@ -1,0 +1,8 @@
+"""Evaluation. Importing it tells lm-evaluation-harness, where that is installed, of the model ``winnow``."""
+
+from contextlib import suppress
+
+with suppress(ImportError):  # not installed, or too old to take a model by its address
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register("winnow", target="winnowkv.evaluate.harness:WinnowLM")

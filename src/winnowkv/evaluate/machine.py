@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def revision() -> str | None:
+    """The git revision of this code, ``+`` behind it where files differ from it; None outside a checkout."""
+    package = Path(winnowkv.__file__).parent
+
+    def git(*words: str) -> str:
+        asked = ["git", "-C", str(package), *words]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # installed into another project's checkout, it is not tracked there
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A folder of results that survives Ctrl-C: one JSON line a finished measurement, flushed at once."""
+"""A folder of results that survives Ctrl-C and a full disk: one JSON line a finished measurement, flushed at once."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from winnowkv.errors import InputError
 
 Key = Callable[[dict[str, Any]], Hashable]
+CONFIG = "config.yaml"
 
 
 class ResultStore:
-    """``results.jsonl`` in a folder, with the settings of the run in ``config.json`` beside it.
+    """``results.jsonl`` in a folder, with the settings of the run in ``config.yaml`` beside it.
 
     Parameters
     ----------
@@ -52,14 +54,12 @@ class ResultStore:
         self._done = {key(line) for line in self.lines}
 
     def _settle_config(self, config: dict[str, Any]) -> None:
-        file = self.folder / "config.json"
+        file, text = self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         if not file.exists():
-            write_json(file, config)
+            replace_text(file, text)
             return
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise InputError(f"{file} is not JSON: use another --out or remove the folder") from None
+        config = yaml.safe_load(text)  # tuples are lists there
+        before = read_config(self.folder)
         for name in sorted({*config, *before}):
             if before.get(name) != config.get(name):
                 raise InputError(
@@ -70,38 +70,70 @@ class ResultStore:
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.exists():
             return []
+        # Killed, or the disk full, in the middle of a line: that measurement is done again.
         raw = self.file.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
-            # Killed in the middle of a line: that measurement is done again.
             os.truncate(self.file, len(whole))
-        lines = []
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{self.file}, line {number}: not JSON ({error.msg})") from None
-        return lines
+        return parse_lines(self.file, whole.decode("utf-8"))
 
     def has(self, key: Hashable) -> bool:
         """Whether a line with this key is finished."""
         return key in self._done
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write a finished line through to the file."""
-        self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._out.flush()
+        """Write a finished line through to the file. Raises InputError where the disk takes no more."""
+        try:
+            self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._out.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.file} cannot be written: {error.strerror}. {len(self.lines)} finished lines are safe in it; "
+                f"make room and run the same command again"
+            ) from None
         self.lines.append(line)
         self._done.add(self._key(line))
 
     def close(self) -> None:
         """Close the file and let other runs in."""
-        self._out.close()
-        self._lock.release()
+        try:
+            self._out.close()
+        except OSError:
+            pass  # what add() could not write it has told; closing tries the same bytes again
+        finally:
+            self._lock.release()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run. Raises InputError where the folder holds none or they are broken."""
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be read: {getattr(error, 'strerror', None) or 'not YAML'}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG} is not a YAML mapping: use another --out or remove the folder")
+    return config
+
+
+def parse_lines(file: Path, text: str) -> list[dict[str, Any]]:
+    """Result lines. Raises InputError naming file and line where one is broken."""
+    lines = []
+    # Not splitlines(): it also splits at separators that JSON leaves as they are inside a text.
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}, line {number}: not JSON ({error.msg})") from None
+    return lines
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text whole or not at all."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, file)

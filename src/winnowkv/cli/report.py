@@ -1,0 +1,98 @@
+"""``winnow report``: several runs of ``winnow eval`` read together, as a table and as one page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnowkv.cli.options import Json
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Result folders of winnow eval.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Merge runs and compare every setting with the full cache, row by row.
+
+    Protocols, models and dtypes stay apart: nothing is averaged or paired across them. A measurement that
+    several runs hold is taken from the last.
+    """
+    from winnowkv.evaluate.merge import merge
+    from winnowkv.evaluate.page import write_page
+    from winnowkv.evaluate.summary import summarize
+
+    lines, config = merge(runs)
+    summary = summarize(lines, config)
+    write_page(summary, lines, config, out)
+    if as_json:
+        json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        show(summary, out)
+
+
+def show(summary: dict[str, Any], page: Path) -> None:
+    """A table a section, the notes under it, and where the page is."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from winnowkv.evaluate.summary import OVER_TASKS, budget_text
+    from winnowkv.report import MIB
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file or a pipe has no edge to fold at
+    for section in summary["sections"]:
+        rows = sum(task["rows"] for task in section["tasks"])
+        table = Table(
+            title=escape(f"{section['protocol']}: {section['model']} in {section['dtype']}, {OVER_TASKS} ({rows} rows)"),
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("policy", overflow="fold", min_width=9)
+        for column in ("budget", "score", "95% interval", "against full", "95% interval", "W / T / L", "KV MiB\nkept / full"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for group in section["groups"]:
+            if group["task"] != OVER_TASKS:
+                continue
+            pair = group["against_full"] or {"mean_difference": None, "low": None, "high": None}
+            counts = [pair.get(name) for name in ("wins", "ties", "losses")]
+            kept = group["kept_bytes"]
+            table.add_row(
+                escape(group["policy"]),
+                budget_text(group),
+                points(group["score"]),
+                between(group),
+                points(pair["mean_difference"], "+"),
+                between(pair),
+                "-" if counts[0] is None else " / ".join(map(str, counts)),
+                "-" if kept is None else f"{kept / MIB:.1f} / {group['full_bytes'] / MIB:.1f}",
+            )
+        console.print(table)
+        for note in section["notes"]:
+            console.print(f"- {escape(note)}", highlight=False)
+    for note in summary["notes"]:
+        console.print(f"- {escape(note)}", highlight=False)
+    console.print(f"page: {escape(str(page))}", highlight=False)
+
+
+def points(value: float | None, sign: str = "") -> str:
+    """A score in points of 100."""
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
+
+
+def between(group: dict[str, Any]) -> str:
+    """A 95% interval in points of 100."""
+    return "-" if group["low"] is None else f"{100 * group['low']:.1f} to {100 * group['high']:.1f}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(report)

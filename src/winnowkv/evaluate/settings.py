@@ -1,0 +1,146 @@
+"""What is compared: settings, each a policy and a budget; one recorded prefill serves them all."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from winnowkv.cache import CompactCache
+from winnowkv.engine import extend, greedy_rows, prefill
+from winnowkv.errors import InputError, WinnowError
+from winnowkv.fingerprint import Fingerprint
+from winnowkv.policies import Policy, policy as make_policy
+from winnowkv.stack import stack
+from winnowkv.task import TaskProfile
+
+SIMILAR = 1.3  # caches whose longest layers differ by less decode as one batch; padding costs the rest
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A policy spec and a budget, as they were asked."""
+
+    policy: str
+    budget: int | float
+
+    @property
+    def key(self) -> tuple[str, str, int | float]:
+        """What tells two settings apart: 1 entry and the fraction 1.0 are two budgets."""
+        return self.policy, type(self.budget).__name__, self.budget
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Setting) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a setting kept of one prompt: its cache, or why it has none."""
+
+    setting: Setting
+    cache: CompactCache | None
+    failed: str | None = None
+
+
+def settings(policies: Sequence[str], budgets: Sequence[int | float]) -> list[Setting]:
+    """Every policy at every budget; a policy that evicts nothing once. Raises PolicyError for an unknown policy."""
+    if not policies or not budgets:
+        raise InputError("nothing to compare: give at least one policy and one budget")
+    return [Setting(spec, b) for spec in policies for b in (budgets if make_policy(spec).evicts else budgets[:1])]
+
+
+def read_prompt(
+    model: PreTrainedModel, ids: Sequence[int], made: Mapping[str, Policy]
+) -> tuple[CompactCache, torch.Tensor, float]:
+    """A recorded prefill that serves all of ``made``: its full cache, the last token's logits ``[1, V]``, its seconds."""
+    record = max((policy.reads(len(ids)) for policy in made.values()), default=0)
+    begin = time.perf_counter()
+    recorded = CompactCache(model, "full", 1, record=max(record, 1))
+    logits = prefill(model, torch.tensor([ids], device=model.device), recorded)
+    logits.argmax(-1).item()  # wait for the device
+    return recorded, logits, time.perf_counter() - begin
+
+
+def policies_for(asked: Sequence[Setting], model: PreTrainedModel, task: TaskProfile) -> dict[str, Policy]:
+    """Every spec's policy with model and task decided."""
+    fingerprint = Fingerprint.of(model)
+    return {s.policy: make_policy(s.policy).for_model(fingerprint).for_task(task) for s in asked}
+
+
+def replay(recorded: CompactCache, asked: Sequence[Setting], made: Mapping[str, Policy]) -> list[Kept]:
+    """What every setting keeps of a recorded prompt; a setting that cannot (a budget below its window) says why."""
+    kept = []
+    for setting in asked:
+        try:
+            kept.append(Kept(setting, recorded.replay(made[setting.policy], setting.budget)))
+        except WinnowError as error:
+            kept.append(Kept(setting, None, str(error)))
+    return kept
+
+
+def batches(kept: Sequence[Kept]) -> Iterator[list[Kept]]:
+    """Settings whose caches are of similar length, together; those without a cache are left out."""
+    group: list[Kept] = []
+    alive = [(max(layer.length for layer in one.cache.compact_layers), one) for one in kept if one.cache is not None]
+    shortest = 0
+    for length, one in sorted(alive, key=lambda pair: pair[0]):
+        if group and length > SIMILAR * shortest:
+            yield group
+            group = []
+        if not group:
+            shortest = length
+        group.append(one)
+    if group:
+        yield group
+
+
+def continue_all(
+    model: PreTrainedModel,
+    kept: Sequence[Kept],
+    logits: torch.Tensor,
+    question: Sequence[int],
+    limit: int,
+    done: Callable[[list[int]], bool],
+) -> dict[Setting, dict[str, Any]]:
+    """Greedy answers of every setting that has a cache, similar ones in one batch.
+
+    ``logits`` ``[1, V]`` are the prompt's; ``question`` is what is read into each compressed cache first
+    (empty where the question was part of the prompt). Returns ``tokens``, seconds and steps by setting;
+    ``tokens`` is None for a row whose logits are not numbers.
+    """
+    found: dict[Setting, dict[str, Any]] = {}
+    for batch in batches(kept):
+        caches = [one.cache for one in batch if one.cache is not None]
+        seen = caches[0].report.prompt_tokens[0]
+        begin = time.perf_counter()
+        together = caches[0] if len(caches) == 1 else stack(caches)
+        first = logits.expand(len(caches), -1)
+        if question:
+            ids = torch.tensor([list(question)], device=model.device).expand(len(caches), -1)
+            first = extend(model, together, ids, [seen] * len(caches), last=1)[:, -1]
+        rows = greedy_rows(model, together, first, [seen + len(question)] * len(caches), limit, done)
+        seconds = time.perf_counter() - begin
+        steps = max(len(tokens or ()) for tokens in rows)
+        for one, tokens in zip(batch, rows, strict=True):
+            found[one.setting] = {"tokens": tokens, "decode_s": seconds, "decode_tokens": steps, "decode_batch": len(caches)}
+    return found
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held so far, in bytes; on CUDA what torch allocated there; None on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,64 @@
+"""Settings of one prompt: one prefill serves them all, similar ones decode together, and each equals its run alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import winnowkv as wk
+from conftest import prompt
+from winnowkv.engine import extend, greedy, prefill
+from winnowkv.evaluate.settings import Setting, batches, continue_all, policies_for, read_prompt, replay, settings
+
+TASK = wk.TaskProfile.of("localization")
+SPECS = ("full", "snapkv:observe=8", "streaming:observe=8", "adakv:observe=8", "windowkv:observe=8")
+
+
+def never(tokens: list[int]) -> bool:
+    return False
+
+
+def test_a_policy_that_evicts_nothing_is_asked_once() -> None:
+    asked = settings(["full", "snapkv"], [0.5, 1, 1.0])
+    assert [(s.policy, s.budget) for s in asked] == [("full", 0.5), ("snapkv", 0.5), ("snapkv", 1), ("snapkv", 1.0)]
+    assert len(set(asked)) == 4
+    with pytest.raises(wk.InputError, match="at least one policy and one budget"):
+        settings([], [0.5])
+    with pytest.raises(wk.PolicyError, match="Did you mean"):
+        settings(["snapvk"], [0.5])
+
+
+@pytest.mark.parametrize("question", [0, 3], ids=["query-aware", "context-only"])
+def test_answers_equal_single_live_runs(model: PreTrainedModel, question: int) -> None:
+    ids = prompt(72)[0].tolist()
+    asked_later = prompt(3, seed=9)[0].tolist()[:question]
+    asked = settings(SPECS, [24, 0.5])
+    made = policies_for(asked, model, TASK)
+    recorded, logits, _ = read_prompt(model, ids, made)
+    kept = replay(recorded, asked, made)
+    assert sorted(len(batch) for batch in batches(kept)) == [1, 4, 4]
+    answers = continue_all(model, kept, logits, asked_later, 10, never)
+    for setting in asked:
+        cache = wk.CompactCache(model, setting.policy, setting.budget, task=TASK)
+        alone = prefill(model, torch.tensor([ids]), cache)
+        if question:
+            alone = extend(model, cache, torch.tensor([asked_later]), [72])[:, -1]
+        assert answers[setting]["tokens"] == list(greedy(model, cache, alone, 10))
+        assert answers[setting]["decode_tokens"] == 10
+
+
+def test_a_setting_that_cannot_does_not_stop_the_others(llama: PreTrainedModel) -> None:
+    ids = prompt(60)[0].tolist()
+    asked = [Setting("snapkv:observe=32", 16), Setting("streaming:observe=8", 16)]
+    made = policies_for(asked, llama, TASK)
+    recorded, logits, _ = read_prompt(llama, ids, made)
+    kept = replay(recorded, asked, made)
+    assert kept[0].cache is None
+    assert "a budget of 16 entries" in (kept[0].failed or "")
+    answers = continue_all(llama, kept, logits, [], 4, never)
+    assert list(answers) == [asked[1]]
+
+
+def test_nothing_to_decode(llama: PreTrainedModel) -> None:
+    assert continue_all(llama, [], torch.zeros(1, 5), [], 4, never) == {}
