@@ -6,7 +6,17 @@ import pytest
 
 from winnowkv import models
 from winnowkv.errors import InputError
-from winnowkv.evaluate.prompts import Needle, PromptBuilder, read_haystack, read_needles
+from winnowkv.evaluate.prompts import (
+    Needle,
+    NeedleSet,
+    PromptBuilder,
+    needle_sets,
+    read_chains,
+    read_haystack,
+    read_needles,
+    read_variant,
+    spread,
+)
 
 NEEDLE = Needle("The wine is kept in Qarth.", "Where is the wine kept?", "Qarth")
 
@@ -41,6 +51,26 @@ def test_length_and_depth(tokenizer, chat, length, depth):
     assert depth - 260 / len(book) <= book.index(NEEDLE.needle) / len(book) <= depth + 0.01
     before = book[: book.index(NEEDLE.needle)].rstrip()
     assert not before or before[-1] in ".!?\"'"
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.2, 0.5, 0.9])
+def test_several_needles_are_spread_from_the_first(tokenizer, depth):
+    three = read_variant("multi")[0]
+    ids = PromptBuilder(tokenizer, read_haystack(), chat=True).build(three, 2000, depth)
+    text = tokenizer.decode(ids)
+    assert 1998 <= len(ids) <= 2000
+    book = text[text.index("<book>") + 6 : text.index("</book>")]
+    for fact, at in zip(three.needles, spread(depth, 3), strict=True):
+        assert book.count(fact) == 1
+        assert at - 0.05 <= book.index(fact) / len(book) <= at + 0.05
+    assert f"Question: {three.question}\nAnswer:" in text
+
+
+def test_depths_go_on_at_the_start_behind_the_end():
+    assert spread(0.3, 1) == [0.3]
+    assert spread(0.5, 2) == [0.5, 1.0]
+    assert spread(0.75, 4) == [0.75, 1.0, 0.25, 0.5]
+    assert spread(1.0, 2) == [1.0, 0.5]
 
 
 def test_book_form(tokenizer):
@@ -83,12 +113,80 @@ def test_a_row_without_a_field_is_named_by_line(tmp_path):
         read_needles(tmp_path / "none.jsonl")
 
 
+def test_the_package_brings_six_chains():
+    chains = read_chains()
+    text = read_haystack().casefold()
+    assert len(chains) == 6
+    for chain in chains:
+        first, last = chain.needles
+        (answer,) = chain.answers
+        assert answer in last
+        assert answer not in first  # or one needle would do
+        assert answer.casefold() not in text
+        assert answer not in chain.question
+
+
+def test_sets_of_needles_go_round_the_list():
+    needles = [Needle(f"fact {n}", f"question {n}?", f"answer {n}") for n in range(4)]
+    sets = needle_sets(needles, 3)
+    assert sets[3] == NeedleSet(
+        ("fact 3", "fact 0", "fact 1"),
+        "question 3? question 0? question 1? Answer all 3 questions.",
+        ("answer 3", "answer 0", "answer 1"),
+    )
+    assert [s.needles[0] for s in sets] == ["fact 0", "fact 1", "fact 2", "fact 3"]
+    for count in (1, 5):
+        with pytest.raises(InputError, match=f"{count} needles a prompt cannot be made of the 4 in the file: ask for 2 to 4"):
+            needle_sets(needles, count)
+
+
+def test_variants():
+    assert read_variant("single") == read_needles()
+    assert read_variant("multi") == needle_sets(read_needles(), 3)
+    assert read_variant("multi", count=5) == needle_sets(read_needles(), 5)
+    assert read_variant("multi-hop") == read_chains()
+    with pytest.raises(InputError, match="variant 'hop' is unknown: use one of single, multi, multi-hop"):
+        read_variant("hop")
+    with pytest.raises(InputError, match="a count of 2 needles is for the variant 'multi', not for 'multi-hop'"):
+        read_variant("multi-hop", count=2)
+
+
+def test_a_chain_without_two_facts_is_named_by_line(tmp_path):
+    file = tmp_path / "chains.jsonl"
+    good = {"needles": ["a", "b"], "question": "q", "answer": "a"}
+    file.write_text(json.dumps(good) + "\n")
+    assert read_chains(file) == [NeedleSet(("a", "b"), "q", ("a",))]
+    for needles in ("a", ["a"], ["a", ""], ["a", 1]):
+        file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "needles": needles}) + "\n")
+        with pytest.raises(InputError, match="line 2: field 'needles' is not a list of two texts or more"):
+            read_chains(file)
+    file.write_text(json.dumps({**good, "question": ""}) + "\n")
+    with pytest.raises(InputError, match="line 1: field 'question' is missing"):
+        read_chains(file)
+
+
+def test_real_needle_is_another_name_of_the_answer(tmp_path):
+    file = tmp_path / "needles.jsonl"
+    row = {"needle": "n", "question": "q", "real_needle": "r"}
+    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "answer": "a"}) + "\n")
+    assert [needle.answer for needle in read_needles(file)] == ["r", "a"]
+
+
+def test_other_peoples_needles(data_dir):
+    needles = read_needles(data_dir / "needle" / "needles_detect.jsonl")
+    assert len(needles) == 3
+    assert all(needle.answer.casefold() in needle.needle.casefold() for needle in needles)
+
+
 def test_haystack_from_folder_and_file(tmp_path):
     with pytest.raises(InputError, match="holds no \\.txt file"):
         read_haystack(tmp_path)
     (tmp_path / "b.txt").write_text("second\n")
     (tmp_path / "a.txt").write_text("first\n")
     assert read_haystack(tmp_path) == "first\n\nsecond"
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.txt").write_text("third\n")
+    assert read_haystack(tmp_path) == "first\n\nsecond\n\nthird"
     assert read_haystack(tmp_path / "a.txt") == "first"
     with pytest.raises(InputError, match="cannot be read"):
         read_haystack(tmp_path / "none.txt")

@@ -57,6 +57,12 @@ def test_settings_come_back_as_they_were(tmp_path):
     ResultStore(tmp_path, config, key).close()
 
 
+def test_results_of_an_older_version_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="older version"):
+        ResultStore(tmp_path, {"model": "a"}, key)
+
+
 @pytest.mark.parametrize("text", ["a: [1", "just words"])
 def test_broken_settings_are_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)

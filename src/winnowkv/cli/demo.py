@@ -31,8 +31,11 @@ def demo(factorial: Factorial = False, out: Out = Path("winnow-out/demo"), as_js
         lengths=[3000],
         depths=[0.1, 0.5, 0.9],
         needles=read_needles()[:NEEDLES],
+        variant="single",
         task="localization",
         max_new_tokens=24,
+        metric="correct",
+        timed=True,
     )
 
 

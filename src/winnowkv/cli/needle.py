@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,24 +13,46 @@ import typer
 
 from winnowkv.cli.options import Chat, Factorial, Json, Model, Out, budgets as read_budgets, numbers
 
+NEW_TOKENS = 24  # of an answer; of each of several
+
 
 def needle(
     model: Model = "embedded",
     policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "full,snapkv,windowkv",
     budgets: Annotated[str, typer.Option(help="Comma-separated: entries (128) or kept fractions (0.12).")] = "0.12,128",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, template and question included.")] = "3000",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, template and question included; 'max' is the model's limit.")
+    ] = "3000",
     depths: Annotated[str, typer.Option(help="Where the needle hides: 0 the start of the text, 1 its end.")] = "0.1,0.5,0.9",
+    variant: Annotated[
+        str, typer.Option(help="'single', 'multi' (several needles, asked for at once) or 'multi-hop' (a chain of facts).")
+    ] = "single",
+    count: Annotated[
+        int | None, typer.Option(help="Needles a prompt of --variant multi. Default: 3.", show_default=False)
+    ] = None,
     needles: Annotated[
-        Path | None, typer.Option(help="JSONL with needle, question, answer. Default: eight of the package.")
+        Path | None,
+        typer.Option(
+            help="JSONL with needle, question, answer (multi-hop: needles, question, answer). Default: the package's."
+        ),
     ] = None,
     haystack: Annotated[
-        Path | None, typer.Option(help="A text file or a folder of .txt. Default: the package's essays.")
+        Path | None, typer.Option(help="A text file or a folder with .txt in it. Default: the package's essays.")
     ] = None,
     task: Annotated[
         str, typer.Option("--task", help="'localization' or 'aggregation', for policies that ask.")
     ] = "localization",
     chat: Chat = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most tokens of an answer. Default: 24, for each needle of --variant multi.", show_default=False
+        ),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="What the pictures show: correct, found, rouge1_f1 or rouge1_recall.")
+    ] = "correct",
+    time: Annotated[bool, typer.Option("--time", help="Decode every setting alone, to tell its ms/token; slower.")] = False,
     factorial: Factorial = False,
     profile: Annotated[
         Path | None, typer.Option(help="Calibration profile for policies that need one. Default: the package's own.")
@@ -36,13 +60,15 @@ def needle(
     out: Out = Path("winnow-out/needle"),
     as_json: Json = False,
 ) -> None:
-    """Hide a sentence in a long text and see which policies still find it.
+    """Hide a sentence, or several, in a long text and see which policies still find it.
 
-    Writes results.jsonl (a line a measurement), summary.json and needle.png (depth x policy) to --out. A run
-    that was stopped goes on where it was: finished lines are never computed twice.
+    Writes to --out results.jsonl (a line a measurement), summary.json, needle.png (length x depth maps of each
+    policy and budget) and needle_kept.png (the same against the kept fraction). A run that was stopped goes on
+    where it was: finished lines are never computed twice.
     """
-    from winnowkv.evaluate.prompts import read_haystack, read_needles
+    from winnowkv.evaluate.prompts import read_haystack, read_variant
 
+    hidden = read_variant(variant, needles, count)
     measure(
         model=model,
         chat=chat,
@@ -51,12 +77,20 @@ def needle(
         haystack=read_haystack(haystack),
         policies=asked_policies(policies, factorial, profile),
         budgets=read_budgets(budgets),
-        lengths=numbers(lengths, int, "--lengths"),
+        lengths=numbers(lengths, length, "--lengths"),
         depths=numbers(depths, float, "--depths"),
-        needles=read_needles(needles),
+        needles=hidden,
+        variant=variant,
         task=task,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or NEW_TOKENS * len(hidden[0].answers),
+        metric=metric,
+        timed=time,
     )
+
+
+def length(text: str) -> int | str:
+    """A length in tokens, or ``max``. Raises ValueError for other texts."""
+    return text if text == "max" else int(text)
 
 
 def asked_policies(text: str, factorial: bool, profile: Path | None = None) -> list[str]:
@@ -72,21 +106,33 @@ def asked_policies(text: str, factorial: bool, profile: Path | None = None) -> l
 
 
 def measure(
-    *, model: str, chat: bool | None, out: Path, as_json: bool, haystack: str, policies: list[str], **asked: Any
+    *,
+    model: str,
+    chat: bool | None,
+    out: Path,
+    as_json: bool,
+    haystack: str,
+    policies: list[str],
+    lengths: Sequence[int | str],
+    metric: str,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Run a needle test behind a progress bar and show its table (or its JSON); returns the summary."""
     from winnowkv.cli.options import load_model, wants_chat
     from winnowkv.evaluate import needle as test_runner
     from winnowkv.evaluate.prompts import PromptBuilder
 
-    test = test_runner.NeedleTest(policies=policies, **asked)
-    test.resolved()  # unknown policies are told before the model takes its time to load
+    test = test_runner.NeedleTest(policies=policies, lengths=[], **asked)
+    # Unknown names are told before the model takes its time to load.
+    test.resolved()
+    test_runner.check_metric(metric)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         loaded, tokenizer = load_model(model)
+    test = replace(test, lengths=test_runner.fit_lengths(lengths, loaded, test.max_new_tokens))
     builder = PromptBuilder(tokenizer, haystack, chat=wants_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = test_runner.open_store(out, loaded, model, builder, haystack, test)
@@ -105,7 +151,7 @@ def measure(
         )
         raise
     finally:
-        summary = test_runner.write_summary(test, store)
+        summary = test_runner.write_summary(test, store, metric)
         store.close()
     if as_json:
         json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
@@ -128,19 +174,28 @@ def show(summary: dict[str, Any], out: Path) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no edge to fold at
     where = summary["machine"]
+    left_out = f"{summary['failed']} measurements failed and are left out; " if summary["failed"] else ""
     table = Table(
-        title=f"Needle test on {where['processor']}, {where['threads']} threads",
-        caption=f"files in {out}",
+        title=f"Needle test ({summary['variant']}) on {where['processor']}, {where['threads']} threads",
+        caption=f"{left_out}files in {out}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("policy", overflow="fold", min_width=9)
-    for column in ("budget", "tokens", "found", "KV MiB\nkept / full", "prefill\ns", "decode\nms/token"):
+    for column in (
+        "budget",
+        "tokens",
+        "found",
+        "ROUGE-1\nF1 / recall",
+        "KV MiB\nkept / full",
+        "prefill\ns",
+        "decode\nms/token",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("an example answer", overflow="fold", min_width=16)
     seen_whole = set()
     for group in summary["groups"]:
-        everything = group["kept_bytes"] == group["full_bytes"]
+        everything = not group["evicts"]
         if everything and (group["policy"], group["length"]) in seen_whole:
             continue  # what evicts nothing is the same at every budget
         if everything:
@@ -150,13 +205,20 @@ def show(summary: dict[str, Any], out: Path) -> None:
             group["policy"],
             "all" if everything else str(group["budget"]),
             str(group["length"]),
-            f"{100 * group['accuracy']:.0f}%",
+            found_text(group, summary["variant"]),
+            f"{group['rouge1_f1']:.2f} / {group['rouge1_recall']:.2f}",
             f"{group['kept_bytes'] / MIB:.1f} / {group['full_bytes'] / MIB:.1f}",
             f"{group['prefill_s']:.2f}",
             "-" if pace is None else f"{pace:.1f}",
             " ".join(group["example"]["output"].split()),
         )
     console.print(table)
+
+
+def found_text(group: dict[str, Any], variant: str) -> str:
+    """Prompts answered whole; of several needles also how many were found."""
+    part = f" ({100 * group['found']:.0f}% of needles)" if variant == "multi" else ""
+    return f"{100 * group['accuracy']:.0f}%{part}"
 
 
 def show_effects(effects: list[dict[str, Any]]) -> None:

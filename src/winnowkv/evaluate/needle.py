@@ -1,15 +1,15 @@
-"""The needle test: can the model still find one sentence in a long text when most of the cache is gone?
+"""The needle test: can the model still find a sentence, or several, in a long text when most of the cache is gone?
 
 One prefill serves every policy and budget of a case: it is recorded once over the full
 cache and replayed for each (:meth:`CompactCache.replay`), which keeps what a live prefill
-with that policy keeps.
+with that policy keeps. Settings that keep about as much as each other answer in one batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,24 +21,31 @@ from transformers import PreTrainedModel
 
 from winnowkv.budget import Budget
 from winnowkv.cache import CompactCache
-from winnowkv.engine import greedy, prefill
 from winnowkv.errors import InputError
 from winnowkv.evaluate.factorial import effects
 from winnowkv.evaluate.machine import machine, versions
-from winnowkv.evaluate.prompts import Needle, PromptBuilder
+from winnowkv.evaluate.prompts import Hidden, PromptBuilder
+from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
 from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.models import dtype_name, position_limit
 from winnowkv.policies import Policy, Prompt, policy as make_policy
+from winnowkv.report import Report
 from winnowkv.task import TaskProfile
 
-IDENTITY = ("policy", "budget", "length", "depth", "needle", "question", "answer")
+# A line has needle and answer, or needles and answers where there are several; one without a variant is an old single.
+IDENTITY = ("variant", "policy", "budget", "length", "depth", "question", "needle", "needles", "answer", "answers")
+METRICS = ("correct", "found", "rouge1_f1", "rouge1_recall")
+LONGEST = "max"  # as a length: all that the model has positions for
+NO_NUMBER = "a logit was not a number"
 Advance = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class NeedleTest:
     """What to measure. ``policies`` and ``budgets`` are kept as they were asked, for the results.
+
+    ``needles`` are those of one ``variant``. Where ``timed``, every setting decodes alone, so that its pace can be told.
 
     Raises
     ------
@@ -51,9 +58,11 @@ class NeedleTest:
     budgets: Sequence[int | float]
     lengths: Sequence[int]
     depths: Sequence[float]
-    needles: Sequence[Needle]
+    needles: Sequence[Hidden]
     task: str = "localization"
     max_new_tokens: int = 24
+    variant: str = "single"
+    timed: bool = True
 
     def resolved(self, model: PreTrainedModel | None = None) -> dict[str, Policy]:
         """Every asked policy with its task decided, and with its model where that is given."""
@@ -90,7 +99,7 @@ class NeedleTest:
             for needle in self.needles:
                 builder.build(needle, length, 0.0)  # complains where the haystack or the length is too short
 
-    def cases(self) -> list[tuple[int, float, Needle]]:
+    def cases(self) -> list[tuple[int, float, Hidden]]:
         """All prompts: lengths x needles x depths."""
         return [(n, depth, needle) for n in self.lengths for needle in self.needles for depth in self.depths]
 
@@ -99,9 +108,25 @@ class NeedleTest:
         return len(self.cases()) * len(self.policies) * len(self.budgets)
 
 
+def fit_lengths(asked: Sequence[int | str], model: PreTrainedModel, max_new_tokens: int) -> list[int]:
+    """The lengths asked, with :data:`LONGEST` as what the model's positions leave beside the new tokens."""
+    limit = position_limit(model)
+    if limit is None and LONGEST in asked:
+        raise InputError(f"the model does not say how many positions it has: give a number in place of {LONGEST!r}")
+    return list(dict.fromkeys((limit or 0) - max_new_tokens if n == LONGEST else int(n) for n in asked))
+
+
+def check_metric(metric: str) -> None:
+    """Raise InputError for a metric that no line has."""
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
+
+
 def identity(line: dict[str, Any]) -> Hashable:
     """What tells two result lines apart."""
-    return tuple((type(line[name]).__name__, line[name]) for name in IDENTITY)
+    values = [{"variant": "single", **line}.get(name) for name in IDENTITY]
+    # A list comes back from JSON where a tuple went in.
+    return tuple(tuple(value) if isinstance(value, list | tuple) else (type(value).__name__, value) for value in values)
 
 
 def open_store(
@@ -113,6 +138,7 @@ def open_store(
         "dtype": dtype_name(model.dtype),
         "chat": builder.chat,
         "task": test.task,
+        "variant": test.variant,
         "max_new_tokens": test.max_new_tokens,
         "haystack_sha256": hashlib.sha256(haystack.encode()).hexdigest(),
     }
@@ -126,71 +152,123 @@ def run(
     policies = test.resolved(model)
     stop = stop_tokens(model, tokenizer)
     for length, depth, needle in test.cases():
-        frame = {"length": length, "depth": depth, **asdict(needle)}
+        frame = {"variant": test.variant, "length": length, "depth": depth, **asdict(needle)}
         asked = [{"policy": p, "budget": b, **frame} for p in test.policies for b in test.budgets]
         todo = [line for line in asked if not store.has(identity(line))]
         for _ in range(len(asked) - len(todo)):
             advance("done before")
         if not todo:
             continue
-        advance_to = f"{length} tokens, depth {depth}, {needle.answer}"
-        ids = torch.tensor([builder.build(needle, length, depth)], device=model.device)
-        record = max(policies[line["policy"]].reads(ids.shape[1]) for line in todo)
-        begin = time.perf_counter()
-        recorded = CompactCache(model, "full", 1, record=max(record, 1))
-        logits = prefill(model, ids, recorded)
-        logits.argmax(-1).item()  # wait for the device
-        seconds = time.perf_counter() - begin
-        whole: dict[str, dict[str, Any]] = {}  # a policy that evicts nothing gives every budget the same
+        needed = {line["policy"]: policies[line["policy"]] for line in todo}
+        read = read_prompt(model, builder.build(needle, length, depth), needed)
+        reading = Reading(model, tokenizer, *read, needle.answers, test.max_new_tokens, stop)
+        lines: dict[Setting, list[dict[str, Any]]] = {}
         for line in todo:
-            spec = line["policy"]
-            measured = whole.get(spec)
-            if measured is None:
-                cache = recorded.replay(policies[spec], line["budget"])
-                output, decode_ms = decode(model, tokenizer, cache, logits, test.max_new_tokens, stop)
-                measured = {
-                    "output": output,
-                    **judge(needle.answer, output),
-                    "kept_entries_per_layer": cache.report.kept_entries[0],
-                    "kept_bytes": cache.report.kept_bytes,
-                    "full_bytes": cache.report.full_bytes,
-                    "held_bytes": cache.report.held_bytes,
-                    "prefill_s": round(seconds + cache.report.compress_seconds, 4),
-                    "compress_s": round(cache.report.compress_seconds, 4),
-                    "decode_ms_per_token": None if decode_ms is None else round(decode_ms, 2),
-                    "prompt_tokens": ids.shape[1],
-                }
-                if not policies[spec].evicts:
-                    whole[spec] = measured
-            store.add({**line, **measured, "versions": versions()})
-            advance(advance_to)
+            # A policy that evicts nothing gives every budget the same.
+            shared = line["budget"] if policies[line["policy"]].evicts else test.budgets[0]
+            lines.setdefault(Setting(line["policy"], shared), []).append(line)
+        for setting, measured in reading.measure(list(lines), policies, alone=test.timed):
+            for line in lines[setting]:
+                store.add({**line, **measured, "versions": versions()})
+                advance(f"{length} tokens, depth {depth}, {', '.join(needle.answers)}")
 
 
-def decode(
-    model: PreTrainedModel, tokenizer: Any, cache: CompactCache, logits: torch.Tensor, limit: int, stop: set[int]
-) -> tuple[str, float | None]:
-    """The answer's text, and the median milliseconds from one token to the next (None for a single token).
+@dataclass(frozen=True)
+class Reading:
+    """One recorded prompt, and what answering its question from a replay of it takes."""
 
-    The first step is left out of the median: it makes the buffers' room for growth.
-    """
-    tokens, clock = [], [time.perf_counter()]
-    for token in greedy(model, cache, logits, limit, stop):
-        tokens.append(token)
+    model: PreTrainedModel
+    tokenizer: Any
+    cache: CompactCache
+    logits: torch.Tensor
+    seconds: float
+    answers: Sequence[str]
+    limit: int
+    stop: Collection[int]
+
+    def measure(
+        self, asked: Sequence[Setting], policies: Mapping[str, Policy], *, alone: bool
+    ) -> Iterator[tuple[Setting, dict[str, Any]]]:
+        """What result lines say of each setting, those of similar length answered together; each by itself where ``alone``."""
+        waiting: list[tuple[Setting, CompactCache]] = []
+        for setting in asked:
+            cache = self.cache.replay(policies[setting.policy], setting.budget)
+            if alone or not policies[setting.policy].evicts:
+                yield from self.answer([(setting, cache)])
+                continue
+            waiting.append((setting, cache))
+            # Answered when they hold as much as the full cache, so that memory stays flat over any number of settings.
+            if sum(cache.held_bytes for _, cache in waiting) > self.cache.held_bytes:
+                yield from self.answer(waiting)
+                waiting = []
+        yield from self.answer(waiting)
+
+    def answer(self, kept: Sequence[tuple[Setting, CompactCache]]) -> Iterator[tuple[Setting, dict[str, Any]]]:
+        """Answer from these caches, similar ones in one batch; a cache by itself also says its median ms a token."""
+        clock = []
+
+        def done(tokens: list[int]) -> bool:
+            clock.append(time.perf_counter())
+            return tokens[-1] in self.stop
+
+        waiting = [Kept(setting, cache) for setting, cache in kept]
+        found = continue_all(self.model, waiting, self.logits, (), self.limit, done)
         clock.append(time.perf_counter())
-    if len(tokens) < limit:
-        clock.append(time.perf_counter())  # the step that ended in a stop token
-    gaps = [1000 * (b - a) for a, b in pairwise(clock[1:])]
+        for setting, cache in kept:
+            tokens, batch = (found[setting][name] for name in ("tokens", "decode_batch"))
+            output = self.text(tokens or [])
+            measured = {
+                "output": output,
+                **judge(self.answers, output),
+                "failed": NO_NUMBER if tokens is None else None,
+                **kept_of(cache.report),
+                "prefill_s": round(self.seconds + cache.report.compress_seconds, 4),
+                "decode_ms_per_token": pace(clock[: len(tokens)]) if tokens and len(kept) == 1 else None,
+                "decode_batch": batch,
+            }
+            yield setting, measured
+
+    def text(self, tokens: list[int]) -> str:
+        """An answer without the token that ended it."""
+        kept = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
+        return self.tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def kept_of(report: Report) -> dict[str, Any]:
+    """What a result line takes from the report of one prompt."""
+    return {
+        "kept_entries_per_layer": report.kept_entries[0],
+        "kept_bytes": report.kept_bytes,
+        "full_bytes": report.full_bytes,
+        "held_bytes": report.held_bytes,
+        "compress_s": round(report.compress_seconds, 4),
+        "prompt_tokens": report.prompt_tokens[0],
+    }
+
+
+def pace(clock: Sequence[float]) -> float | None:
+    """The median milliseconds from one token to the next, None for a single token.
+
+    The first step is left out: it makes the buffers' room for growth.
+    """
+    gaps = [1000 * (b - a) for a, b in pairwise(clock)]
     steady = gaps[1:] or gaps
-    return tokenizer.decode(tokens, skip_special_tokens=True), median(steady) if steady else None
+    return round(median(steady), 2) if steady else None
 
 
-def judge(answer: str, output: str) -> dict[str, Any]:
-    """Exact containment, case-folded, and ROUGE-1 of the output against the answer."""
+def judge(answers: str | Sequence[str], output: str) -> dict[str, Any]:
+    """Containment of the answer, or of each of several, case-folded, and ROUGE-1 of the output against all of them.
+
+    ``found`` is the fraction of the answers that the output contains, ``correct`` whether that is all.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    rouge = RougeScorer(["rouge1"]).score(answer, output)["rouge1"]
+    wanted = [answers] if isinstance(answers, str) else list(answers)
+    rouge = RougeScorer(["rouge1"]).score(" ".join(wanted), output)["rouge1"]
+    found = sum(answer.casefold() in output.casefold() for answer in wanted) / len(wanted)
     return {
-        "correct": answer.casefold() in output.casefold(),
+        "correct": found == 1,
+        "found": round(found, 4),
         "rouge1_recall": round(rouge.recall, 4),
         "rouge1_f1": round(rouge.fmeasure, 4),
     }
@@ -204,50 +282,66 @@ def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
 
 
 def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means per policy, budget and length, in the order asked, over the lines that this test asks for."""
-    wanted = {identity({"policy": p, "budget": b, "length": n, "depth": d, **asdict(x)})
+    """Means per policy, budget and length, in the order asked, over the lines that this test asks for.
+
+    A line that failed is counted and left out of the means.
+    """
+    wanted = {identity({"variant": test.variant, "policy": p, "budget": b, "length": n, "depth": d, **asdict(x)})
               for p in test.policies for b in test.budgets for n, d, x in test.cases()}  # fmt: skip
     mine = [line for line in lines if identity(line) in wanted]
+    good = [line for line in mine if not line.get("failed")]
     groups = []
     for length in test.lengths:
-        for policy in test.policies:
+        for spec, policy in test.resolved().items():
             for budget in test.budgets:
-                rows = [r for r in mine if (r["policy"], r["budget"], r["length"]) == (policy, budget, length)
+                rows = [r for r in good if (r["policy"], r["budget"], r["length"]) == (spec, budget, length)
                         and type(r["budget"]) is type(budget)]  # fmt: skip
                 if rows:
-                    groups.append({"policy": policy, "budget": budget, "length": length, **means(rows)})
+                    of = {"policy": spec, "budget": budget, "length": length, "evicts": policy.evicts}
+                    groups.append({**of, **means(rows)})
     return {
-        "groups": groups, "effects": effects(groups), "lines": len(mine), "expected_lines": len(wanted),
-        "machine": machine(), "versions": versions(),
+        "variant": test.variant, "groups": groups, "effects": effects(groups), "lines": len(mine),
+        "expected_lines": len(wanted), "failed": len(mine) - len(good), "machine": machine(), "versions": versions(),
     }  # fmt: skip
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy, scores, bytes and seconds of one group, and one example answer."""
+    """Scores, bytes and seconds of one group, scores also by depth, and one example answer."""
     shown = rows[len(rows) // 2]
     paces = [row["decode_ms_per_token"] for row in rows if row["decode_ms_per_token"] is not None]
+    depths = sorted({row["depth"] for row in rows})
+    at = {str(depth): [row for row in rows if row["depth"] == depth] for depth in depths}
     return {
         "cases": len(rows),
-        "accuracy": mean(row["correct"] for row in rows),
-        "rouge1_recall": mean(row["rouge1_recall"] for row in rows),
-        "rouge1_f1": mean(row["rouge1_f1"] for row in rows),
+        "accuracy": mean_of(rows, "correct"),
+        **{metric: mean_of(rows, metric) for metric in METRICS},
+        "by_depth": {metric: {depth: mean_of(some, metric) for depth, some in at.items()} for metric in METRICS},
         "kept_bytes": mean(row["kept_bytes"] for row in rows),
         "full_bytes": mean(row["full_bytes"] for row in rows),
         "prefill_s": median(row["prefill_s"] for row in rows),
         "compress_s": median(row["compress_s"] for row in rows),
         "decode_ms_per_token": median(paces) if paces else None,
-        "accuracy_by_depth": {str(d): mean(r["correct"] for r in rows if r["depth"] == d)
-                              for d in sorted({r["depth"] for r in rows})},
-        "example": {"question": shown["question"], "answer": shown["answer"], "output": shown["output"]},
-    }  # fmt: skip
+        "example": {"question": shown["question"], "answer": answer_text(shown), "output": shown["output"]},
+    }
 
 
-def write_summary(test: NeedleTest, store: ResultStore) -> dict[str, Any]:
-    """``summary.json`` and ``needle.png`` of what is finished; returns the summary."""
-    from winnowkv.evaluate.plot import depth_map
+def mean_of(rows: Sequence[dict[str, Any]], metric: str) -> float:
+    """Mean of a score; lines older than ``found`` have one needle, found or not."""
+    return mean(row["correct"] if metric not in row and metric == "found" else row[metric] for row in rows)
+
+
+def answer_text(line: dict[str, Any]) -> str:
+    """What a right output contains."""
+    return line["answer"] if "answer" in line else ", ".join(line["answers"])
+
+
+def write_summary(test: NeedleTest, store: ResultStore, metric: str = METRICS[0]) -> dict[str, Any]:
+    """``summary.json``, and of what is finished ``needle.png`` and ``needle_kept.png``; returns the summary."""
+    from winnowkv.evaluate.plot import kept_lines, needle_maps
 
     summary = summarize(test, store.lines)
     write_json(store.folder / "summary.json", summary)
     if summary["groups"]:
-        depth_map(summary["groups"], store.folder / "needle.png")
+        needle_maps(summary["groups"], metric, store.folder / "needle.png")
+        kept_lines(summary["groups"], metric, store.folder / "needle_kept.png")
     return summary

@@ -31,6 +31,7 @@ from winnowkv.models import dtype_name, load, position_limit
 
 TAIL = 600  # characters of a prompt's end that stand in a result line
 Advance = Callable[[str], None]
+Work = tuple[str, Row, list[Setting]]  # a task's name, one of its rows, and the settings to answer it with
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def missing(
     return work
 
 
-def run(worker: Worker, store: ResultStore, work: Sequence[tuple[str, Row, list[Setting]]], advance: Advance) -> None:
+def run(worker: Worker, store: ResultStore, work: Sequence[Work], advance: Advance) -> None:
     """Answer every row of ``work`` and store its lines; ``advance`` is told of every line."""
     for name, row, lacking in work:
         for line in worker.answer(name, row, lacking):

@@ -56,6 +56,8 @@ class ResultStore:
     def _settle_config(self, config: dict[str, Any]) -> None:
         file, text = self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         if not file.exists():
+            if (self.folder / "config.json").exists():
+                raise InputError(f"{self.folder} holds results of an older version: use another --out or remove the folder")
             replace_text(file, text)
             return
         config = yaml.safe_load(text)  # tuples are lists there

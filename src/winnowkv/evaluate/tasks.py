@@ -26,7 +26,9 @@ CONTEXT, QUESTION = "{{context}}", "{{question}}"
 Doc = dict[str, Any]
 
 # LongBench's English data sets by what they ask of the context.
-LOCALIZATION = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa", "passage_retrieval_en")
+LOCALIZATION = (
+    "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa", "passage_retrieval_en",
+)  # fmt: skip
 AGGREGATION = ("gov_report", "qmsum", "multi_news", "trec", "samsum", "passage_count", "lcc", "repobench-p")
 FIRST_LINE = ("trec", "triviaqa", "samsum")
 CODE = ("lcc", "repobench-p")
