@@ -30,7 +30,9 @@ def winnow(monkeypatch, capsys):
 needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("generate",), ("needle",), ("policies",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("generate",), ("audit",), ("needle",), ("eval",), ("report",), ("policies",)]
+)
 def test_help(winnow, command):
     code, out, _ = winnow(*command, "--help")
     assert code == 0

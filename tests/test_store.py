@@ -76,7 +76,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
     store.add({"id": 1})
     store._out.close()
     store._out = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115 - the store closes it
-    with pytest.raises(InputError, match="No space left on device. 1 finished lines are safe"):
+    with pytest.raises(InputError, match=r"No space left on device\. 1 finished lines are safe"):
         store.add({"id": 2})
     assert not store.has(2)
     store.close()

@@ -193,11 +193,11 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, line, reason):
 
 def test_files_without_rows(tmp_path):
     found = task("longbench_qasper")
-    with pytest.raises(InputError, match=r"rows of longbench_qasper cannot be read from .*qasper\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"longbench_qasper file .*qasper\.jsonl cannot be read: No such file"):
         found.rows(tmp_path)
     (tmp_path / "longbench").mkdir()
     (tmp_path / found.file).write_text("\n")
-    with pytest.raises(InputError, match="holds no row"):
+    with pytest.raises(InputError, match="holds no longbench_qasper; --data is"):
         found.rows(tmp_path)
 
 

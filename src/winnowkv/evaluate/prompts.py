@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from winnowkv.errors import InputError
+from winnowkv.evaluate.rows import json_rows
 from winnowkv.models import encode
 
 FIELDS = ("needle", "question", "answer")
@@ -115,34 +115,20 @@ def read_rows(
     ``lists`` are fields that hold two such texts or more; ``aliases`` other names of fields, read where a field is absent.
     Raises InputError with file and line for a row that is not, and for a file without rows.
     """
-    shape = ", ".join([*lists, *fields])
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} file {source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    shape = f"; a row is {{{', '.join([*lists, *fields])}}}"
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{what} file {source}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{what} file {source}, line {number}: not a JSON object with {shape}")
+    for where, row in json_rows(source, what, shape):
         for field, alias in (aliases or {}).items():
             if field not in row and alias in row:
                 row[field] = row[alias]
         for field in lists:
             texts = row.get(field)
             if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts):
-                raise InputError(f"{what} file {source}, line {number}: field {field!r} is not a list of two texts or more")
+                raise InputError(f"{where}: field {field!r} is not a list of two texts or more")
         for field in fields:
             if not isinstance(row.get(field), str) or not row[field].strip():
-                raise InputError(f"{what} file {source}, line {number}: field {field!r} is missing or not a text")
+                raise InputError(f"{where}: field {field!r} is missing or not a text")
         rows.append(row)
-    if not rows:
-        raise InputError(f"{what} file {source}: holds no {what}; a row is {{{shape}}}")
     return rows
 
 

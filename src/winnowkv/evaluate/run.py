@@ -28,6 +28,7 @@ from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.evaluate.summary import summarize
 from winnowkv.evaluate.tasks import EvalTask, Row, find_tasks
 from winnowkv.models import dtype_name, load, position_limit
+from winnowkv.task import TaskProfile
 
 TAIL = 600  # characters of a prompt's end that stand in a result line
 Advance = Callable[[str], None]
@@ -91,7 +92,10 @@ def identity(line: dict[str, Any]) -> Hashable:
 
 
 class Worker:
-    """One model that answers rows. ``loaded`` is a model and its tokenizer, where they are there already."""
+    """One model that answers rows. ``loaded`` is a model and its tokenizer, where they are there already.
+
+    Raises ProfileError at once, and not in every row, where a policy lacks its calibration profile.
+    """
 
     def __init__(self, asked: Evaluation, loaded: tuple[Any, Any] | None = None) -> None:
         self.asked = asked
@@ -101,6 +105,7 @@ class Worker:
         self.stop = stop_tokens(self.model, self.tokenizer)
         self.chat = bool(self.tokenizer.chat_template) if asked.chat is None else asked.chat
         self.frame = {"versions": versions(), "git": revision(), "seed": asked.seed}
+        policies_for(settings(asked.policies, asked.budgets), self.model, TaskProfile.of("localization"))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ lm-eval's too; LongEval, which lm-eval does not have, is scored as its authors d
 from __future__ import annotations
 
 import difflib
-import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from winnowkv.errors import InputError
+from winnowkv.evaluate.rows import json_rows
 from winnowkv.task import Task
 
 INSTALL = "pip install 'winnowkv[eval]'"
@@ -99,7 +100,7 @@ class EvalTask:
 
         Raises InputError with file and line for a broken row, and where there are no rows to be had.
         """
-        docs = list(self.hub() if data is None else read_docs(data / self.file, self.name))
+        docs = list(self.hub() if data is None else json_rows(data / self.file, self.name, "; --data is the folder above"))
         for where, doc in docs:
             self.check(doc, where)
         return [self.row(number, doc) for number, doc in enumerate(self.ordered([doc for _, doc in docs])[:limit])]
@@ -332,7 +333,9 @@ def definition(path: str, *, functions: bool = True) -> Doc:
         import lm_eval.tasks
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        return load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=functions)
+        with warnings.catch_warnings():  # fuzzywuzzy recommends a package that changes its scores
+            warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")
+            return load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=functions)
     except (ImportError, OSError) as error:
         raise InputError(f"lm-eval's task {Path(path).stem} cannot be used: {first_line(error)} ({INSTALL})") from None
 
@@ -348,27 +351,6 @@ def from_hub(path: str, name: str, split: str) -> Iterator[tuple[str, Doc]]:
             f"data set {path} ({name}) cannot be read from the hub: {first_line(error)} (give --data a folder with its rows)"
         ) from None
     yield from ((f"data set {path} ({name}), row {number}", dict(row)) for number, row in enumerate(rows))
-
-
-def read_docs(file: Path, task: str) -> Iterator[tuple[str, Doc]]:
-    """Rows of a JSONL file, each with the words that name its place. Raises InputError with file and line."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"rows of {task} cannot be read from {file}: {reason} (--data is the folder above)") from None
-    # Not splitlines(): it also splits at separators that JSON leaves as they are inside a text.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise InputError(f"{file} holds no row")
-    for number, line in lines:
-        try:
-            doc = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(doc, dict):
-            raise InputError(f"{file}, line {number}: not a JSON object")
-        yield f"{file}, line {number}", doc
 
 
 def last_line(prompt: str) -> tuple[str, str]:

@@ -1,0 +1,163 @@
+"""``winnow audit``: what compression costs on the user's own prompts, no labels needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets
+
+
+def audit(
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help='JSONL rows {"prompt": ...}, or a text file as one prompt. May be repeated.')
+    ] = None,
+    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "snapkv,windowkv",
+    budgets: Annotated[str, typer.Option(help="Comma-separated: entries (256) or kept fractions (0.12).")] = "0.12,0.25,0.5",
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the full cache's tokens to keep.")] = 0.99,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a continuation.")] = 64,
+    model: Model = "embedded",
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=64, help="Most prompt tokens; longer prompts lose their middle. Default: the model's limit."),
+    ] = None,
+    chat: Chat = None,
+    float32: Annotated[
+        bool | None,
+        typer.Option(
+            "--float32/--no-float32",
+            help="Compute in float32, so that rounding is no disagreement. Default: on the CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Take the prompts of these tasks of `winnow eval` too. Comma-separated.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' rows. Default: the hub.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Pass over the first prompts of each file and task.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of each file and task.")] = None,
+    out: Out = Path("winnow-out/audit"),
+    as_json: Json = False,
+) -> None:
+    """Compare compressed caches with the full one on your own prompts, and name the cheapest that keeps its answers.
+
+    The full cache's greedy continuation is forced through every compressed cache: how often is its token the
+    likeliest, how far are the probabilities apart (KL divergence), and is the answer the same when it runs freely?
+    Writes results.jsonl (a line a prompt and setting) and summary.json to --out. A run that was stopped goes on
+    where it was.
+    """
+    from winnowkv.evaluate.audit import gather_prompts
+    from winnowkv.evaluate.settings import settings
+    from winnowkv.policies import split_policies
+
+    names = [name for name in (part.strip() for part in tasks.split(",")) if name]
+    found = gather_prompts(prompts or [], names, data, skip, limit)
+    specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
+    settings(specs, asked)  # unknown policies are told before the model takes its time to load
+    measure(
+        model=model,
+        float32=float32,
+        keep=keep,
+        out=out,
+        as_json=as_json,
+        chat=chat,
+        prompts=found,
+        policies=specs,
+        budgets=asked,
+        max_new_tokens=max_new_tokens,
+        max_context=max_context,
+    )
+
+
+def measure(
+    *, model: str, float32: bool | None, keep: float, out: Path, as_json: bool, chat: bool | None, **asked: Any
+) -> dict[str, Any]:
+    """Run an audit behind a progress bar and show its table and recommendation (or its JSON); returns the summary."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from winnowkv.cli.options import load_model, wants_chat
+    from winnowkv.evaluate import audit as auditor
+    from winnowkv.evaluate.recommend import write_summary
+    from winnowkv.evaluate.store import ResultStore
+
+    console = Console(stderr=True)
+    with console.status(f"loading {model}"):
+        loaded, tokenizer = load_model(model)
+    served = loaded.dtype
+    if float32 or (float32 is None and loaded.device.type == "cpu"):
+        loaded.float()
+    test = auditor.Audit(chat=wants_chat(chat, tokenizer), **asked)
+    config = test.config(loaded, model, served)
+    store = ResultStore(out, config, auditor.identity)
+    if store.lines:
+        console.print(f"{len(store.lines)} measurements are in {out} already; remove the folder to measure them again")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("prompts", total=len(test.expected()))
+            auditor.run(
+                test, loaded, tokenizer, store, lambda what: progress.update(bar, advance=1, description=what), served=served
+            )
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
+        )
+        raise
+    finally:
+        summary = write_summary(store, test.expected(), keep, config)
+        store.close()
+    if as_json:
+        json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        show(summary, out)
+    return summary
+
+
+def show(summary: dict[str, Any], out: Path) -> None:
+    """The settings as a table, what a reader must know, and the recommendation."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from winnowkv.evaluate.recommend import mebibytes, name_of, percent, share_of
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file or a pipe has no edge to fold at
+    where = summary["machine"]
+    table = Table(
+        title=f"Audit against the full cache on {where['processor']}, {where['threads']} threads",
+        caption=f"means over prompts, 95% interval in brackets; files in {out}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("setting", overflow="fold", min_width=24)
+    for column in ("prompts", "same token", "KL\nnats/token", "KL, 99th\npercentile", "same answer", "KV MiB\nkept / full"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    for group in summary["groups"]:
+        if not group["prompts"]:
+            table.add_row(name_of(group), "0", *["-"] * 5)
+            continue
+        table.add_row(
+            name_of(group),
+            str(group["prompts"]),
+            share_of(group).replace("95% interval ", ""),
+            f"{group['kl_mean']['mean']:.3f}",
+            f"{group['kl_p99']['mean']:.2f}",
+            percent(group["exact_match"]["mean"]),
+            " / ".join(mebibytes(group[name]) for name in ("kept_bytes", "full_bytes")),
+        )
+    console.print(table)
+    for note in summary["notes"]:
+        print(f"-- {note}")
+    print(summary["recommendation"]["sentence"])
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(audit)

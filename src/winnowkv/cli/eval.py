@@ -1,0 +1,355 @@
+"""``winnow eval``: tasks x policies x budgets on real prompts, in one process or many, or a whole recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from winnowkv.cli.options import Chat, Json, budgets as read_budgets
+from winnowkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from winnowkv.evaluate.recipes import Plan, Recipe
+    from winnowkv.evaluate.run import Evaluation
+
+TASKS, POLICIES, BUDGETS = "longbench", "full,snapkv,windowkv", "0.12"
+OUT = Path("winnow-out")
+
+
+class Command(TyperCommand):
+    """``--ray`` without an address is ``--ray auto``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the address in where there is none."""
+        if "--ray" in args:
+            behind = args.index("--ray") + 1
+            if behind == len(args) or args[behind].startswith("-"):
+                args = [*args[:behind], "auto", *args[behind:]]
+        return super().parse_args(ctx, args)
+
+
+def evaluate(
+    tasks: Annotated[
+        str | None,
+        typer.Option(help=f"Comma-separated tasks or groups: longbench, babilong, ruler, longeval. Default: {TASKS}."),
+    ] = None,
+    policies: Annotated[str | None, typer.Option(help=f"Comma-separated; options after colons. Default: {POLICIES}.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help=f"Comma-separated: entries (128) or kept fractions (0.12). Default: {BUDGETS}.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="'official' or 'context-only' (compressed before the question is known). Default: official."),
+    ] = None,
+    chat: Chat = None,
+    model: Annotated[
+        str | None, typer.Option(help="'embedded', a folder, or a hub id. Default: embedded; of a recipe, its own.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' rows. Default: the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows of a task.")] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=64, help="Most prompt tokens; longer prompts lose their middle. Default: the model's limit."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the rows of --limit; 0 takes the first.")] = 0,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Calibration profile, or a folder of them, for policies that need one. Default: the package's own."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML of recipes/ in place of tasks, policies, budgets, protocol.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be measured, load nothing.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes, each with the model. Default: this one alone.")] = None,
+    ray: Annotated[str | None, typer.Option(metavar="[ADDRESS]", help="Run on a Ray cluster. Default: this machine's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results; a run that stopped goes on where it was. Default: in winnow-out/.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score what the model answers to real prompts when only part of the cache is left.
+
+    Writes results.jsonl (a line a row and setting), summary.json and report.html to --out. A run that was
+    stopped, or killed, goes on where it was. A recipe is a paper's claim with its protocol, one folder a model.
+    """
+    from winnowkv.cli.needle import asked_policies
+    from winnowkv.evaluate.recipes import read_recipe
+
+    if recipe is not None:
+        decided = {"--tasks": tasks, "--policies": policies, "--budgets": budgets, "--protocol": protocol, "--chat": chat}
+        if said := [option for option, value in decided.items() if value is not None]:
+            raise InputError(f"{', '.join(said)}: {recipe} decides that; leave it out, or run without the recipe")
+        read = read_recipe(recipe)
+        plans: Sequence[Plan] = read.chosen(model)
+        folders = [(out or OUT / recipe.stem) / re.sub(r"[^\w.-]+", "_", plan.model).strip("_") for plan in plans]
+    else:
+        read, folders = None, [out or OUT / "eval"]
+        plans = [plan_of(tasks, policies, budgets, protocol, chat, model)]
+    if plans[0].command == "needle" and (workers or ray):
+        raise InputError(f"{recipe} is a needle test, which runs in one process: leave out --workers and --ray")
+    specs = [asked_policies(",".join(plan.asked["policies"]), False, profile) for plan in plans]
+    plans = [replace(plan, asked={**plan.asked, "policies": mine}) for plan, mine in zip(plans, specs, strict=True)]
+    more = {"data": data and str(data), "limit": limit, "max_context": max_context, "seed": seed}
+    if dry_run:
+        tell_plans(read, [planned(plan, more) for plan in plans], as_json)
+        return
+    summaries = {}
+    for plan, folder in zip(plans, folders, strict=True):
+        plan.compare(offline=False)
+        if plan.command == "needle":
+            summaries[plan.model] = hide(plan, folder, data, max_context, as_json)
+        else:
+            summaries[plan.model] = measure(plan.evaluation(**more), folder, workers, ray)
+            if not as_json:
+                show(summaries[plan.model], folder)
+    if as_json:
+        json.dump(summaries if recipe else next(iter(summaries.values())), sys.stdout, indent=2, ensure_ascii=False)
+        print()
+
+
+def plan_of(
+    tasks: str | None, policies: str | None, budgets: str | None, protocol: str | None, chat: bool | None, model: str | None
+) -> Plan:
+    """The plan that the options say, with the defaults where they are None, checked."""
+    from winnowkv.evaluate.recipes import Plan, facts_of
+    from winnowkv.models import EMBEDDED
+    from winnowkv.policies import split_policies
+
+    asked = {
+        "tasks": [name for name in (part.strip() for part in (TASKS if tasks is None else tasks).split(",")) if name],
+        "policies": list(dict.fromkeys(split_policies(POLICIES if policies is None else policies))),
+        "budgets": read_budgets(BUDGETS if budgets is None else budgets),
+        "protocol": "official" if protocol is None else protocol,
+        "chat": chat,
+    }
+    name = EMBEDDED if model is None else model
+    plan = Plan("eval", name, facts_of(name), asked)
+    plan.check()
+    return plan
+
+
+def measure(asked: Evaluation, out: Path, workers: int | None, address: str | None) -> dict[str, Any]:
+    """Run an evaluation behind a progress bar; returns its summary."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from winnowkv.evaluate.run import identity, missing, write_summary
+    from winnowkv.evaluate.settings import settings
+    from winnowkv.evaluate.store import ResultStore
+
+    asked.check()
+    check_folder(out, asked)
+    rows = asked.rows()
+    console = Console(stderr=True)
+    with answering(asked, workers, address, console) as (config, answer):
+        store = ResultStore(out, config, identity)
+        if store.lines:
+            console.print(f"{len(store.lines)} measurements are in {out} already; remove the folder to measure them again")
+        work = missing(store, asked, rows)
+        total = len(rows) * len(settings(asked.policies, asked.budgets))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, console=console) as progress:
+                bar = progress.add_task("rows", total=total, completed=total - sum(len(lacking) for *_, lacking in work))
+                answer(store, work, lambda what: progress.update(bar, advance=1, description=what))
+            return write_summary(store, config, asked)
+        except KeyboardInterrupt:
+            console.print(
+                f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
+            )
+            with suppress(OSError):
+                write_summary(store, config, asked)
+            raise
+        except OSError as error:  # a line that cannot be written is told by the store
+            raise InputError(
+                f"{error.filename or out} cannot be written: {error.strerror}. All {len(store.lines)} lines are safe in "
+                f"{store.file}; make room and run the same command again"
+            ) from None
+        finally:
+            store.close()
+
+
+@contextmanager
+def answering(
+    asked: Evaluation, workers: int | None, address: str | None, console: Console
+) -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
+    """What lines of the model have in common, and what answers rows: this process, or workers on Ray."""
+    if workers is None and address is None:
+        from winnowkv.cli.options import load_model
+        from winnowkv.evaluate.run import Worker, run
+
+        with console.status(f"loading {asked.model}"):
+            worker = Worker(asked, load_model(asked.model))
+        yield worker.config, partial(run, worker)
+        return
+    from winnowkv.scale import pool
+
+    console.print(f"waiting for {'workers' if workers is None else f'{workers} workers'} to load {asked.model}")
+    with pool(asked, workers, address) as many:
+        yield many.config, many.run
+        if many.deaths:
+            console.print(f"{many.deaths} workers died and were replaced")
+
+
+def check_folder(out: Path, asked: Evaluation) -> None:
+    """Say before the model takes its time to load that the folder is another run's."""
+    from winnowkv.evaluate.store import CONFIG, read_config
+
+    if not (out / CONFIG).exists():
+        return
+    before = read_config(out)
+    for name, now in (("protocol", asked.protocol), ("command", "eval"), ("model", asked.model)):
+        if before.get(name) != now:
+            mixed = "mixed protocols: " if name == "protocol" else ""
+            raise InputError(
+                f"{mixed}{out} holds results of another run ({name}: {before.get(name)!r}, now {now!r}): "
+                f"use another --out or remove the folder"
+            )
+
+
+def hide(plan: Plan, out: Path, data: Path | None, most: int | None, as_json: bool) -> dict[str, Any]:
+    """Run a recipe's needle test; returns its summary. Its table goes to standard error where JSON is asked for."""
+    from winnowkv.cli.needle import measure as measure_needles
+    from winnowkv.evaluate.prompts import read_haystack
+
+    lengths = plan.lengths(most)
+    if left_out := [n for n in plan.asked["lengths"] if n not in lengths]:
+        print(f"lengths that {plan.model} or --max-context does not allow are left out: {left_out}", file=sys.stderr)
+    if not lengths:
+        raise InputError(f"the shortest prompt of this recipe is {min(plan.asked['lengths'])} tokens: raise --max-context")
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        return measure_needles(
+            model=plan.model,
+            out=out,
+            as_json=False,
+            haystack=read_haystack(data and data / plan.asked["haystack"]),
+            lengths=lengths,
+            needles=plan.needles,
+            variant="single",
+            task="localization",
+            timed=False,
+            **{name: plan.asked[name] for name in ("chat", "policies", "budgets", "depths", "metric", "max_new_tokens")},
+        )
+
+
+def planned(plan: Plan, more: dict[str, Any]) -> dict[str, Any]:
+    """What a plan would measure, with the rows where they can be counted without the hub, and the cache's sizes."""
+    from winnowkv.evaluate.settings import settings
+
+    context = plan.context(more["max_context"])
+    rows: dict[str, int | None]
+    if plan.command == "needle":
+        rows = {"needles": len(plan.lengths(more["max_context"])) * len(plan.asked["depths"]) * len(plan.asked["needles"])}
+    else:
+        from winnowkv.evaluate.tasks import find_tasks
+
+        asked = plan.evaluation(**more)
+        asked.check()
+        counts = Counter(task.name for task, _ in asked.rows()) if asked.data else {}
+        rows = {task.name: counts.get(task.name) for task in find_tasks(asked.tasks)}
+    return {
+        "model": plan.model, "command": plan.command, **plan.asked, "context": context, "rows": rows,
+        "settings": [asdict(setting) for setting in settings(plan.asked["policies"], plan.asked["budgets"])],
+        "facts": plan.facts and asdict(plan.facts), "compared_with_config": plan.compare(offline=True),
+        "sizes": plan.sizes(context), "note": plan.note,
+    }  # fmt: skip
+
+
+def tell_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print what would be measured."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from winnowkv.report import MIB
+
+    head = {name: getattr(recipe, name) for name in ("claim", "source", "note")} if recipe else {}
+    if as_json:
+        json.dump({**head, "plans": plans}, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+        return
+    say = partial(Console().print, highlight=False, soft_wrap=True)
+    for name, text in head.items():
+        if text:
+            say(f"{name}: {escape(text)}")
+    for plan in plans:
+        counts = list(plan["rows"].values())
+        rows = "rows of the hub" if None in counts else f"{sum(counts)} rows"
+        facts = plan["facts"]
+        shape = f", {facts['layers']} layers x {facts['kv_heads']} KV heads of {facts['head_size']}" if facts else ""
+        checked = ", as its config says" if plan["compared_with_config"] else ""
+        say(f"\n[bold]{escape(plan['model'])}[/bold]{shape}{checked}: {rows} x {len(plan['settings'])} settings")
+        say(f"  {'tasks' if plan['command'] == 'eval' else 'test'}: {', '.join(plan['rows'])}")
+        say(f"  policies: {escape(', '.join(plan['policies']))}")
+        for size in plan["sizes"]:
+            share = 100 * size["entries"] / plan["context"]
+            say(f"  KV of {plan['context']} tokens at {size['budget']}: {size['bytes'] / MIB:.1f} MiB ({share:.1f}%)")
+        if plan["note"]:
+            say(f"  note: {escape(plan['note'])}")
+
+
+def show(summary: dict[str, Any], out: Path) -> None:
+    """Overall and task by task, and what a reader must know."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from winnowkv.cli.report import between, points
+    from winnowkv.evaluate.summary import OVER_ROWS, budget_text
+    from winnowkv.report import MIB
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 150)  # a file or a pipe has no edge to fold at
+    for section in summary["sections"]:
+        title = escape(f"{section['protocol']}: {section['model']} in {section['dtype']}")
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("task", overflow="fold", min_width=9)
+        table.add_column("policy", overflow="fold", min_width=9)
+        for column in ("budget", "rows", "score", "95% interval", "against full", "95% interval", "W / T / L", "kept", "KV MiB",
+                       "ms/step"):  # fmt: skip
+            table.add_column(column, justify="right", no_wrap=True)
+        groups = [group for group in section["groups"] if group["task"] != OVER_ROWS]
+        for group, behind in zip(groups, [*groups[1:], None], strict=True):
+            pair = group["against_full"] or {"mean_difference": None, "low": None, "high": None}
+            table.add_row(
+                escape(group["task"]),
+                escape(group["policy"]),
+                budget_text(group),
+                str(group["rows"]),
+                points(group["score"]),
+                between(group),
+                points(pair["mean_difference"], "+"),
+                between(pair),
+                " / ".join(str(pair[name]) for name in ("wins", "ties", "losses")) if "wins" in pair else "-",
+                "-" if group["kept_fraction"] is None else f"{100 * group['kept_fraction']:.1f}%",
+                "-" if group["kept_bytes"] is None else f"{group['kept_bytes'] / MIB:.1f}",
+                "-" if group["decode_ms_per_step"] is None else f"{group['decode_ms_per_step']:.1f}",
+                end_section=behind is not None and behind["task"] != group["task"],
+            )
+        console.print(table)
+        for note in section["notes"]:
+            console.print(f"- {escape(note)}", highlight=False)
+    for note in summary["notes"]:
+        console.print(f"- {escape(note)}", highlight=False)
+    console.print(f"page: {escape(str(out / 'report.html'))}", highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="eval", cls=Command)(evaluate)

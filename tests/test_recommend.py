@@ -1,0 +1,108 @@
+"""Which setting an audit recommends, on lines that nobody measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from winnowkv.evaluate.recommend import more_prompts, recommend, summarize
+
+
+def made(policy: str = "snapkv", budget: int | float = 0.5, agreement: float = 1.0, kept: int = 500, prompt: str = "a") -> Any:
+    """A result line that nobody measured."""
+    return {
+        "prompt": prompt, "id": prompt, "policy": policy, "budget": budget, "failed": None, "compared_tokens": 10,
+        "agreement": agreement, "kl_mean": 0.1, "kl_p99": 0.2, "exact_match": agreement == 1, "first_divergence": None,
+        "full_agreement": 1.0, "kept_bytes": kept, "full_bytes": 1000, "held_bytes": kept, "truncated_tokens": 0,
+    }  # fmt: skip
+
+
+def advised(keep: float, *settings: tuple[str, float, int, list[float]]) -> dict[str, Any]:
+    lines = [made(policy, budget, share, kept, str(number)) for policy, budget, kept, shares in settings
+             for number, share in enumerate(shares)]  # fmt: skip
+    return recommend(summarize(lines, lines, keep, {"dtype": "float32"})["groups"], keep)
+
+
+def test_the_cheapest_setting_that_reaches_the_target_is_recommended() -> None:
+    found = advised(
+        0.9,
+        ("snapkv", 0.5, 500, [0.99, 0.97, 0.98] * 4),
+        ("snapkv", 0.12, 120, [0.5, 0.6, 0.7] * 4),
+        ("windowkv", 0.3, 300, [0.93, 0.95, 0.94] * 4),
+        ("full", 0.5, 1000, [1.0] * 12),
+    )
+    assert (found["setting"]["policy"], found["setting"]["budget"]) == ("windowkv", 0.3)
+    assert found["setting"]["agreement"]["mean"] == pytest.approx(0.94)
+    assert found["setting"]["agreement"]["low"] >= 0.9
+    assert found["closest"] is found["undecided"] is None
+    assert found["sentence"].startswith("Use windowkv at 30%: it gives 94.0% (95% interval 93.")
+    assert "(70.0% less)" in found["sentence"]
+
+
+def test_equal_bytes_go_to_the_better_agreement() -> None:
+    shares = [0.96, 0.97] * 8
+    found = advised(0.9, ("snapkv", 0.3, 300, shares), ("windowkv", 0.3, 300, [share + 0.01 for share in shares]))
+    assert found["setting"]["policy"] == "windowkv"
+
+
+def test_none_reaches_the_target() -> None:
+    found = advised(0.99, ("snapkv", 0.5, 500, [0.9, 0.92] * 6), ("snapkv", 0.25, 250, [0.7, 0.8] * 6))
+    assert found["setting"] is found["undecided"] is None
+    assert found["closest"]["budget"] == 0.5
+    assert "No setting has its interval at or above 99.0%" in found["sentence"]
+    assert "the closest is snapkv at 50% with 91.0% (95% interval" in found["sentence"]
+    assert "The full cache" in found["sentence"]
+
+
+def test_the_mean_reaches_and_the_interval_does_not() -> None:
+    scattered = [1.0, 0.85, 1.0, 0.9]
+    found = advised(0.9, ("snapkv", 0.25, 250, scattered), ("snapkv", 0.5, 500, [0.99, 0.98, 0.99, 0.98]))
+    assert found["setting"]["budget"] == 0.5
+    assert found["undecided"]["budget"] == 0.25
+    # mean 0.9375, deviation 0.075: 1.96 x 0.075 / sqrt(16) is just below 0.0375
+    assert found["more_prompts"] == 12
+    assert "snapkv at 25% (0.000238 MiB) reaches it on average, 93.7% (95% interval " in found["sentence"]
+    assert found["sentence"].endswith("about 12 more prompts might settle it.")
+    alone = advised(0.9, ("snapkv", 0.25, 250, scattered))
+    assert alone["setting"] is None
+    assert alone["closest"]["budget"] == alone["undecided"]["budget"] == 0.25
+
+
+def test_a_mean_on_the_target_settles_nothing() -> None:
+    group = {"agreement": {"mean": 0.9}, "deviation": 0.1, "prompts": 10}
+    assert more_prompts(group, 0.9) is None
+    assert more_prompts(group, 0.8999) is None  # millions
+    assert more_prompts(group, 0.89) == 375
+    assert more_prompts(group, 0.5) == 1
+
+
+def test_one_prompt_has_no_interval_and_gives_no_recommendation() -> None:
+    found = advised(0.9, ("snapkv", 0.25, 250, [0.8]), ("snapkv", 0.5, 500, [1.0]))
+    assert found["setting"] is None
+    assert found["closest"]["budget"] == found["undecided"]["budget"] == 0.5
+    assert "100.0% (no interval) over 1 prompt." in found["sentence"]
+    assert "more prompts are needed to settle it" in found["sentence"]
+
+
+def test_a_setting_that_lacks_prompts_or_saves_nothing_is_no_candidate() -> None:
+    found = advised(0.9, ("snapkv", 0.1, 100, [1.0] * 3), ("windowkv", 0.5, 500, [1.0] * 5), ("full", 0.1, 1000, [1.0] * 5))
+    assert found["setting"]["policy"] == "windowkv"
+    assert "None of these settings is smaller" in advised(0.9, ("full", 0.1, 1000, [1.0] * 5))["sentence"]
+    assert "Nothing could be compared" in recommend([], 0.9)["sentence"]
+
+
+def test_only_what_was_asked_is_summed() -> None:
+    lines = [made(budget=budget, prompt=prompt) for budget in (0.5, 1, 1.0) for prompt in "ab"]
+    summary = summarize(
+        lines, [line for line in lines if line["budget"] is not lines[0]["budget"]][:2], 0.9, {"dtype": "float32"}
+    )
+    assert [(type(g["budget"]), g["prompts"]) for g in summary["groups"]] == [(int, 2)]
+    assert summary["lines"] == summary["expected_lines"] == 2
+
+
+def test_rounding_is_told() -> None:
+    lines = [made(prompt=str(n)) | {"full_agreement": 0.96} for n in range(3)]
+    told = summarize(lines, lines, 0.9, {"dtype": "bfloat16"})["notes"]
+    assert any("96.0% of its own tokens: rounding in bfloat16" in note for note in told)
+    assert not any("rounding" in note for note in summarize([made()], [made()], 0.9, {"dtype": "float32"})["notes"])
