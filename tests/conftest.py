@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import io
 import os
 import random
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +195,25 @@ def quantized(request: pytest.FixtureRequest) -> Case:
 def evicting(request: pytest.FixtureRequest) -> Case:
     """Each case that evicts something."""
     return request.param
+
+
+@pytest.fixture
+def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: exit code, standard output, standard error."""
+    from winnowkv.cli import main
+
+    def call(*arguments: object, stdin: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def outside(variable: str, folder: str) -> Path:

@@ -1,31 +1,10 @@
 """The command line: help worth reading, JSON alone on standard output, errors as one sentence with exit code 2."""
 
-import io
 import json
-import sys
 
 import pytest
 
 from winnowkv import models
-from winnowkv.cli.main import main
-
-
-@pytest.fixture
-def winnow(monkeypatch, capsys):
-    def call(*arguments, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["winnow", *arguments])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
 
 needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
 

@@ -12,7 +12,6 @@ import pytest
 import winnowkv as wk
 from tiny_eval import ROWS, said, tiny_evaluation
 from winnowkv.cli import eval as command, options
-from winnowkv.cli.main import main
 from winnowkv.evaluate import run as runner
 
 LINES = ROWS * 5  # full once, two other policies at two budgets
@@ -42,21 +41,6 @@ def options_of(asked):
     """The evaluation as options of the command."""
     return ("eval", "--tasks", "longeval", "--policies", ",".join(asked.policies), "--budgets", "0.5,20",
             "--model", asked.model, "--data", asked.data)  # fmt: skip
-
-
-@pytest.fixture
-def winnow(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def lines_in(folder):

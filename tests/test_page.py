@@ -10,7 +10,6 @@ import pytest
 
 from browser import open_page, start_browser
 from lines import CONFIG, MACHINE, broken, line, write_run
-from winnowkv.cli.main import main
 from winnowkv.cli.report import show
 from winnowkv.errors import InputError
 from winnowkv.evaluate import charts
@@ -265,20 +264,6 @@ def test_it_reads_without_javascript(browser, page):
         assert "what full said" in text
     finally:
         open_page(browser, page)
-
-
-@pytest.fixture
-def winnow(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_report_on_the_command_line(winnow, tmp_path):

@@ -1,7 +1,6 @@
 """Recipes: every one of the repository dry-runs without a hub; what is wrong with one is said with its file."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import winnowkv as wk
 from conftest import ROOT
 from tiny_eval import write_model, write_rows
 from winnowkv import models
-from winnowkv.cli.main import main
 from winnowkv.evaluate.recipes import SMOLLM2_135M, Facts, read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -26,21 +24,6 @@ NEEDLE = {
     "needles": [{"needle": "The key is under the mat.", "question": "Where is the key?", "answer": "mat"}],
     "models": [{"name": "tiny", **TINY, "positions": 10000}],
 }  # fmt: skip
-
-
-@pytest.fixture
-def winnow(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def write(folder: Path, recipe: dict) -> Path:

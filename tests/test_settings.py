@@ -31,19 +31,19 @@ def test_a_policy_that_evicts_nothing_is_asked_once() -> None:
 
 @pytest.mark.parametrize("question", [0, 3], ids=["query-aware", "context-only"])
 def test_answers_equal_single_live_runs(model: PreTrainedModel, question: int) -> None:
-    ids = prompt(72)[0].tolist()
+    ids = prompt(100)[0].tolist()
     asked_later = prompt(3, seed=9)[0].tolist()[:question]
-    asked = settings(SPECS, [24, 0.5])
+    asked = settings(SPECS, [24, 0.4])
     made = policies_for(asked, model, TASK)
     recorded, logits, _ = read_prompt(model, ids, made)
     kept = replay(recorded, asked, made)
-    assert sorted(len(batch) for batch in batches(kept)) == [1, 4, 4]
+    assert [len(batch) for batch in batches(kept)] == [8, 1]  # the full cache by itself
     answers = continue_all(model, kept, logits, asked_later, 10, never)
     for setting in asked:
         cache = wk.CompactCache(model, setting.policy, setting.budget, task=TASK)
         alone = prefill(model, torch.tensor([ids]), cache)
         if question:
-            alone = extend(model, cache, torch.tensor([asked_later]), [72])[:, -1]
+            alone = extend(model, cache, torch.tensor([asked_later]), [100])[:, -1]
         assert answers[setting]["tokens"] == list(greedy(model, cache, alone, 10))
         assert answers[setting]["decode_tokens"] == 10
 

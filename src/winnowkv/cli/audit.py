@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets
+from winnowkv.cli.progress import resumable
 
 
 def audit(
@@ -76,7 +77,6 @@ def measure(
 ) -> dict[str, Any]:
     """Run an audit behind a progress bar and show its table and recommendation (or its JSON); returns the summary."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from winnowkv.cli.options import load_model, wants_chat
     from winnowkv.evaluate import audit as auditor
@@ -92,20 +92,9 @@ def measure(
     test = auditor.Audit(chat=wants_chat(chat, tokenizer), **asked)
     config = test.config(loaded, model, served)
     store = ResultStore(out, config, auditor.identity)
-    if store.lines:
-        console.print(f"{len(store.lines)} measurements are in {out} already; remove the folder to measure them again")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("prompts", total=len(test.expected()))
-            auditor.run(
-                test, loaded, tokenizer, store, lambda what: progress.update(bar, advance=1, description=what), served=served
-            )
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
-        )
-        raise
+        with resumable(console, store, "prompts", len(test.expected())) as advance:
+            auditor.run(test, loaded, tokenizer, store, advance, served=served)
     finally:
         summary = write_summary(store, test.expected(), keep, config)
         store.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from winnowkv.cli.options import Chat, Json, Model, numbers
+from winnowkv.cli.progress import resumable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +80,6 @@ def calibrate(
 
 def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Console) -> Profile:
     """Run a calibration behind a progress bar and write its profile."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from winnowkv.calibrate.prompts import read_filler
     from winnowkv.calibrate.run import calibrate as run, open_store
@@ -91,22 +91,10 @@ def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Conso
     wanted = wants_chat(chat, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     store = open_store(out.with_name(out.name + ".parts"), model, loaded, wanted, asked)
-    if store.lines:
-        console.print(f"{len(store.lines)} measurements are in {store.folder} already; remove the folder to measure them again")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = asked.prompts + len(asked.own)
     try:
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("calibrating", total=total + min(asked.error_prompts, total))
-            profile = run(
-                asked, model, loaded, tokenizer, read_filler(), chat=wanted, store=store,
-                advance=lambda what: progress.update(bar, advance=1, description=what),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted: {len(store.lines)} finished prompts are in {store.file}; the same command goes on from there"
-        )
-        raise
+        with resumable(console, store, "calibrating", total + min(asked.error_prompts, total)) as advance:
+            profile = run(asked, model, loaded, tokenizer, read_filler(), chat=wanted, store=store, advance=advance)
     finally:
         store.close()
     profile.write(out)

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from winnowkv.cli.options import Chat, Json, budgets as read_budgets
+from winnowkv.cli.progress import resumable
 from winnowkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,7 +147,6 @@ def plan_of(
 def measure(asked: Evaluation, out: Path, workers: int | None, address: str | None) -> dict[str, Any]:
     """Run an evaluation behind a progress bar; returns its summary."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from winnowkv.evaluate.run import identity, missing, write_summary
     from winnowkv.evaluate.settings import settings
@@ -158,20 +158,13 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
     console = Console(stderr=True)
     with answering(asked, workers, address, console) as (config, answer):
         store = ResultStore(out, config, identity)
-        if store.lines:
-            console.print(f"{len(store.lines)} measurements are in {out} already; remove the folder to measure them again")
         work = missing(store, asked, rows)
         total = len(rows) * len(settings(asked.policies, asked.budgets))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
-            with Progress(*columns, console=console) as progress:
-                bar = progress.add_task("rows", total=total, completed=total - sum(len(lacking) for *_, lacking in work))
-                answer(store, work, lambda what: progress.update(bar, advance=1, description=what))
+            with resumable(console, store, "rows", total, total - sum(len(lacking) for *_, lacking in work)) as advance:
+                answer(store, work, advance)
             return write_summary(store, config, asked)
         except KeyboardInterrupt:
-            console.print(
-                f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
-            )
             with suppress(OSError):
                 write_summary(store, config, asked)
             raise

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from winnowkv.cli.options import Chat, Factorial, Json, Model, Out, budgets as read_budgets, numbers
+from winnowkv.cli.progress import resumable
 
 NEW_TOKENS = 24  # of an answer; of each of several
 
@@ -127,7 +128,6 @@ def measure(
     test.resolved()
     test_runner.check_metric(metric)
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
@@ -136,20 +136,9 @@ def measure(
     builder = PromptBuilder(tokenizer, haystack, chat=wants_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = test_runner.open_store(out, loaded, model, builder, haystack, test)
-    if store.lines:
-        console.print(f"{len(store.lines)} measurements are in {out} already; remove the folder to measure them again")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("needles", total=test.steps())
-            test_runner.run(
-                test, loaded, tokenizer, builder, store, lambda what: progress.update(bar, advance=1, description=what)
-            )
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
-        )
-        raise
+        with resumable(console, store, "needles", test.steps()) as advance:
+            test_runner.run(test, loaded, tokenizer, builder, store, advance)
     finally:
         summary = test_runner.write_summary(test, store, metric)
         store.close()

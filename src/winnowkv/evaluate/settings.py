@@ -19,7 +19,7 @@ from winnowkv.policies import Policy, policy as make_policy
 from winnowkv.stack import stack
 from winnowkv.task import TaskProfile
 
-SIMILAR = 1.3  # caches whose longest layers differ by less decode as one batch; padding costs the rest
+PADDED = 3.0  # a batch holds at most so many times its shortest cache's entries a row; a step costs little more for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,17 +87,22 @@ def replay(recorded: CompactCache, asked: Sequence[Setting], made: Mapping[str, 
 
 
 def batches(kept: Sequence[Kept]) -> Iterator[list[Kept]]:
-    """Settings whose caches are of similar length, together; those without a cache are left out."""
+    """Settings whose caches are of similar length, together; those without a cache are left out.
+
+    Every layer of a batch is padded to its longest row, and policies favour different layers.
+    """
+    alive = [([layer.length for layer in one.cache.compact_layers], one) for one in kept if one.cache is not None]
     group: list[Kept] = []
-    alive = [(max(layer.length for layer in one.cache.compact_layers), one) for one in kept if one.cache is not None]
-    shortest = 0
-    for length, one in sorted(alive, key=lambda pair: pair[0]):
-        if group and length > SIMILAR * shortest:
+    shortest, padded = 0, [0]
+    for lengths, one in sorted(alive, key=lambda pair: sum(pair[0])):
+        wider = [max(pair) for pair in zip(padded, lengths, strict=True)] if group else lengths
+        if group and sum(wider) > PADDED * shortest:
             yield group
-            group = []
+            group, wider = [], lengths
         if not group:
-            shortest = length
+            shortest = sum(lengths)
         group.append(one)
+        padded = wider
     if group:
         yield group
 

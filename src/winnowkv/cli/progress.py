@@ -1,0 +1,31 @@
+"""The bar of a resumable run, and what is said about finished lines before it and after Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from winnowkv.evaluate.store import ResultStore
+
+
+@contextmanager
+def resumable(console: Console, store: ResultStore, what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """A progress bar over ``total`` steps of which ``done`` are done; yields what a run calls after each."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if store.lines:
+        console.print(f"{len(store.lines)} measurements are in {store.folder} already; remove the folder to measure them again")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(what, total=total, completed=done)
+            yield lambda step: progress.update(bar, advance=1, description=step)
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
+        )
+        raise
