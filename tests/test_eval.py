@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 import winnowkv as wk
 from tiny_eval import ROWS, said, tiny_evaluation
@@ -94,11 +95,11 @@ def test_a_killed_run_goes_on_where_it_was(winnow, options_of, finished, tmp_pat
 def test_an_interrupt_keeps_what_is_finished(asked, finished, tmp_path, monkeypatch, capsys):
     real, rows = runner.Worker.answer, []
 
-    def answer(worker, task, row, settings):
-        rows.append(row.id)
+    def answer(worker, shard):
+        rows.extend(shard)
         if len(rows) == 3:
             raise KeyboardInterrupt
-        return real(worker, task, row, settings)
+        return real(worker, shard)
 
     monkeypatch.setattr(runner.Worker, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
@@ -145,6 +146,28 @@ def test_rows_that_cannot_be_answered_fail_and_the_run_goes_on(winnow, options_o
     words = " ".join(out.split())
     assert "snapkv:observe=8 at 5 (0)" in words
     assert "is below sinks + window" in words
+
+
+@pytest.mark.parametrize("protocol", ["official", "context-only"])
+def test_rows_that_decode_together_answer_as_alone(asked, tmp_path, protocol):
+    alone = replace(asked, protocol=protocol)
+    command.measure(alone, tmp_path / "alone", None, None)
+    command.measure(replace(alone, batch=3), tmp_path / "batch", None, None)
+    assert said(lines_in(tmp_path / "batch")) == said(lines_in(tmp_path / "alone"))
+    assert max(line["decode_batch"] for line in lines_in(tmp_path / "batch")) >= 12
+
+
+def test_rows_of_a_batch_that_does_not_fit_are_tried_one_by_one(asked, finished, tmp_path, monkeypatch):
+    real = runner.decode_together
+
+    def small(model, kept, limit, done):
+        if len({one.logits.data_ptr() for one in kept}) > 1:
+            raise torch.OutOfMemoryError("too many rows")
+        return real(model, kept, limit, done)
+
+    monkeypatch.setattr(runner, "decode_together", small)
+    command.measure(replace(asked, batch=4), tmp_path, None, None)
+    assert said(lines_in(tmp_path)) == said(lines_in(finished))
 
 
 def test_a_limit_draws_the_same_rows_by_its_seed(asked, tmp_path):

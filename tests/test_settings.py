@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -9,7 +11,16 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import prompt
 from winnowkv.engine import extend, greedy, prefill
-from winnowkv.evaluate.settings import Setting, batches, continue_all, policies_for, read_prompt, replay, settings
+from winnowkv.evaluate.settings import (
+    Setting,
+    batches,
+    continue_all,
+    decode_together,
+    policies_for,
+    read_prompt,
+    replay,
+    settings,
+)  # fmt: skip
 
 TASK = wk.TaskProfile.of("localization")
 SPECS = ("full", "snapkv:observe=8", "streaming:observe=8", "adakv:observe=8", "windowkv:observe=8")
@@ -44,8 +55,8 @@ def test_answers_equal_single_live_runs(model: PreTrainedModel, question: int) -
         alone = prefill(model, torch.tensor([ids]), cache)
         if question:
             alone = extend(model, cache, torch.tensor([asked_later]), [100])[:, -1]
-        assert answers[setting]["tokens"] == list(greedy(model, cache, alone, 10))
-        assert answers[setting]["decode_tokens"] == 10
+        assert answers[setting].tokens == list(greedy(model, cache, alone, 10))
+        assert answers[setting].steps == 10
 
 
 def test_a_setting_that_cannot_does_not_stop_the_others(llama: PreTrainedModel) -> None:
@@ -58,6 +69,26 @@ def test_a_setting_that_cannot_does_not_stop_the_others(llama: PreTrainedModel) 
     assert "a budget of 16 entries" in (kept[0].failed or "")
     answers = continue_all(llama, kept, logits, [], 4, never)
     assert list(answers) == [asked[1]]
+
+
+def test_rows_of_other_prompts_decode_together(llama: PreTrainedModel) -> None:
+    """Prompts and questions of several lengths in one batch, each as by itself."""
+    asked = settings(["snapkv:observe=8", "streaming:observe=8"], [24])
+    rows = [(prompt(72)[0].tolist(), ()), (prompt(55, seed=1)[0].tolist(), (5, 6, 7)), (prompt(60, seed=2)[0].tolist(), (9,))]
+    started, alone = [], []
+    for ids, question in rows:
+        made = policies_for(asked, llama, TASK)
+        for target in (started, alone):
+            recorded, logits, _ = read_prompt(llama, ids, made)
+            target += [replace(one, logits=logits, question=question) for one in replay(recorded, asked, made)]
+    assert [len(batch) for batch in batches(started)] == [6]
+    together = decode_together(llama, started, 8, never)
+    for one, answer in zip(alone, together, strict=True):
+        (single,) = decode_together(llama, [one], 8, never)
+        assert single is not None
+        assert answer is not None
+        assert answer.tokens == single.tokens
+        assert (single.batch, answer.batch) == (1, 6)
 
 
 def test_nothing_to_decode(llama: PreTrainedModel) -> None:

@@ -65,6 +65,10 @@ def evaluate(
         int | None,
         typer.Option(min=64, help="Most prompt tokens; longer prompts lose their middle. Default: the model's limit."),
     ] = None,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Rows of a task that decode together; as many full caches are held at once."),
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Draws the rows of --limit; 0 takes the first.")] = 0,
     profile: Annotated[
         Path | None,
@@ -105,7 +109,7 @@ def evaluate(
         raise InputError(f"{recipe} is a needle test, which runs in one process: leave out --workers and --ray")
     specs = [asked_policies(",".join(plan.asked["policies"]), False, profile) for plan in plans]
     plans = [replace(plan, asked={**plan.asked, "policies": mine}) for plan, mine in zip(plans, specs, strict=True)]
-    more = {"data": data and str(data), "limit": limit, "max_context": max_context, "seed": seed}
+    more = {"data": data and str(data), "limit": limit, "max_context": max_context, "seed": seed, "batch": batch}
     if dry_run:
         tell_plans(read, [planned(plan, more) for plan in plans], as_json)
         return

@@ -220,11 +220,11 @@ def compare(
     free = continue_all(model, kept, logits, [], len(tokens), lambda made: made[-1] != tokens[len(made) - 1])
     for setting, answer in free.items():
         line = found[setting]
-        if answer["tokens"] is None:
+        if answer.tokens is None:
             line["failed"] = NOT_A_NUMBER
         else:
-            line["exact_match"] = answer["tokens"] == tokens
-        line["compare_s"] = round(clock[setting] + answer["decode_s"] / answer["decode_batch"], 4)
+            line["exact_match"] = answer.tokens == tokens
+        line["compare_s"] = round(clock[setting] + answer.seconds / answer.batch, 4)
     return tokens, found
 
 

@@ -215,7 +215,7 @@ class Reading:
         found = continue_all(self.model, waiting, self.logits, (), self.limit, done)
         clock.append(time.perf_counter())
         for setting, cache in kept:
-            tokens, batch = (found[setting][name] for name in ("tokens", "decode_batch"))
+            tokens, batch = found[setting].tokens, found[setting].batch
             output = self.text(tokens or [])
             measured = {
                 "output": output,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -22,8 +23,18 @@ from winnowkv.errors import InputError, WinnowError
 from winnowkv.evaluate.machine import machine, revision, versions
 from winnowkv.evaluate.needle import stop_tokens
 from winnowkv.evaluate.page import write_page
-from winnowkv.evaluate.protocol import PROTOCOLS, encode_row
-from winnowkv.evaluate.settings import Setting, continue_all, peak_memory, policies_for, read_prompt, replay, settings
+from winnowkv.evaluate.protocol import PROTOCOLS, EncodedRow, encode_row
+from winnowkv.evaluate.settings import (
+    Answer,
+    Kept,
+    Setting,
+    decode_together,
+    peak_memory,
+    policies_for,
+    read_prompt,
+    replay,
+    settings,
+)  # fmt: skip
 from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.evaluate.summary import summarize
 from winnowkv.evaluate.tasks import EvalTask, Row, find_tasks
@@ -32,7 +43,6 @@ from winnowkv.task import TaskProfile
 
 TAIL = 600  # characters of a prompt's end that stand in a result line
 Advance = Callable[[str], None]
-Work = tuple[str, Row, list[Setting]]  # a task's name, one of its rows, and the settings to answer it with
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Evaluation:
     tasks, policies, budgets: as they were asked (``longbench``, ``snapkv:observe=16``, ``0.12``).
     protocol: ``official`` or ``context-only``.
     max_context: most prompt tokens; longer prompts are truncated by protocol. None: the model's limit.
+    batch: rows of a task whose answers are decoded together; that many full caches are held at once.
     limit: most rows a task; drawn with ``seed`` where that is not 0, else the first.
     data: folder of local rows; None reads them from the hub.
     """
@@ -58,12 +69,13 @@ class Evaluation:
     max_context: int | None = None
     chat: bool | None = None
     seed: int = 0
+    batch: int = 1
 
     def check(self) -> None:
         """Complain about everything that can be seen without model and rows. Raises a WinnowError that names it."""
         if self.protocol not in PROTOCOLS:
             raise InputError(f"protocol {self.protocol!r} is unknown: it is one of {', '.join(PROTOCOLS)}")
-        for name, least in (("limit", 1), ("max_context", 64)):
+        for name, least in (("limit", 1), ("max_context", 64), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name.replace('_', '-')} {value} is too small: give at least {least}")
@@ -84,6 +96,24 @@ class Evaluation:
                 raise InputError(f"task {task.name}: two rows are called {twice[0]!r}; give every row an id of its own")
             found += [(task, row) for row in rows]
         return found
+
+
+class Work(NamedTuple):
+    """One row of a task, and the settings to answer it with."""
+
+    task: str
+    row: Row
+    settings: list[Setting]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A row that was read: its prompt, the prefill's seconds, and what every setting kept."""
+
+    row: Row
+    encoded: EncodedRow
+    seconds: float
+    kept: list[Kept]
 
 
 def identity(line: dict[str, Any]) -> Hashable:
@@ -121,47 +151,65 @@ class Worker:
         ends = [n for n in (self.asked.max_context, positions and positions - new_tokens) if n is not None]
         return min(ends, default=None)
 
-    def answer(self, task_name: str, row: Row, asked: Sequence[Setting]) -> list[dict[str, Any]]:
-        """Result lines of one row, one for each setting. What goes wrong with the row stands in its lines."""
-        task = self.tasks[task_name]
-        frame = {"task": task.name, "row": row.id, "protocol": self.asked.protocol}
+    def answer(self, shard: Sequence[Work]) -> list[dict[str, Any]]:
+        """Result lines of some rows of one task, one for each setting. What goes wrong with a row stands in its lines."""
+        task, lines, read = self.tasks[shard[0].task], [], []
+        for work in shard:
+            try:
+                read.append(self.read(task, work))
+            except (WinnowError, torch.OutOfMemoryError) as error:
+                lines += self.failed(work, error)
         try:
-            lines = list(self.measure(task, row, asked))
+            kept = [one for row in read for one in row.kept]
+            answers = iter(decode_together(self.model, kept, task.max_new_tokens, self.ends(task)))
         except (WinnowError, torch.OutOfMemoryError) as error:
-            torch.cuda.empty_cache()
-            lines = [{**asdict(setting), "score": None, "failed": str(error)} for setting in asked]
-        return [{**frame, **line, **self.frame} for line in lines]
+            if len(shard) > 1:
+                del read, kept  # the memory of the batch, before its rows are tried one by one
+                return [line for work in shard for line in self.answer([work])]
+            return self.failed(shard[0], error)
+        for row in read:
+            lines += [self.line(task, row, one, next(answers)) for one in row.kept]
+        return [{**line, **self.frame} for line in lines]
 
-    def measure(self, task: EvalTask, row: Row, asked: Sequence[Setting]) -> Iterator[dict[str, Any]]:
-        """Read the row's prompt once, then answer with what each setting keeps of it."""
-        encoded = encode_row(row, task, self.tokenizer, self.asked.protocol, self.limit(task.max_new_tokens), self.chat)
-        context, question = encoded.ids[: encoded.context_end], encoded.ids[encoded.context_end :]
+    def read(self, task: EvalTask, work: Work) -> Read:
+        """Read a row's prompt once, and keep of it what each setting keeps."""
+        limit = self.limit(task.max_new_tokens)
+        encoded = encode_row(work.row, task, self.tokenizer, self.asked.protocol, limit, self.chat)
+        context, question = encoded.ids[: encoded.context_end], tuple(encoded.ids[encoded.context_end :])
         # What is compressed before the question is known is classified without it, too.
-        made = policies_for(asked, self.model, task_profile(encoded.context))
+        made = policies_for(work.settings, self.model, task_profile(encoded.context))
         recorded, logits, seconds = read_prompt(self.model, context, made)
-        kept = replay(recorded, asked, made)
-        answers = continue_all(self.model, kept, logits, question, task.max_new_tokens, self.ends(task))
-        for one in kept:
-            line = {
-                **asdict(one.setting), "answers": list(row.answers), "metric": task.metric, "score": None, "failed": one.failed,
-                "prompt_tail": encoded.text[-TAIL:], "prompt_tokens": len(encoded.ids), "truncated_tokens": encoded.truncated,
-            }  # fmt: skip
-            if one.cache is not None:
-                report = one.cache.report
-                found = answers[one.setting]
-                line |= {
-                    "kept_entries": float(sum(report.kept_entries[0]) / len(report.kept_entries[0])),
-                    "kept_bytes": report.kept_bytes, "full_bytes": report.full_bytes, "held_bytes": report.held_bytes,
-                    "peak_bytes": report.peak_bytes, "prefill_s": round(seconds + report.compress_seconds, 4),
-                    "compress_s": round(report.compress_seconds, 4), "decode_s": round(found["decode_s"], 4),
-                    "decode_tokens": found["decode_tokens"], "decode_batch": found["decode_batch"], "peak_rss": peak_memory(),
-                }  # fmt: skip
-                if found["tokens"] is None:
-                    line["failed"] = "a logit is not a number"
-                else:
-                    line["prediction"] = self.text(found["tokens"])
-                    line["score"] = task.score(row, line["prediction"])
-            yield line
+        kept = [replace(one, logits=logits, question=question) for one in replay(recorded, work.settings, made)]
+        return Read(work.row, encoded, seconds, kept)
+
+    def failed(self, work: Work, error: Exception) -> list[dict[str, Any]]:
+        """Lines of a row that could not be answered."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return failed_lines(work, self.asked.protocol, str(error), self.frame)
+
+    def line(self, task: EvalTask, read: Read, kept: Kept, answer: Answer | None) -> dict[str, Any]:
+        """The result line of one row and setting."""
+        line = {
+            "task": task.name, "row": read.row.id, "protocol": self.asked.protocol, **asdict(kept.setting),
+            "answers": list(read.row.answers), "metric": task.metric, "score": None, "failed": kept.failed,
+            "prompt_tail": read.encoded.text[-TAIL:], "prompt_tokens": len(read.encoded.ids),
+            "truncated_tokens": read.encoded.truncated,
+        }  # fmt: skip
+        if kept.cache is None or answer is None:
+            return line
+        report = kept.cache.report
+        line |= {
+            "kept_entries": float(sum(report.kept_entries[0]) / len(report.kept_entries[0])),
+            "kept_bytes": report.kept_bytes, "full_bytes": report.full_bytes, "held_bytes": report.held_bytes,
+            "peak_bytes": report.peak_bytes, "prefill_s": round(read.seconds + report.compress_seconds, 4),
+            "compress_s": round(report.compress_seconds, 4), "decode_s": round(answer.seconds, 4),
+            "decode_tokens": answer.steps, "decode_batch": answer.batch, "peak_rss": peak_memory(),
+        }  # fmt: skip
+        if answer.tokens is None:
+            return {**line, "failed": "a logit is not a number"}
+        prediction = self.text(answer.tokens)
+        return {**line, "prediction": prediction, "score": task.score(read.row, prediction)}
 
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's tokens as text, without what ended it."""
@@ -176,25 +224,36 @@ class Worker:
         return done
 
 
-def missing(
-    store: ResultStore, asked: Evaluation, rows: Sequence[tuple[EvalTask, Row]]
-) -> list[tuple[str, Row, list[Setting]]]:
+def missing(store: ResultStore, asked: Evaluation, rows: Sequence[tuple[EvalTask, Row]]) -> list[Work]:
     """Rows that the store lacks, with the settings that it lacks of each."""
     every, work = settings(asked.policies, asked.budgets), []
     for task, row in rows:
         frame = {"task": task.name, "row": row.id, "protocol": asked.protocol}
         lacking = [s for s in every if not store.has(identity({**frame, **asdict(s)}))]
         if lacking:
-            work.append((task.name, row, lacking))
+            work.append(Work(task.name, row, lacking))
     return work
+
+
+def shards(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
+    """Consecutive rows of one task, ``size`` at the most."""
+    for _, group in groupby(work, key=lambda one: one.task):
+        rows = list(group)
+        yield from (rows[begin : begin + size] for begin in range(0, len(rows), size))
+
+
+def failed_lines(work: Work, protocol: str, reason: str, frame: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of a row that no setting could answer."""
+    where = {"task": work.task, "row": work.row.id, "protocol": protocol}
+    return [{**where, **asdict(setting), "score": None, "failed": reason, **frame} for setting in work.settings]
 
 
 def run(worker: Worker, store: ResultStore, work: Sequence[Work], advance: Advance) -> None:
     """Answer every row of ``work`` and store its lines; ``advance`` is told of every line."""
-    for name, row, lacking in work:
-        for line in worker.answer(name, row, lacking):
+    for shard in shards(work, worker.asked.batch):
+        for line in worker.answer(shard):
             store.add(line)
-            advance(f"{name} {row.id}")
+            advance(f"{line['task']} {line['row']}")
 
 
 def write_summary(store: ResultStore, config: dict[str, Any], asked: Evaluation) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -41,13 +40,29 @@ class Setting:
         return hash(self.key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kept:
-    """What a setting kept of one prompt: its cache, or why it has none."""
+    """What a setting kept of one prompt: its cache, or why it has none; and what its answer begins from.
+
+    ``logits`` ``[1, V]`` are the prompt's last; ``question`` is what is read into the compressed cache before
+    the answer, empty where it was part of the prompt.
+    """
 
     setting: Setting
     cache: CompactCache | None
     failed: str | None = None
+    logits: torch.Tensor | None = None
+    question: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of an answer, None where a logit was not a number; seconds and steps are those of the batch it was in."""
+
+    tokens: list[int] | None
+    seconds: float
+    steps: int
+    batch: int
 
 
 def settings(policies: Sequence[str], budgets: Sequence[int | float]) -> list[Setting]:
@@ -114,29 +129,38 @@ def continue_all(
     question: Sequence[int],
     limit: int,
     done: Callable[[list[int]], bool],
-) -> dict[Setting, dict[str, Any]]:
-    """Greedy answers of every setting that has a cache, similar ones in one batch.
+) -> dict[Setting, Answer]:
+    """Greedy answers of every setting of one prompt that has a cache; see :func:`decode_together`."""
+    started = [replace(one, logits=logits, question=tuple(question)) for one in kept]
+    answers = decode_together(model, started, limit, done)
+    return {one.setting: answer for one, answer in zip(kept, answers, strict=True) if answer is not None}
 
-    ``logits`` ``[1, V]`` are the prompt's; ``question`` is what is read into each compressed cache first
-    (empty where the question was part of the prompt). Returns ``tokens``, seconds and steps by setting;
-    ``tokens`` is None for a row whose logits are not numbers.
-    """
-    found: dict[Setting, dict[str, Any]] = {}
+
+def decode_together(
+    model: PreTrainedModel, kept: Sequence[Kept], limit: int, done: Callable[[list[int]], bool]
+) -> list[Answer | None]:
+    """Greedy answers from every cache, of one prompt or of several, similar ones in one batch; None where there is no cache."""
+    found: dict[int, Answer] = {}
     for batch in batches(kept):
-        caches = [one.cache for one in batch if one.cache is not None]
-        seen = caches[0].report.prompt_tokens[0]
         begin = time.perf_counter()
+        caches = [one.cache for one in batch if one.cache is not None]
+        seen = [cache.report.prompt_tokens[0] for cache in caches]
+        first = [read_question(model, one, tokens) for one, tokens in zip(batch, seen, strict=True)]
         together = caches[0] if len(caches) == 1 else stack(caches)
-        first = logits.expand(len(caches), -1)
-        if question:
-            ids = torch.tensor([list(question)], device=model.device).expand(len(caches), -1)
-            first = extend(model, together, ids, [seen] * len(caches), last=1)[:, -1]
-        rows = greedy_rows(model, together, first, [seen + len(question)] * len(caches), limit, done)
-        seconds = time.perf_counter() - begin
-        steps = max(len(tokens or ()) for tokens in rows)
+        positions = [tokens + len(one.question) for one, tokens in zip(batch, seen, strict=True)]
+        rows = greedy_rows(model, together, torch.cat(first), positions, limit, done)
+        seconds, steps = time.perf_counter() - begin, max(len(tokens or ()) for tokens in rows)
         for one, tokens in zip(batch, rows, strict=True):
-            found[one.setting] = {"tokens": tokens, "decode_s": seconds, "decode_tokens": steps, "decode_batch": len(caches)}
-    return found
+            found[id(one)] = Answer(tokens, seconds, steps, len(batch))
+    return [found.get(id(one)) for one in kept]
+
+
+def read_question(model: PreTrainedModel, kept: Kept, seen: int) -> torch.Tensor:
+    """The logits ``[1, V]`` that an answer begins from."""
+    if not kept.question:
+        return kept.logits  # type: ignore[return-value]  # whoever decodes has given them
+    ids = torch.tensor([kept.question], device=model.device)
+    return extend(model, kept.cache, ids, [seen], last=1)[:, -1]  # type: ignore[arg-type]
 
 
 def peak_memory() -> int | None:

@@ -1,7 +1,7 @@
 """``winnow eval`` on many processes: Ray actors that hold the model once and answer rows, on this machine or on a cluster.
 
-The driver reads the rows and alone writes results, as they arrive. A shard is one row with all
-the settings that the result folder lacks of it. A departure from a grid of row-shards x
+The driver reads the rows and alone writes results, as they arrive. A shard is one row, or as many as
+decode together, with all the settings that the result folder lacks of it. A departure from a grid of row-shards x
 policies: splitting a row's settings over workers would read its prompt once for each, where one
 recorded prefill serves them all.
 """
@@ -13,7 +13,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,8 @@ import transformers
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.machine import revision, versions
-from winnowkv.evaluate.run import Advance, Evaluation, Work, Worker
-from winnowkv.evaluate.settings import Setting
+from winnowkv.evaluate.run import Advance, Evaluation, Work, Worker, failed_lines, shards
 from winnowkv.evaluate.store import ResultStore
-from winnowkv.evaluate.tasks import Row
 
 INSTALL = "pip install 'winnowkv[scale]'"
 RETRIES = 2  # of a shard whose worker died; then its lines say so and the run goes on
@@ -58,9 +55,9 @@ class Answerer:
         """The process that it runs in."""
         return os.getpid()
 
-    def answer(self, task: str, row: Row, asked: Sequence[Setting]) -> list[dict[str, Any]]:
+    def answer(self, shard: Sequence[Work]) -> list[dict[str, Any]]:
         """Result lines of a shard."""
-        return self.worker.answer(task, row, asked)
+        return self.worker.answer(shard)
 
 
 class Pool:
@@ -113,12 +110,12 @@ class Pool:
         """
         import ray
 
-        todo, idle = deque((shard, 0) for shard in work), deque(self._actors)
-        busy: dict[Any, tuple[Any, Work, int]] = {}
+        todo, idle = deque((shard, 0) for shard in shards(work, self._asked.batch)), deque(self._actors)
+        busy: dict[Any, tuple[Any, list[Work], int]] = {}
         while todo or busy:
             while todo and idle:
                 actor, (shard, deaths) = idle.popleft(), todo.popleft()
-                busy[actor.answer.remote(*shard)] = actor, shard, deaths
+                busy[actor.answer.remote(shard)] = actor, shard, deaths
             (done, *_), _ = ray.wait(list(busy))
             actor, shard, deaths = busy.pop(done)
             try:
@@ -144,11 +141,9 @@ class Pool:
         new = self._actors[self._actors.index(dead)] = self._actor()
         return new
 
-    def _failed(self, shard: Work, reason: str) -> list[dict[str, Any]]:
-        task, row, asked = shard
-        frame = {"task": task, "row": row.id, "protocol": self._asked.protocol}
+    def _failed(self, shard: Sequence[Work], reason: str) -> list[dict[str, Any]]:
         about = {"versions": versions(), "git": revision(), "seed": self._asked.seed}
-        return [{**frame, **asdict(setting), "score": None, "failed": reason, **about} for setting in asked]
+        return [line for work in shard for line in failed_lines(work, self._asked.protocol, reason, about)]
 
 
 @contextmanager
