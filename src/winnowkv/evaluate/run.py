@@ -219,7 +219,7 @@ class Worker:
         """When an answer is complete: at a stop token, or where the task says that more text changes nothing."""
 
         def done(tokens: list[int]) -> bool:
-            return tokens[-1] in self.stop or task.complete(self.text(tokens))
+            return tokens[-1] in self.stop or (task.ends_early and task.complete(self.text(tokens)))
 
         return done
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -70,7 +71,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class EvalTask:
+class EvalTask(ABC):
     """A data set, how it is asked and how an answer is scored.
 
     Parameters
@@ -121,17 +122,22 @@ class EvalTask:
         """Rows from the hub, each with the words that name its place."""
         raise InputError(f"task {self.name} has no data set on the hub: give --data a folder that holds {self.file}")
 
+    @abstractmethod
     def row(self, number: int, doc: Doc) -> Row:
         """The row's prompt, cut at its context."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, doc: Doc, answer: str) -> float:
         """The score of a cleaned answer, 0..1."""
-        raise NotImplementedError
 
     def score(self, row: Row, prediction: str) -> float:
         """The score of what a model wrote, 0..1."""
         return float(self.judge(row.doc, prediction.lstrip("\n").split("\n")[0] if self.first_line else prediction))
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether :meth:`complete` is worth asking after every token."""
+        return self.first_line
 
     def complete(self, prediction: str) -> bool:
         """Whether more text can no longer change the score, so that decoding may stop."""
@@ -293,6 +299,11 @@ class LongEval(EvalTask):
         """1 where the first number is the expected one."""
         found = re.search(r"\d+", answer)
         return float(found is not None and int(found[0]) == doc["expected_number"])
+
+    @property
+    def ends_early(self) -> bool:
+        """Always: an answer is a number."""
+        return True
 
     def complete(self, prediction: str) -> bool:
         """Behind the first number nothing counts."""
