@@ -120,6 +120,12 @@ def test_the_local_ray_is_out_of_reach_for_others(workers):
 
 
 @needs_ray
+def test_workers_do_not_step_back_behind_other_processes(workers):
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in workers.processes()] == [mine, mine]
+
+
+@needs_ray
 def test_what_is_wrong_with_a_model_is_told_as_in_one_process(workers, tmp_path):
     broken = Evaluation(tasks=("longeval",), policies=("full",), budgets=(0.5,), model=str(tmp_path / "nowhere"))
     with pytest.raises(wk.ModelNotFoundError, match="nowhere"), pool(broken, 1):

@@ -177,6 +177,8 @@ def join(workers: int | None, address: str | None) -> bool:
     if address is None:
         # Ray reads it when it is imported: without the means for clusters it listens on loopback only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray's workers step back behind every other process of the machine; here they are what the user waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
     except ImportError:
