@@ -9,11 +9,11 @@ import pytest
 from winnowkv import models
 from winnowkv.errors import InputError
 from winnowkv.evaluate.protocol import EncodedRow, encode_row, middle_out, template_ends
-from winnowkv.evaluate.tasks import EvalTask, Row, find_tasks
+from winnowkv.evaluate.tasks import EvalTask, LongBench, Row, find_tasks
 from winnowkv.models import encode
 
-ASKED = EvalTask("asked", "", "localization", "", 8)
-FEW_SHOT = EvalTask("few_shot", "", "aggregation", "", 8, chat=False)
+ASKED = LongBench("asked", "", "localization", "", 8)
+FEW_SHOT = LongBench("few_shot", "", "aggregation", "", 8, chat=False)
 BOTH = pytest.mark.parametrize("task", [ASKED, FEW_SHOT], ids=lambda task: task.name)
 
 
