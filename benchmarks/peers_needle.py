@@ -41,7 +41,7 @@ from winnowkv.evaluate import needle as runner
 from winnowkv.evaluate.machine import machine, versions
 from winnowkv.evaluate.prompts import PromptBuilder, read_haystack, read_needles
 from winnowkv.evaluate.store import ResultStore, write_json
-from winnowkv.models import EMBEDDED, dtype_name, embedded_folder
+from winnowkv.models import EMBEDDED, PACKAGED, dtype_name, model_folder
 from winnowkv.policies import split_policies
 from winnowkv.report import MIB
 
@@ -107,7 +107,7 @@ def make_job(
             prompts.append({"ids": ids, "question": question_tokens(builder, needle, ids), "asked": asked})
             frames.append({**frame, "prompt_tokens": len(ids)})
     job = {
-        "model": str(embedded_folder(model.dtype)) if args.model == EMBEDDED else args.model,
+        "model": str(model_folder(args.model, model.dtype)) if args.model in PACKAGED else args.model,
         "dtype": dtype_name(model.dtype),
         "device": model.device.type,
         "threads": torch.get_num_threads(),

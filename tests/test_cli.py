@@ -10,7 +10,7 @@ needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embed
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("generate",), ("audit",), ("needle",), ("eval",), ("report",), ("policies",)]
+    "command", [(), ("demo",), ("generate",), ("audit",), ("needle",), ("eval",), ("report",), ("policies",), ("plan",)]
 )
 def test_help(winnow, command):
     code, out, _ = winnow(*command, "--help")

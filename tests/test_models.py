@@ -55,7 +55,7 @@ def test_missing_wheel_names_the_command(monkeypatch):
 def test_two_processes_at_once_make_one_folder(tmp_path):
     code = (
         "import torch, winnowkv.models as m, transformers;"
-        "transformers.utils.logging.disable_progress_bar(); print(m.embedded_folder(torch.bfloat16))"
+        "transformers.utils.logging.disable_progress_bar(); print(m.model_folder(m.EMBEDDED, torch.bfloat16))"
     )
     env = {"WINNOW_CACHE": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -69,13 +69,14 @@ def test_two_processes_at_once_make_one_folder(tmp_path):
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(source, folder, dtype):
+        folder.mkdir()
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
 
     monkeypatch.setenv("WINNOW_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "dequantize", fail)
     with pytest.raises(KeyboardInterrupt):
-        models.embedded_folder(torch.float32)
+        models.model_folder(models.EMBEDDED, torch.float32)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from conftest import Case, prompt, tiny_model
-from test_law_architectures import SERVED, build
 from winnowkv.engine import extend, greedy, greedy_rows, prefill
 from winnowkv.stack import stack
 
@@ -81,15 +80,6 @@ def test_a_logit_that_is_no_number_ends_its_row_only(llama: PreTrainedModel) -> 
     logits[0, 3] = float("nan")
     tokens = greedy_rows(llama, stack([cache for cache, _ in made]), logits, [40, 40], 5, never)
     assert tokens == [None, alone(llama, "full", 1, 40, 1, limit=5)]
-
-
-def test_sliding_layers_stack_for_one_prompt_only() -> None:
-    model = build(*SERVED["gemma3-hybrid"][:2])
-    pairs = [read(model, spec, 20, 72) for spec in ("full", "streaming:observe=8")]
-    tokens = greedy_rows(model, stack([c for c, _ in pairs]), torch.cat([x for _, x in pairs]), [72, 72], 8, never)
-    assert tokens == [alone(model, spec, 20, 72, limit=8) for spec in ("full", "streaming:observe=8")]
-    with pytest.raises(wk.CacheError, match="slides over its window"):
-        stack([pairs[0][0], read(model, "full", 1, 10)[0]])
 
 
 def test_what_cannot_be_stacked(llama: PreTrainedModel) -> None:

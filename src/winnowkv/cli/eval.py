@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from winnowkv.cli.options import Chat, Json, budgets as read_budgets
 from winnowkv.cli.progress import resumable
+from winnowkv.cli.tables import table_console
 from winnowkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -302,7 +303,6 @@ def tell_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: 
 def show(summary: dict[str, Any], out: Path) -> None:
     """Overall and task by task, and what a reader must know."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -310,9 +310,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     from winnowkv.evaluate.summary import OVER_ROWS, budget_text
     from winnowkv.report import MIB
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 150)  # a file or a pipe has no edge to fold at
+    console = table_console(150)
     for section in summary["sections"]:
         title = escape(f"{section['protocol']}: {section['model']} in {section['dtype']}")
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -21,6 +21,10 @@ def generate(
     budget: Annotated[str, typer.Option(help="Entries kept per layer (512) or kept fraction of the prompt (0.12).")] = "512",
     task: Task = None,
     chat: Chat = None,
+    decode_budget: Annotated[
+        int | None,
+        typer.Option(help="Most entries held per layer of what is generated, at least 64. Default: all.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, above samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -40,6 +44,7 @@ def generate(
 
     from winnowkv.budget import Budget
     from winnowkv.cli.options import load_model, wants_chat
+    from winnowkv.decode import check_decode_budget
     from winnowkv.engine import compress
     from winnowkv.models import encode, position_limit
     from winnowkv.policies import policy as make_policy
@@ -53,6 +58,7 @@ def generate(
         profile = task_profile(text)
     made.for_task(profile)
     asked = Budget.of(budget)
+    check_decode_budget(decode_budget)
     loaded, tokenizer = load_model(model)
     ids = torch.tensor([encode(tokenizer, text, chat=wants_chat(chat, tokenizer))], device=loaded.device)
     limit, tokens = position_limit(loaded), ids.shape[1]
@@ -64,7 +70,7 @@ def generate(
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with compress(loaded, policy, asked, task=profile) as run:
+    with compress(loaded, policy, asked, task=profile, decode_budget=decode_budget) as run:
         output = loaded.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
@@ -80,6 +86,8 @@ def generate(
         f"-- {report.policy} at {report.budget}: {report.kept_bytes / MIB:.2f} of {report.full_bytes / MIB:.2f} MiB kept, "
         f"{pace}, prefill {report.prefill_seconds:.2f} s, entries per layer {summary(report.kept_entries[0])}"
     )
+    if report.decode_entries < report.decode_tokens:
+        print(f"-- decode budget {decode_budget}: {report.decode_entries} entries held of {report.decode_tokens} new tokens")
     if profile.probability is not None:
         print(f"-- task: {profile.task}, probability {profile.probability:.2f} (classified; --task says it by hand)")
     for note in report.notes:

@@ -13,6 +13,7 @@ import typer
 
 from winnowkv.cli.options import Chat, Factorial, Json, Model, Out, budgets as read_budgets, numbers
 from winnowkv.cli.progress import resumable
+from winnowkv.cli.tables import table_console
 
 NEW_TOKENS = 24  # of an answer; of each of several
 
@@ -154,14 +155,11 @@ def measure(
 def show(summary: dict[str, Any], out: Path) -> None:
     """The result as a table, and where the files are."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from winnowkv.report import MIB
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or a pipe has no edge to fold at
+    console = table_console()
     where = summary["machine"]
     left_out = f"{summary['failed']} measurements failed and are left out; " if summary["failed"] else ""
     table = Table(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Model = Annotated[str, typer.Option("--model", help="'embedded', a folder, or a hub id.")]
+Model = Annotated[str, typer.Option("--model", help="'embedded', 'gemma3-270m', a folder, or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 Task = Annotated[
     str | None, typer.Option("--task", help="'localization' (QA, retrieval) or 'aggregation', for policies that ask.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from winnowkv.cli.options import Json
+from winnowkv.cli.tables import table_console
 
 
 def report(
@@ -39,16 +40,13 @@ def report(
 def show(summary: dict[str, Any], page: Path) -> None:
     """A table a section, the notes under it, and where the page is."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from winnowkv.evaluate.summary import OVER_TASKS, budget_text
     from winnowkv.report import MIB
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or a pipe has no edge to fold at
+    console = table_console()
     for section in summary["sections"]:
         rows = sum(task["rows"] for task in section["tasks"])
         table = Table(

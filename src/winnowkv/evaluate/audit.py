@@ -31,7 +31,7 @@ from winnowkv.evaluate.protocol import middle_out
 from winnowkv.evaluate.settings import Kept, Setting, batches, continue_all, policies_for, read_prompt, replay, settings
 from winnowkv.evaluate.store import ResultStore
 from winnowkv.evaluate.tasks import find_tasks
-from winnowkv.models import dtype_name, encode, position_limit
+from winnowkv.models import dtype_name, encode, position_limit, prompt_limit
 from winnowkv.stack import stack
 from winnowkv.task import TaskProfile
 
@@ -121,8 +121,7 @@ class Audit:
                 f"{self.max_new_tokens} new tokens leave no room for a prompt in the model's {positions} positions: "
                 f"lower --max-new-tokens"
             )
-        ends = [n for n in (self.max_context, positions and positions - self.max_new_tokens) if n is not None]
-        return min(ends, default=None)
+        return prompt_limit(model, self.max_new_tokens, self.max_context)
 
     def config(self, model: PreTrainedModel, name: str, served: torch.dtype) -> dict[str, Any]:
         """What lines must have in common to stand in one result folder."""
@@ -197,15 +196,14 @@ def compare(
 
     ``logits`` ``[1, V]`` are the prompt's. Raises InputError where the full cache's logits are not numbers.
     """
-    full, seen = recorded.replay("full", 1), recorded.report.prompt_tokens[0]
-    (tokens,) = greedy_rows(model, full, logits, [seen], limit, lambda made: made[-1] in stop)
+    seen = recorded.report.prompt_tokens[0]
+    (tokens,) = greedy_rows(model, recorded.replay("full", 1), logits, [seen], limit, lambda made: made[-1] in stop)
     if tokens is None:
         raise InputError(NOT_A_NUMBER)
     found: dict[Setting, Line] = {one.setting: {"failed": one.failed, "compared_tokens": len(tokens) - 1} for one in kept}
     if len(tokens) == 1:
         return tokens, found
-    full.crop(1 - len(tokens))
-    truth = torch.cat([part[0] for part in forced(model, full, tokens[:-1], seen, 1)])
+    truth = torch.cat([part[0] for part in forced(model, recorded.replay("full", 1), tokens[:-1], seen, 1)])
     itself = agreement(truth, tokens[1:]).float().mean().item()
     clock: dict[Setting, float] = {}
     for batch in batches(kept):

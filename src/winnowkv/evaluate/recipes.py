@@ -34,6 +34,7 @@ from winnowkv.evaluate.prompts import FIELDS, Needle
 from winnowkv.evaluate.run import Evaluation
 from winnowkv.evaluate.settings import settings
 from winnowkv.models import EMBEDDED
+from winnowkv.plan import LayerShape
 from winnowkv.policies import Prompt, policy as make_policy
 from winnowkv.task import TaskProfile
 
@@ -86,7 +87,8 @@ class Facts:
 
     def kv_bytes(self, entries: int) -> int:
         """Bytes of keys and values of that many entries per layer and KV head."""
-        return 2 * NUMBER_BYTES * self.layers * self.kv_heads * self.head_size * entries
+        layer = LayerShape(self.kv_heads, self.head_size, self.head_size)
+        return self.layers * layer.kv_bytes(entries, NUMBER_BYTES)
 
 
 SMOLLM2_135M = Facts(layers=30, heads=9, kv_heads=3, head_size=64, positions=8192)

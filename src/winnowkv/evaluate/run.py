@@ -38,7 +38,7 @@ from winnowkv.evaluate.settings import (
 from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.evaluate.summary import summarize
 from winnowkv.evaluate.tasks import EvalTask, Row, find_tasks
-from winnowkv.models import dtype_name, load, position_limit
+from winnowkv.models import dtype_name, load, prompt_limit
 from winnowkv.task import TaskProfile
 
 TAIL = 600  # characters of a prompt's end that stand in a result line
@@ -147,9 +147,7 @@ class Worker:
 
     def limit(self, new_tokens: int) -> int | None:
         """Most prompt tokens, so that ``new_tokens`` still have positions."""
-        positions = position_limit(self.model)
-        ends = [n for n in (self.asked.max_context, positions and positions - new_tokens) if n is not None]
-        return min(ends, default=None)
+        return prompt_limit(self.model, new_tokens, self.asked.max_context)
 
     def answer(self, shard: Sequence[Work]) -> list[dict[str, Any]]:
         """Result lines of some rows of one task, one for each setting. What goes wrong with a row stands in its lines."""
