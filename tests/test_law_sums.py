@@ -71,6 +71,16 @@ def specs() -> st.SearchStrategy[tuple[str, str | None]]:
             st.sampled_from([0, 4, 32]),
             st.sampled_from([1, 1.5, 3]),
         ).map(no_task),
+        st.builds(
+            "winnow:sinks={}:observe={}:heads={}:top={}:longest={}:peak={}:progressive={}".format,
+            small,
+            observe,
+            st.integers(1, 2 * HEADS),
+            st.integers(1, 9),
+            st.integers(1, 40),
+            st.sampled_from([0, 0.35, 1]),
+            st.sampled_from(["true", "false"]),
+        ).map(no_task),
         st.tuples(
             st.one_of(
                 st.builds(
@@ -96,7 +106,7 @@ def no_task(spec: str) -> tuple[str, str | None]:
 def decided(spec: str, task: str | None, layers: int) -> wk.Policy:
     """The policy with task and (drawn) calibration profile decided."""
     policy = wk.policy(spec).for_task(wk.TaskProfile.of(task))
-    if not policy.by_profile:
+    if not (policy.by_profile or (policy.name == "winnow" and policy.observe % 2)):  # winnow with and without a profile
         return policy
     shape = Fingerprint("Drawn", layers, HEADS, KV_HEADS, "")
     return replace(policy, profile=random_profile(shape, layers)).for_model(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from winnowkv.classify import task_profile
 from winnowkv.decode import check_decode_budget
 from winnowkv.errors import CacheError, InputError
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.layout import read_layout
 from winnowkv.policies import Policy, Tasks, resolve
 from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
@@ -104,8 +106,9 @@ def compress(
         if not _wants_cache(module, args, kwargs) or _chosen(routing) is not run:
             return None
         tasks = run.task
-        if classified and made.by_task:
-            tasks = _classify(tokenizer, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+        if (classified and made.by_task) or (tokenizer is not None and made.by_layout):
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            tasks = _profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task)
         options: dict[str, Any] = {"quantize": run.quantize, "decode_budget": run.decode_budget}
         cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
         run.reports.append(cache.report)
@@ -131,13 +134,22 @@ def compress(
         release(model)
 
 
-def _classify(tokenizer: Any, ids: Tensor | None, mask: Tensor | None) -> list[TaskProfile]:
-    """The task of each row of a prompt; both ends are all that the classifier reads."""
+def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks) -> list[TaskProfile]:
+    """Layout and task of each row of a prompt, classified where none is given; both ends are all that the classifier reads."""
     if ids is None:
-        raise InputError("a prompt given as embeddings cannot be read back and classified: give compress() the task=")
+        raise InputError(
+            "a prompt given as embeddings cannot be read back: leave compress() the tokenizer= out, give it the task="
+        )
     rows = [row if mask is None else row[mask[i, -row.shape[0] :].bool()] for i, row in enumerate(ids)]
     ends = [row if len(row) <= 2 * ENDS else torch.cat([row[:ENDS], row[-ENDS:]]) for row in rows]
-    return [task_profile(tokenizer.decode(row, skip_special_tokens=True)) for row in ends]
+    if given is None:
+        told = [task_profile(tokenizer.decode(end, skip_special_tokens=True)) for end in ends]
+    else:
+        each = [given] * len(rows) if isinstance(given, TaskProfile | str) else list(given)
+        told = [TaskProfile.of(task) for task in (each * len(rows) if len(each) == 1 else each)]
+    if len(told) != len(rows):
+        raise InputError(f"{len(told)} tasks for a batch of {len(rows)} prompts: give one for each, or one")
+    return [replace(task, layout=read_layout(tokenizer, row.tolist())) for task, row in zip(told, rows, strict=True)]
 
 
 def _chosen(routing: Routing) -> Run | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from winnowkv.errors import PolicyError
 from winnowkv.policies import Policy, Prompt
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
@@ -40,6 +42,7 @@ class PrefillPlan:
         self.note: str | None = None
         self._scores: list[Scores] = []
         self._limits: list[Entries] = []
+        self._common: Indices | None = None  # what all layers keep, of a policy whose layers choose together
         if not policy.evicts or prompt.budget >= prompt.tokens:
             self._ceilings = None
         elif prompt.tokens <= policy.observe:
@@ -71,14 +74,24 @@ class PrefillPlan:
             raise PolicyError(
                 f"{self.policy.name}: its layers end with {sum(limits)} entries, the budget is {self.prompt.total}"
             )
+        together = self.policy.shared(self._scores, self.prompt)
+        if together is not None and self._common is not None:
+            gone = torch.ones(tokens, dtype=torch.bool, device=together.device)
+            gone[self._common[0, 0].long()] = False
+            together = together.masked_fill(gone[: together.shape[-1]], -1.0)
         changed = {}
         for i, (limit, held) in enumerate(zip(limits, [*self._limits, tokens], strict=True)):
             if limit < held:
-                changed[i] = self.kept[i] = self._select(i, limit)
+                changed[i] = self.kept[i] = self._select(i, limit) if together is None else self._choose(i, together, limit)
         self._limits = list(limits)
         if last:
             self._scores.clear()
         return changed
+
+    def _choose(self, layer: int, together: Scores, limit: Entries) -> Indices:
+        if self._common is None or self._common.shape[-1] != limit:
+            self._common = self.policy.select(layer, together, limit, self.prompt)
+        return self._common
 
     def _select(self, layer: int, limit: Entries) -> Indices:
         leader = self.policy.leader(layer)

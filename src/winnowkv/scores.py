@@ -102,6 +102,38 @@ def pool(scores: Scores, kernel: int, kind: PoolKind) -> Scores:
     return smooth(scores, kernel, stride=1, padding=kernel // 2)
 
 
+def span_owner(tokens: int, ends: Sequence[int], longest: int) -> Tensor:
+    """The span that each token belongs to, ``[S]``: one from each of ``ends`` to the next, cut behind ``longest`` tokens."""
+    cuts = torch.zeros(tokens, dtype=torch.long)
+    cuts[[0, *(end for end in ends if end < tokens)]] = 1
+    place = torch.arange(tokens)
+    begins = torch.where(cuts > 0, place, 0).cummax(0).values
+    cuts[(place - begins) % longest == 0] = 1
+    return cuts.cumsum(0) - 1
+
+
+def span_reduce(scores: Scores, owner: Tensor, top: int) -> WindowScores:
+    """Score of each span: the mean of its ``top`` best tokens, of all where it is shorter; ``[B, H, R]``.
+
+    WindowKV's rule (arXiv 2503.17922) for spans of different lengths. ``owner`` ``[S]`` is ascending.
+    """
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    owners, order = owner[by_score].sort(dim=-1, stable=True)
+    lengths = torch.bincount(owner)
+    place = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owners]
+    best = torch.where(place < top, scores.gather(-1, by_score.gather(-1, order)), 0.0)
+    sums = scores.new_zeros(*scores.shape[:-1], len(lengths)).scatter_add_(-1, owners, best)
+    return sums / lengths.clamp(max=top)
+
+
+def concentrated(scores: HeadScores, owner: Tensor, sinks: int, count: int) -> HeadScores:
+    """The ``count`` heads whose attention falls most on one span behind the sinks, ``[1, count, C]``, in their order."""
+    context = scores[0].index_fill(-1, torch.arange(min(sinks, scores.shape[-1]), device=scores.device), 0.0)
+    spans = context.new_zeros(len(context), int(owner[-1]) + 1).index_add_(1, owner, context)
+    best = spans.amax(-1).topk(min(count, len(spans))).indices.sort().values
+    return scores[:, best]
+
+
 def window_reduce(scores: Scores, width: int, top: int) -> WindowScores:
     """Score of each review window of ``width`` tokens: the mean of its ``top`` best tokens, ``[B, H, R]``.
 

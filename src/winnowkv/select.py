@@ -27,10 +27,17 @@ def top_windows(windows: WindowScores, tokens: Scores, n: int, width: int) -> In
     fits gives its best tokens. The published code keeps whole windows only and so passes
     its budget by up to ``width - 1`` entries.
     """
-    count = tokens.shape[-1]
-    rank = windows.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
-    owner = torch.arange(count, device=tokens.device) // width
+    return top_spans(windows, tokens, torch.arange(tokens.shape[-1], device=tokens.device) // width, n)
+
+
+def top_spans(spans: WindowScores, tokens: Scores, owner: Tensor, n: int) -> Indices:
+    """As :func:`top_windows` for spans of any lengths: ``owner`` ``[S]`` is the span that each token belongs to, ascending.
+
+    Tokens of a negative score are taken only when there are no others.
+    """
+    rank = spans.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
     window_rank = rank[..., owner]  # a token's window's place, 0 is best
+    window_rank = torch.where(tokens < 0, spans.shape[-1], window_rank)
     # Two stable sorts: by token score first, then by window, so that within a window the better token leads.
     by_score = tokens.expand_as(window_rank).sort(dim=-1, descending=True, stable=True).indices
     by_window = window_rank.gather(-1, by_score).sort(dim=-1, stable=True).indices

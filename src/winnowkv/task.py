@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from winnowkv.errors import PolicyError
+from winnowkv.layout import Layout
 
 Task = Literal["localization", "aggregation"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -17,11 +18,13 @@ class TaskProfile:
 
     ``localization`` asks for one place of the text (QA, retrieval), ``aggregation`` for
     the whole of it (summaries, few-shot, code); WindowKV, arXiv 2503.17922. ``probability``
-    is the classifier's, 0.5 to 1; None where the task was given by hand.
+    is the classifier's, 0.5 to 1; None where the task was given by hand. ``layout`` says where in the
+    prompt its question and its sentences are, None where nobody looked.
     """
 
     task: Task | None = None
     probability: float | None = None
+    layout: Layout | None = None
 
     @classmethod
     def of(cls, value: TaskProfile | str | None) -> TaskProfile:

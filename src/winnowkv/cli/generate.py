@@ -70,7 +70,7 @@ def generate(
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with compress(loaded, policy, asked, task=profile, decode_budget=decode_budget) as run:
+    with compress(loaded, policy, asked, task=profile, tokenizer=tokenizer, decode_budget=decode_budget) as run:
         output = loaded.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from winnowkv.evaluate.protocol import middle_out
 from winnowkv.evaluate.settings import Kept, Setting, batches, continue_all, policies_for, read_prompt, replay, settings
 from winnowkv.evaluate.store import ResultStore
 from winnowkv.evaluate.tasks import find_tasks
+from winnowkv.layout import read_layout
 from winnowkv.models import dtype_name, encode, position_limit, prompt_limit
 from winnowkv.stack import stack
 from winnowkv.task import TaskProfile
@@ -179,7 +180,10 @@ def measure(
     ids: list[int], text: str, asked: Sequence[Setting], model: PreTrainedModel, tokenizer: Any, limit: int, served: torch.dtype
 ) -> list[Line]:
     """One line a setting of a prompt, from one prefill. Raises InputError where the full cache's logits are not numbers."""
-    stop, made = stop_tokens(model, tokenizer), policies_for(asked, model, task_profile(text))
+    stop, made = (
+        stop_tokens(model, tokenizer),
+        policies_for(asked, model, replace(task_profile(text), layout=read_layout(tokenizer, ids))),
+    )
     recorded, logits, seconds = read_prompt(model, ids, made)
     kept = replay(recorded, asked, made)
     spent = [costs(one, seconds, served) for one in kept]

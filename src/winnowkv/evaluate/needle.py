@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -28,6 +28,7 @@ from winnowkv.evaluate.prompts import Hidden, PromptBuilder
 from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
 from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.layout import read_layout
 from winnowkv.models import dtype_name, position_limit
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.report import Report
@@ -149,7 +150,7 @@ def run(
     test: NeedleTest, model: PreTrainedModel, tokenizer: Any, builder: PromptBuilder, store: ResultStore, advance: Advance
 ) -> None:
     """Measure what the store does not hold yet, line by line; ``advance`` is told of every line, old and new."""
-    policies = test.resolved(model)
+    resolved = test.resolved(model)
     stop = stop_tokens(model, tokenizer)
     for length, depth, needle in test.cases():
         frame = {"variant": test.variant, "length": length, "depth": depth, **asdict(needle)}
@@ -159,8 +160,11 @@ def run(
             advance("done before")
         if not todo:
             continue
+        ids = builder.build(needle, length, depth)
+        profile = replace(TaskProfile.of(test.task), layout=read_layout(tokenizer, ids))
+        policies = {spec: policy.for_task(profile) for spec, policy in resolved.items()}
         needed = {line["policy"]: policies[line["policy"]] for line in todo}
-        read = read_prompt(model, builder.build(needle, length, depth), needed)
+        read = read_prompt(model, ids, needed)
         reading = Reading(model, tokenizer, *read, needle.answers, test.max_new_tokens, stop)
         lines: dict[Setting, list[dict[str, Any]]] = {}
         for line in todo:

@@ -38,6 +38,7 @@ from winnowkv.evaluate.settings import (
 from winnowkv.evaluate.store import ResultStore, write_json
 from winnowkv.evaluate.summary import summarize
 from winnowkv.evaluate.tasks import EvalTask, Row, find_tasks
+from winnowkv.layout import read_layout
 from winnowkv.models import dtype_name, load, prompt_limit
 from winnowkv.task import TaskProfile
 
@@ -175,7 +176,10 @@ class Worker:
         encoded = encode_row(work.row, task, self.tokenizer, self.asked.protocol, limit, self.chat)
         context, question = encoded.ids[: encoded.context_end], tuple(encoded.ids[encoded.context_end :])
         # What is compressed before the question is known is classified without it, too.
-        made = policies_for(work.settings, self.model, task_profile(encoded.context))
+        profile = task_profile(encoded.context)
+        if not question:  # a text without its question has no layout to go by
+            profile = replace(profile, layout=read_layout(self.tokenizer, context))
+        made = policies_for(work.settings, self.model, profile)
         recorded, logits, seconds = read_prompt(self.model, context, made)
         kept = [replace(one, logits=logits, question=question) for one in replay(recorded, work.settings, made)]
         return Read(work.row, encoded, seconds, kept)

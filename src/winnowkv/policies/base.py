@@ -59,6 +59,7 @@ class Policy:
     ----------------
     evicts: False for what keeps everything.
     by_task, by_profile: whether :meth:`for_task` needs a task, :meth:`for_model` a calibration profile.
+    by_layout: whether :meth:`for_task` makes use of the prompt's layout.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class Policy:
     evicts: ClassVar[bool] = True
     by_task: ClassVar[bool] = False
     by_profile: ClassVar[bool] = False
+    by_layout: ClassVar[bool] = False
 
     sinks: int = 0
     observe: int = 0
@@ -129,6 +131,13 @@ class Policy:
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
         """Importance of each context token of one request, ``[1, H, C]``, from the last queries it reads."""
         raise TypeError(f"{type(self).__name__} does not define score()")
+
+    def shared(self, scores: Sequence[Scores], prompt: Prompt) -> Scores | None:
+        """What all layers seen so far choose by, together, ``[1, H, S]``; None where every layer has its own choice.
+
+        Where it is given all layers keep the same tokens, and tokens that are gone have a score of -1 in :meth:`select`.
+        """
+        return None
 
     def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> Sequence[Entries]:
         """New limits for the layers seen so far, never above what they hold. One-shot policies change nothing."""

@@ -1,0 +1,62 @@
+"""Where things stand in a prompt: its question, the chat template's tail behind it, and the ends of its sentences.
+
+Found from the token ids and the tokenizer alone, so that policies can look from the question and keep whole sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+LEAST, MOST = 8, 128  # tokens of a question; what has no line break within the last MOST counts RAW tokens
+RAW = 32
+MARK = "THE-PROMPT"  # stands for the user's message while the template around it is read
+QUOTES = "\"')]\u201d\u2019"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a prompt of ``tokens`` tokens.
+
+    Attributes
+    ----------
+    question: tokens from the begin of the question (or instruction) to the end of the prompt.
+    tail: how many of these belong to the chat template behind the question.
+    ends: ascending positions behind each sentence and each line, the prompt's own end left out.
+    """
+
+    tokens: int
+    question: int
+    tail: int
+    ends: tuple[int, ...]
+
+
+def read_layout(tokenizer: Any, ids: Sequence[int]) -> Layout:
+    """The layout of one prompt. The question is the last lines of at least :data:`LEAST` tokens."""
+    pieces = {token: tokenizer.decode([token]) for token in set(ids)}
+    texts = [pieces[token] for token in ids]
+    tail = template_tail(tokenizer, ids)
+    end = len(ids) - tail
+    last = range(end - 1 - LEAST, max(end - MOST, 0) - 1, -1)
+    begin = next((at + 1 for at in last if "\n" in texts[at]), max(end - RAW, 0))
+    ends = tuple(at + 1 for at, (text, after) in enumerate(pairwise(texts)) if ends_here(text, after))
+    return Layout(len(ids), len(ids) - begin, tail, ends)
+
+
+def ends_here(text: str, after: str) -> bool:
+    """Whether a sentence or a line ends with this token's text; empty lines belong to the line before them."""
+    if after.startswith("\n"):
+        return False
+    return "\n" in text or (text.rstrip(QUOTES).endswith((".", "!", "?")) and after[:1].isspace())
+
+
+def template_tail(tokenizer: Any, ids: Sequence[int]) -> int:
+    """How many tokens at a prompt's end the chat template put behind the user's message; 0 for a raw prompt."""
+    if not getattr(tokenizer, "chat_template", None):
+        return 0
+    messages = [{"role": "user", "content": MARK}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tail = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False).input_ids
+    return len(tail) if tail and list(ids[-len(tail) :]) == list(tail) else 0
