@@ -108,7 +108,7 @@ def compress(
         tasks = run.task
         if (classified and made.by_task) or (tokenizer is not None and made.by_layout):
             ids = kwargs.get("input_ids", args[0] if args else None)
-            tasks = _profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task)
+            tasks = _profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task, layout=made.by_layout)
         options: dict[str, Any] = {"quantize": run.quantize, "decode_budget": run.decode_budget}
         cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
         run.reports.append(cache.report)
@@ -134,8 +134,8 @@ def compress(
         release(model)
 
 
-def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks) -> list[TaskProfile]:
-    """Layout and task of each row of a prompt, classified where none is given; both ends are all that the classifier reads."""
+def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, *, layout: bool) -> list[TaskProfile]:
+    """Task of each row of a prompt, classified (from both its ends) where none is given; with its ``layout`` where asked."""
     if ids is None:
         raise InputError(
             "a prompt given as embeddings cannot be read back: leave compress() the tokenizer= out, give it the task="
@@ -149,6 +149,8 @@ def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Ta
         told = [TaskProfile.of(task) for task in (each * len(rows) if len(each) == 1 else each)]
     if len(told) != len(rows):
         raise InputError(f"{len(told)} tasks for a batch of {len(rows)} prompts: give one for each, or one")
+    if not layout:
+        return told
     return [replace(task, layout=read_layout(tokenizer, row.tolist())) for task, row in zip(told, rows, strict=True)]
 
 
