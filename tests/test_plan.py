@@ -31,6 +31,14 @@ SPECS = [
     "full", "int8", "streaming", "snapkv:observe=8", "pyramidkv", "windowkv", "dynamickv:ceiling=2", "cake:observe=4",
     "snapkv:observe=8:quantize=int4",
 ]  # fmt: skip
+ASKED = {
+    "shape": st.sampled_from([LLAMA, MIXED]),
+    "spec": st.sampled_from(SPECS),
+    "budget": st.one_of(st.sampled_from([0.12, 0.25, 0.5, 1.0]), st.integers(40, 3000)),
+    "context": st.integers(400, 4096),
+    "batch": st.integers(1, 12),
+    "memory": st.integers(1, 2**24),
+}
 
 
 class Watched(wk.CompactCache):
@@ -162,15 +170,7 @@ def plan(shape: Shape, context: int, batch: int, memory: int) -> MemoryPlan:
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    shape=st.sampled_from([LLAMA, MIXED]),
-    spec=st.sampled_from(SPECS),
-    budget=st.one_of(st.sampled_from([0.12, 0.25, 0.5, 1.0]), st.integers(40, 3000)),
-    context=st.integers(400, 4096),
-    batch=st.integers(1, 12),
-    memory=st.integers(1, 2**24),
-    more=st.integers(0, 2**22),
-)
+@given(**ASKED, more=st.integers(0, 2**22))
 def test_more_memory_never_fits_less(
     shape: Shape, spec: str, budget: int | float, context: int, batch: int, memory: int, more: int
 ) -> None:
@@ -182,14 +182,7 @@ def test_more_memory_never_fits_less(
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    shape=st.sampled_from([LLAMA, MIXED]),
-    spec=st.sampled_from(SPECS),
-    budget=st.one_of(st.sampled_from([0.12, 0.25, 0.5, 1.0]), st.integers(40, 3000)),
-    context=st.integers(400, 4096),
-    batch=st.integers(1, 12),
-    memory=st.integers(1, 2**24),
-)
+@given(**ASKED)
 def test_the_largest_that_fit_fit_and_one_more_does_not(
     shape: Shape, spec: str, budget: int | float, context: int, batch: int, memory: int
 ) -> None:

@@ -108,7 +108,7 @@ def compress(
         tasks = run.task
         if (classified and made.by_task) or (tokenizer is not None and made.by_layout):
             ids = kwargs.get("input_ids", args[0] if args else None)
-            tasks = _profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task, layout=made.by_layout)
+            tasks = _profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task, made)
         options: dict[str, Any] = {"quantize": run.quantize, "decode_budget": run.decode_budget}
         cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
         run.reports.append(cache.report)
@@ -134,24 +134,27 @@ def compress(
         release(model)
 
 
-def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, *, layout: bool) -> list[TaskProfile]:
-    """Task of each row of a prompt, classified (from both its ends) where none is given; with its ``layout`` where asked."""
+def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, made: Policy) -> list[TaskProfile]:
+    """What the policy asks of each row of a prompt: its task, classified where none is given, and its layout."""
     if ids is None:
         raise InputError(
             "a prompt given as embeddings cannot be read back: leave compress() the tokenizer= out, give it the task="
         )
     rows = [row if mask is None else row[mask[i, -row.shape[0] :].bool()] for i, row in enumerate(ids)]
-    ends = [row if len(row) <= 2 * ENDS else torch.cat([row[:ENDS], row[-ENDS:]]) for row in rows]
-    if given is None:
-        told = [task_profile(tokenizer.decode(end, skip_special_tokens=True)) for end in ends]
+    if given is None and made.by_task:
+        told = [_classify(tokenizer, row) for row in rows]
     else:
-        each = [given] * len(rows) if isinstance(given, TaskProfile | str) else list(given)
+        each = [given] if given is None or isinstance(given, TaskProfile | str) else list(given)
         told = [TaskProfile.of(task) for task in (each * len(rows) if len(each) == 1 else each)]
-    if len(told) != len(rows):
-        raise InputError(f"{len(told)} tasks for a batch of {len(rows)} prompts: give one for each, or one")
-    if not layout:
+    if not made.by_layout or len(told) != len(rows):  # the cache says what is wrong with their number
         return told
     return [replace(task, layout=read_layout(tokenizer, row.tolist())) for task, row in zip(told, rows, strict=True)]
+
+
+def _classify(tokenizer: Any, row: Tensor) -> TaskProfile:
+    """The task of one prompt; both ends are all that the classifier reads."""
+    ends = row if len(row) <= 2 * ENDS else torch.cat([row[:ENDS], row[-ENDS:]])
+    return task_profile(tokenizer.decode(ends, skip_special_tokens=True))
 
 
 def _chosen(routing: Routing) -> Run | None:

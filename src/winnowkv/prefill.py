@@ -74,19 +74,25 @@ class PrefillPlan:
             raise PolicyError(
                 f"{self.policy.name}: its layers end with {sum(limits)} entries, the budget is {self.prompt.total}"
             )
-        together = self.policy.shared(self._scores, self.prompt)
-        if together is not None and self._common is not None:
-            gone = torch.ones(tokens, dtype=torch.bool, device=together.device)
-            gone[self._common[0, 0].long()] = False
-            together = together.masked_fill(gone[: together.shape[-1]], -1.0)
+        falling = [i for i, (limit, held) in enumerate(zip(limits, [*self._limits, tokens], strict=True)) if limit < held]
+        together = self._together() if falling else None
         changed = {}
-        for i, (limit, held) in enumerate(zip(limits, [*self._limits, tokens], strict=True)):
-            if limit < held:
-                changed[i] = self.kept[i] = self._select(i, limit) if together is None else self._choose(i, together, limit)
+        for i in falling:
+            choose = self._select(i, limits[i]) if together is None else self._choose(i, together, limits[i])
+            changed[i] = self.kept[i] = choose
         self._limits = list(limits)
         if last:
             self._scores.clear()
         return changed
+
+    def _together(self) -> Scores | None:
+        """What all layers choose by, without what is gone already; None where each has its own choice."""
+        scores = self.policy.shared(self._scores, self.prompt)
+        if scores is None or self._common is None:
+            return scores
+        gone = torch.ones(self.prompt.tokens, dtype=torch.bool, device=scores.device)
+        gone[self._common[0, 0].long()] = False
+        return scores.masked_fill(gone[: scores.shape[-1]], -1.0)
 
     def _choose(self, layer: int, together: Scores, limit: Entries) -> Indices:
         if self._common is None or self._common.shape[-1] != limit:

@@ -17,9 +17,9 @@ from typing import Any
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks import EvalTask, Row
+from winnowkv.layout import template_ends
 
 PROTOCOLS = ("official", "context-only")
-MARK = "THE-PROMPT"  # stands for the user's message while the template around it is read
 
 Spans = list[tuple[int, int]]  # of each token, the characters it covers
 
@@ -101,14 +101,3 @@ def tokenize(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], Sp
     except NotImplementedError:
         raise InputError(f"{type(tokenizer).__name__} cannot say which characters its tokens cover: use a fast one") from None
     return encoded["input_ids"], encoded["offset_mapping"]
-
-
-def template_ends(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts in front of a user's message and behind it. Raises InputError where there is none."""
-    if not tokenizer.chat_template:
-        raise InputError("this model's tokenizer has no chat template: use --no-chat")
-    messages = [{"role": "user", "content": MARK}]
-    head, mark, tail = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).partition(MARK)
-    if not mark or MARK in tail:
-        raise InputError("this model's chat template changes or repeats the user's message: use --no-chat")
-    return head, tail

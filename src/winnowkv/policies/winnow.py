@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from winnowkv.errors import ProfileError
 from winnowkv.fingerprint import Fingerprint
@@ -79,13 +80,19 @@ class Winnow(Policy):
         """The question, and what the chat template put behind it."""
         return self.place(tokens)[0]
 
-    def chosen(self, layers: int) -> Sequence[tuple[int, int]]:
+    def spans(self, tokens: int, scores: Scores) -> Tensor:
+        """The span of each token that ``scores`` are of, in a prompt of ``tokens``; the sinks are one."""
+        _, _, ends, longest = self.place(tokens)
+        return span_owner(scores.shape[-1], (self.sinks, *ends), longest).to(scores.device)
+
+    @property
+    def chosen(self) -> Sequence[tuple[int, int]]:
         """The heads as ``(layer, head)``; none without a profile."""
         return self.profile.top_heads(self.heads) if isinstance(self.profile, Profile) else ()
 
     def limit(self, layer: int, prompt: Prompt) -> int:
         """What each layer may hold once ``layer`` was read."""
-        layers = [at for at, _ in self.chosen(prompt.layers)] or [0, prompt.layers - 1]
+        layers = [at for at, _ in self.chosen] or [0, prompt.layers - 1]
         if layer >= max(layers):
             return prompt.budget
         if layer < min(layers):
@@ -108,31 +115,28 @@ class Winnow(Policy):
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
         """Attention of this layer's chosen heads from the question, ``[1, heads, C]``; nothing where it has none of them."""
-        window, tail, ends, longest = self.place(keys.shape[2])
-        queries, keys = queries[:, :, : window - tail], keys[:, :, : keys.shape[2] - tail]
+        tokens = keys.shape[2]
+        window, tail, _, _ = self.place(tokens)
+        queries, keys = queries[:, :, : window - tail], keys[:, :, : tokens - tail]
         if not isinstance(self.profile, Profile):
             attention = window_attention(queries, keys, scale)
-            owner = span_owner(attention.shape[-1], (self.sinks, *ends), longest).to(keys.device)
-            return concentrated(attention, owner, self.sinks, self.heads)
-        mine = [head for at, head in self.chosen(0) if at == layer]
+            return concentrated(attention, self.spans(tokens, attention), self.sinks, self.heads)
+        mine = [head for at, head in self.chosen if at == layer]
         if not mine:
-            return keys.new_zeros(1, 0, keys.shape[2] - queries.shape[2], dtype=torch.float32)
+            return keys.new_zeros(1, 0, tokens - window, dtype=torch.float32)
         return some_heads_attention(queries, keys, scale, mine)
 
     def shared(self, scores: Sequence[Scores], prompt: Prompt) -> Scores:
         """The mean over all heads heard so far, ``[1, 1, C]``."""
         together = torch.cat(list(scores), 1)
         if not isinstance(self.profile, Profile):
-            _, _, ends, longest = self.place(prompt.tokens)
-            owner = span_owner(together.shape[-1], (self.sinks, *ends), longest).to(together.device)
-            together = concentrated(together, owner, self.sinks, self.heads)
+            together = concentrated(together, self.spans(prompt.tokens, together), self.sinks, self.heads)
         return together.sum(1, keepdim=True) / max(together.shape[1], 1)
 
     def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
         """Sinks, the best sentences, and the question as far as it takes half of what stays."""
-        window, _, ends, longest = self.place(prompt.tokens)
-        recent = min(window, max(self.observe, int(entries) // 2))
-        owner = span_owner(scores.shape[-1], (self.sinks, *ends), longest).to(scores.device)
+        recent = min(self.reads(prompt.tokens), max(self.observe, int(entries) // 2))
+        owner = self.spans(prompt.tokens, scores)
         first = with_sinks(scores, self.sinks)
         context = top_spans(span_reduce(first.clamp(min=0), owner, self.top), first, owner, int(entries) - recent)
         return with_recent(context, prompt.tokens, recent)
