@@ -94,9 +94,13 @@ CASES = [
     Case("windowkv:preset=paper:group=3", "aggregation", 40),
     Case("windowkv:preset=repo:group=2", "localization", 40),
     Case("windowkv:preset=repo", "aggregation", 40),
-    Case("winnow:observe=4:heads=3:sinks=2"),  # no profile: the heads of this prompt
-    Case(f"winnow:observe=8:heads=6:longest=5:peak=0.6:profile={PROFILES}"),
-    Case(f"winnow:observe=4:heads=2:top=2:progressive=false:sinks=0:profile={PROFILES}", budget=12),
+    Case("winnow:observe=4:heads=3:sinks=2:samples=16:least=4"),  # no profile: the heads of this prompt
+    Case(f"winnow:observe=8:heads=6:longest=5:peak=0.6:least=6:profile={PROFILES}"),
+    Case(f"winnow:observe=4:top=2:share=0.5:least=0:progressive=false:sinks=0:profile={PROFILES}", budget=12),
+    Case("winnow:observe=4:samples=16", "aggregation"),
+    Case("winnow:observe=context:samples=16:sinks=1", budget=40),
+    Case("expected:observe=4:samples=16"),
+    Case("expected:observe=6:samples=300:sinks=0"),
 ]
 EVICTING = [case for case in CASES if case.name != "full"]
 # Lossy storage: what the laws ask of it stands in test_law_quantize.py, since those that speak of exact values do not hold.

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from winnowkv.evaluate import audit as auditor, settings as settings_module
 from winnowkv.evaluate.audit import Audit, AuditPrompt
 from winnowkv.evaluate.recommend import summarize
 from winnowkv.evaluate.store import ResultStore
+from winnowkv.layout import read_layout
 
 WORDS = "The wind went round the old mill and nobody at the long table said a word before the lamp was lit again. "
 TEXTS = [WORDS[at:] + WORDS[:at] for at in (31, 77, 9)]
@@ -69,7 +71,8 @@ def naive(model: PreTrainedModel, spec: str, budget: int | float, text: str, lim
     """One setting, one token at a time, by the plain cache, in float64."""
     ids = torch.tensor([[ord(letter) for letter in text]])
     tokens = continuation(model, ids, limit)
-    full, small = wk.CompactCache(model, "full", 1), wk.CompactCache(model, spec, budget, task=task_profile(text))
+    task = replace(task_profile(text), layout=read_layout(Letters(), ids[0].tolist()))
+    full, small = wk.CompactCache(model, "full", 1), wk.CompactCache(model, spec, budget, task=task)
     prefill(model, ids, full)
     logits = prefill(model, ids, small)
     same, kl = [], []
@@ -80,7 +83,7 @@ def naive(model: PreTrainedModel, spec: str, budget: int | float, text: str, lim
         )
         same.append(int(q.argmax()) == wanted)
         kl.append(float((p * (p / q).log()).sum()))
-    free = wk.CompactCache(model, spec, budget, task=task_profile(text))
+    free = wk.CompactCache(model, spec, budget, task=task)
     logits = prefill(model, ids, free)
     kl.sort()
     place = 0.99 * (len(kl) - 1)

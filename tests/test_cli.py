@@ -140,7 +140,7 @@ def test_a_prompt_shorter_than_the_window_is_kept_and_it_says_so(winnow):
 def test_a_budget_below_the_window(winnow):
     code, _, err = winnow("generate", "word " * 60, "--budget", "0.12")
     assert code == 2
-    assert "is below sinks + window = 0 + 32: keep at least 32 entries" in err
+    assert "is below sinks + window = 4 + 32: keep at least 36 entries" in err
 
 
 @needs_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import CASES, PROMPT, QUANTIZED, Case, prompt, random_profile
 from reference import compact_logits, positions
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.prefill import PrefillPlan
+from winnowkv.rotation import Rotation
 
 HEADS, KV_HEADS, SIZE = 4, 2, 4
 
@@ -40,6 +42,8 @@ def specs() -> st.SearchStrategy[tuple[str, str | None]]:
     pooling = st.sampled_from(["avg", "max"])
     snap = st.builds("sinks={}:observe={}:kernel={}:pooling={}".format, small, observe, kernel, pooling)
     slope = st.sampled_from([1, 1.5, 14, 100])
+    samples = st.one_of(st.integers(4, 24), st.integers(25, 300))
+    ahead = st.builds("sinks={}:samples={}:ahead={}".format, small, samples, st.integers(1, 300))
     return st.one_of(
         st.builds("random:sinks={}:observe={}:seed={}".format, small, st.integers(0, 20), small).map(no_task),
         st.builds("streaming:sinks={}:observe={}".format, small, st.integers(0, 20)).map(no_task),
@@ -71,16 +75,22 @@ def specs() -> st.SearchStrategy[tuple[str, str | None]]:
             st.sampled_from([0, 4, 32]),
             st.sampled_from([1, 1.5, 3]),
         ).map(no_task),
-        st.builds(
-            "winnow:sinks={}:observe={}:heads={}:top={}:longest={}:peak={}:progressive={}".format,
-            small,
-            observe,
-            st.integers(1, 2 * HEADS),
-            st.integers(1, 9),
-            st.integers(1, 40),
-            st.sampled_from([0, 0.35, 1]),
-            st.sampled_from(["true", "false"]),
-        ).map(no_task),
+        st.builds("expected:{}:observe={}".format, ahead, st.integers(0, 20)).map(no_task),
+        st.tuples(
+            st.builds(
+                "winnow:{}:observe={}:share={}:least={}:heads={}:top={}:longest={}:peak={}:progressive={}".format,
+                ahead,
+                st.one_of(observe, st.just("context")),
+                st.sampled_from([0, 0.25, 1]),
+                st.sampled_from([0, 1, 8, 40]),
+                st.one_of(st.just("none"), st.integers(1, 2 * HEADS)),
+                st.integers(1, 9),
+                st.integers(1, 40),
+                st.sampled_from([0, 0.35, 0.8, 1]),
+                st.sampled_from(["true", "false"]),
+            ),
+            st.sampled_from([None, "localization", "localization", "aggregation"]),
+        ),
         st.tuples(
             st.one_of(
                 st.builds(
@@ -104,12 +114,12 @@ def no_task(spec: str) -> tuple[str, str | None]:
 
 
 def decided(spec: str, task: str | None, layers: int) -> wk.Policy:
-    """The policy with task and (drawn) calibration profile decided."""
-    policy = wk.policy(spec).for_task(wk.TaskProfile.of(task))
-    if not (policy.by_profile or (policy.name == "winnow" and policy.observe % 2)):  # winnow with and without a profile
-        return policy
-    shape = Fingerprint("Drawn", layers, HEADS, KV_HEADS, "")
-    return replace(policy, profile=random_profile(shape, layers)).for_model(shape)
+    """The policy with everything that hangs on model and task decided; a calibration profile is drawn."""
+    made: Any = wk.policy(spec)
+    shape = Fingerprint("Drawn", layers, HEADS, KV_HEADS, "", Rotation((1.0, 0.1)))
+    if made.by_profile or (made.name == "winnow" and (made.profile or made.heads in (None, 1, 3, 5))):  # with and without one
+        made = replace(made, profile=random_profile(shape, layers))
+    return made.for_model(shape).for_task(wk.TaskProfile.of(task))
 
 
 def entries_of(kept: Tensor | None, tokens: int) -> Fraction:

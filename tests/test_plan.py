@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ MIXED = Shape(
 )  # fmt: skip
 SPECS = [
     "full", "int8", "streaming", "snapkv:observe=8", "pyramidkv", "windowkv", "dynamickv:ceiling=2", "cake:observe=4",
-    "snapkv:observe=8:quantize=int4",
+    "snapkv:observe=8:quantize=int4", "expected", "winnow", "winnow:task=aggregation:observe=8",
 ]  # fmt: skip
 ASKED = {
     "shape": st.sampled_from([LLAMA, MIXED]),
@@ -99,7 +100,7 @@ def test_planned_bytes_of_quantized_entries(model: PreTrainedModel, quantized: C
         assert one.peak >= cache.report.peak_bytes
 
 
-@pytest.mark.parametrize("tokens", [WINDOW - 6, WINDOW, 3 * WINDOW, PROMPT])
+@pytest.mark.parametrize("tokens", [WINDOW - 6, WINDOW, WINDOW + 6, 3 * WINDOW, PROMPT])
 @pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "pyramidkv:observe=4", "windowkv:observe=4:window=4:top=2"])
 def test_layers_that_slide_are_counted(tokens: int, spec: str) -> None:
     model = hybrid()
@@ -116,6 +117,28 @@ def test_layers_that_slide_are_counted(tokens: int, spec: str) -> None:
     assert sliding == min(tokens + 1, WINDOW) * entry
     assert one.sliding == min(tokens, WINDOW) * entry
     assert one.kept < before <= one.peak
+
+
+@pytest.mark.parametrize("tokens", [WINDOW - 6, WINDOW, WINDOW + 6, 2 * WINDOW - 2, 3 * WINDOW, PROMPT])
+@pytest.mark.parametrize("spec", ["cake:observe=4", "expected:observe=4", "winnow:observe=4:least=2", "adakv:observe=4"])
+def test_no_plan_is_passed_where_layers_slide(spec: str, tokens: int) -> None:
+    """Policies whose layers share by prompt; what sliding layers hold behind a prompt may be more than their window."""
+    model = hybrid()
+    (policy,) = resolve(spec, Fingerprint.of(model))
+    cache = Watched(model, spec, 8)
+    prefill(model, prompt(tokens), cache)
+    padded = cache.report.held_bytes - cache.report.kept_bytes
+    assert cache.most - padded <= need(read_shape(model.config, 4), policy, Budget(8), tokens).peak
+
+
+@pytest.mark.parametrize("spec", ["cake", "expected", "winnow", "winnow:task=aggregation"])
+def test_policies_that_bound_what_they_hold_are_planned_with_less(spec: str) -> None:
+    shape = replace(LLAMA, layers=LLAMA.layers * 4)
+    (policy,) = resolve(spec, shape.fingerprint)
+    one = need(shape, policy, Budget(0.12), 4000)
+    asked = wk.policies.Prompt(4000, 20, 480)
+    assert one.peak == policy.peak_entries(asked) * shape.full_bytes(1) // 20
+    assert one.rest < one.peak <= 0.35 * shape.full_bytes(4000)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,21 @@ not come from a compact cache go to transformers' own SDPA function untouched.
 
 from __future__ import annotations
 
+import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from winnowkv.errors import InputError, UnsupportedModelError
+from winnowkv.fingerprint import Fingerprint
+from winnowkv.rotation import Rotation
 from winnowkv.types import Valid
 
 NAME = "winnow"  # our key in transformers' two registries
@@ -26,6 +30,9 @@ TAG = "_winnow"  # attribute of a compact cache's keys: (cache, layer index)
 COMPACT_OFFSET = -(2**40)
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone when nobody needs it any more
 EXTRAS = ("softcap", "s_aux", "sinks", "position_bias")  # terms that plain SDPA does not compute
+UNTURNED = ("no_rope_layers", "no_rope_layer_interval")  # options of configs in which some layers know no positions
+LATENT = ("qk_rope_head_dim",)  # of configs that turn the last dimensions of a head
+LOCAL = ("cohere2", "exaone4", "exaone_moe", "afmoe")  # kinds of models of which only layers that slide know positions
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")  # what models call the projection behind the heads
 BYPASSED = (
     "the keys that the cache returned did not reach our attention function: the model's attention does not go "
@@ -126,6 +133,29 @@ def output_projections(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"{type(model).__name__}: its attention blocks have no output projection (looked for {', '.join(PROJECTIONS)})"
         )
     return found
+
+
+def read_rotation(model: PreTrainedModel) -> Rotation | None:
+    """How all full-attention layers turn queries and keys by their position; None where they do not, or we cannot tell."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type in LOCAL or any(getattr(config, name, None) for name in (*UNTURNED, *LATENT)):
+        return None
+    for module in model.get_decoder().modules():
+        if not type(module).__name__.endswith("RotaryEmbedding"):
+            continue
+        # Models whose sliding layers turn otherwise name the frequencies by the kind of layer.
+        found = getattr(module, "full_attention_inv_freq", getattr(module, "inv_freq", None))
+        half = getattr(sys.modules[type(module).__module__], "rotate_half", None)
+        if found is None or half is None or found.is_meta or isinstance(found, FakeTensor):  # no values to read
+            return None
+        interleaved = half(torch.arange(4.0)).tolist() == [-1, 0, -3, 2]
+        return Rotation(tuple(found.float().tolist()), interleaved)
+    return None
+
+
+def known(model: PreTrainedModel) -> Fingerprint:
+    """Everything that a policy may know of a model."""
+    return replace(Fingerprint.of(model), rotation=read_rotation(model))
 
 
 @dataclass

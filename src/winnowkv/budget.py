@@ -17,22 +17,38 @@ import torch
 from winnowkv.errors import BudgetError
 from winnowkv.types import Scores
 
-WAY_OUT = "give kept entries as an int >= 1 (128) or the kept fraction of the prompt (0.12)"
+WAY_OUT = "give kept entries as an int >= 1 (128), the kept fraction of the prompt (0.12), or auto:0.95"
+AUTO = re.compile(r"auto(?::(?P<target>[0-9.]+)(?::(?P<profile>.+))?)?")
+TARGET = 0.95
+Asked = int | float | str
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the user asked to keep: ``int`` is entries, ``float`` the kept fraction of the prompt.
 
+    ``"auto:0.95"`` (``"auto"`` is the same) is the smallest budget that is expected to give 95% of the full cache's
+    tokens on the prompt at hand, by the policy's curve in the model's profile; ``"auto:0.95:p.json"`` names the profile.
+
     Raises
     ------
     BudgetError
-        For 0, a negative number, a fraction above 1, or something that is no number.
+        For 0, a negative number, a fraction above 1, something that is no number, or a target outside 0 to 1.
     """
 
-    asked: int | float
+    asked: Asked
 
     def __post_init__(self) -> None:
+        if isinstance(self.asked, str):
+            if not AUTO.fullmatch(self.asked):
+                raise BudgetError(f"budget {self.asked!r} is not a number: {WAY_OUT}")
+            try:
+                target = self.target or 0
+            except ValueError:
+                target = 0
+            if not 0 < target < 1:
+                raise BudgetError(f"budget {self.asked!r}: its target must be above 0 and below 1, as in auto:0.95")
+            return
         if isinstance(self.asked, bool) or not isinstance(self.asked, int | float):
             raise BudgetError(f"budget {self.asked!r} is not a number: {WAY_OUT}")
         if not self.asked > 0:  # NaN fails this too
@@ -48,6 +64,8 @@ class Budget:
         if not isinstance(value, str):
             return cls(value)
         text = value.strip()
+        if text.startswith("auto"):
+            return cls(text)
         if re.fullmatch(r"[+-]?\d+", text):
             return cls(int(text))
         try:
@@ -57,17 +75,38 @@ class Budget:
                 raise
             raise BudgetError(f"budget {value!r} is not a number: {WAY_OUT}") from None
 
+    @property
+    def target(self) -> float | None:
+        """The agreement with the full cache that ``auto`` goes for; None for a budget in numbers."""
+        found = AUTO.fullmatch(str(self.asked))
+        return None if found is None else float(found["target"] or TARGET)
+
+    @property
+    def profile(self) -> str | None:
+        """The profile file that ``auto`` names."""
+        found = AUTO.fullmatch(str(self.asked))
+        return None if found is None else found["profile"]
+
     def entries(self, prompt_tokens: int) -> int:
-        """Entries per layer and KV head for a prompt of this length, never more than the prompt.
+        """Entries per layer and KV head for a prompt of this length, never more than the prompt; all of it for ``auto``.
 
         A fraction is rounded down, in exact decimal arithmetic: 0.29 of 100 is 29, not 28.
         """
+        if isinstance(self.asked, str):
+            return prompt_tokens
         if isinstance(self.asked, int):
             return min(self.asked, prompt_tokens)
         return int(Fraction(repr(float(self.asked))) * prompt_tokens)  # float(): numpy's floats have another repr
 
     def __str__(self) -> str:
         return str(self.asked)
+
+
+def spoken(asked: Asked) -> str:
+    """A budget as people say it: ``12%``, ``128 entries``, ``auto:0.95``."""
+    if isinstance(asked, str):
+        return asked
+    return f"{100 * asked:g}%" if isinstance(asked, float) else f"{asked} entries"
 
 
 def apportion(

@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from winnowkv.attention import BYPASSED, TAG, acquire, check_model, is_routed, release
+from winnowkv.attention import BYPASSED, TAG, acquire, check_model, is_routed, known, release
 from winnowkv.budget import Budget
 from winnowkv.decode import check_decode_budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.layer import CompactLayer
 from winnowkv.policies import Policy, Prompt, Tasks, resolve
-from winnowkv.prefill import PrefillPlan
+from winnowkv.prefill import AutoPlan, PrefillPlan
+from winnowkv.profile import find_profile
 from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
 from winnowkv.types import Padding, Valid
@@ -42,7 +43,8 @@ class CompactCache(Cache):
         While the cache lives the model's attention goes through ours, which hands every other
         cache on to the framework's own function; the model is put back when the cache dies.
     policy: a name, a spec (``"windowkv:group=6"``) or a :class:`Policy`.
-    budget: kept entries (int) or the kept fraction of the prompt (float).
+    budget: kept entries (int), the kept fraction of the prompt (float), or ``"auto:0.95"``, the smallest that is expected
+        to give 95% of the full cache's tokens on this prompt (:class:`~winnowkv.budget.Budget`).
     task: ``"localization"``, ``"aggregation"`` or a :class:`TaskProfile`, for policies that score
         by task; a sequence gives each row of a batch its own.
     quantize: ``"int8"`` or ``"int4"`` stores what stays in 8 or 4 bits when the prompt is read; what
@@ -64,7 +66,7 @@ class CompactCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: str | Policy = "snapkv",
+        policy: str | Policy = "winnow",
         budget: Budget | int | float | str = 512,
         *,
         task: Tasks = None,
@@ -76,13 +78,16 @@ class CompactCache(Cache):
         check_model(model)
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
-        self.policies = resolve(policy, Fingerprint.of(model), task)
+        self.policies = resolve(policy, known(model), task)
         if quantize is not None:
             self.policies = [replace(made, quantize=quantize) for made in self.policies]
         self._stored = self.policies[0].quantize
         if self._stored is not None:
             quanto()  # complain now, and load it before the clock runs
         self.budget = Budget.of(budget)
+        self._curve = None
+        if self.budget.target is not None and self.policies[0].evicts:
+            self._curve = find_profile(self.budget.profile, Fingerprint.of(model)).curve(self.policies[0].name)
         self._asked = policy if isinstance(policy, str) else policy.name
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.
@@ -100,7 +105,7 @@ class CompactCache(Cache):
 
     def _forget(self) -> None:
         self.report = Report(policy=self._asked, budget=self.budget.asked, quantize=self._stored)
-        self._plans: list[PrefillPlan] | None = None
+        self._plans: list[PrefillPlan | AutoPlan] | None = None
         self._settled = False
         self._awaiting: int | None = None
         self._recorded: list[tuple[Tensor, float]] = []
@@ -241,7 +246,7 @@ class CompactCache(Cache):
             if len(self.policies) not in (1, len(prompts)):
                 raise InputError(f"{len(self.policies)} tasks for a batch of {len(prompts)} prompts: give one for each, or one")
             policies = self.policies if len(self.policies) > 1 else self.policies * len(prompts)
-            self._plans = [PrefillPlan(policy, prompt) for policy, prompt in zip(policies, prompts, strict=True)]
+            self._plans = [self._plan(policy, prompt) for policy, prompt in zip(policies, prompts, strict=True)]
         self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
         changed: set[int] = set()
         for row, plan in enumerate(self._plans):
@@ -257,6 +262,11 @@ class CompactCache(Cache):
             for each in layers:
                 each.quantize(self._stored)
 
+    def _plan(self, policy: Policy, prompt: Prompt) -> PrefillPlan | AutoPlan:
+        if self._curve is None or self.budget.target is None:
+            return PrefillPlan(policy, prompt)
+        return AutoPlan(policy, prompt, self._curve, self.budget.target)
+
     def _settle(self, now: float) -> None:
         layers, report = self.compact_layers, self.report
         report.prompt_tokens = [layers[0].prompt - pad for pad in layers[0].pads]
@@ -267,6 +277,7 @@ class CompactCache(Cache):
         report.full_bytes = sum(tokens * layer.entry_bytes for tokens in report.prompt_tokens for layer in layers)
         report.held_bytes = self.held_bytes
         report.prefill_seconds = now - self._started
+        report.kept_mass = [plan.mass for plan in self._plans or []]
         report.notes = sorted({plan.note for plan in self._plans or [] if plan.note})
         self._plans = None
         self._settled = True

@@ -54,7 +54,7 @@ class Run:
 @contextmanager
 def compress(
     model: PreTrainedModel,
-    policy: str | Policy = "snapkv",
+    policy: str | Policy = "winnow",
     budget: Budget | int | float | str = 512,
     *,
     task: Tasks = None,
@@ -87,7 +87,7 @@ def compress(
 
     Examples
     --------
-    >>> with compress(model, policy="snapkv", budget=0.12) as run:   # doctest: +SKIP
+    >>> with compress(model, budget=0.12, tokenizer=tokenizer) as run:   # doctest: +SKIP
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> print(run.report)                                            # doctest: +SKIP
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from winnowkv.rotation import Rotation
 
 # Named one by one: a release of transformers that adds a number to its configs must not change the hash.
 HASHED = (
@@ -23,6 +25,7 @@ class Fingerprint:
     architecture: class of the model.
     layers, heads, kv_heads: all layers, query heads and KV heads of each.
     config: hash of the config's sizes.
+    rotation: how queries and keys are turned by their position, where somebody has looked; it is not compared.
     """
 
     architecture: str
@@ -30,6 +33,7 @@ class Fingerprint:
     heads: int
     kv_heads: int
     config: str
+    rotation: Rotation | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: Any) -> Fingerprint:
@@ -43,8 +47,11 @@ class Fingerprint:
 
     def difference(self, other: Fingerprint) -> str | None:
         """The first thing in which another fingerprint differs, in words; None where they are equal."""
-        for name in self.__dataclass_fields__:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{name} {mine}, not {theirs}"
-        return None
+        theirs = other.to_dict()
+        return next(
+            (f"{name} {mine}, not {theirs[name]}" for name, mine in self.to_dict().items() if mine != theirs[name]), None
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is compared, for JSON."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}

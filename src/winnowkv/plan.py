@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from winnowkv.budget import Budget, uniform
+from winnowkv.budget import Asked, Budget, uniform
 from winnowkv.errors import BudgetError, InputError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies import Policy, Prompt
@@ -110,7 +110,11 @@ def need(shape: Shape, policy: Policy, budget: Budget, tokens: int) -> Need:
         ends = limits if sum(limits) == prompt.total else uniform(prompt.layers, prompt.budget)
     kept = sum(layer.kv_bytes(n, shape.itemsize, policy.quantize) for layer, n in zip(layers, ends, strict=True))
     sliding = shape.sliding_bytes(tokens)
-    return Need(kept, sliding, max(peak_bytes(shape, limits, tokens), kept + sliding))
+    slides = sum(
+        layer.kv_bytes(slid(layer.window, tokens), shape.itemsize) for layer in shape.layers if layer.window is not None
+    )
+    bound = policy.peak_entries(prompt) * max(layer.kv_bytes(1, shape.itemsize) for layer in shape.layers) + slides
+    return Need(kept, sliding, max(min(peak_bytes(shape, limits, tokens), bound), kept + sliding))
 
 
 def peak_bytes(shape: Shape, ceilings: Sequence[Entries], tokens: int) -> int:
@@ -164,7 +168,7 @@ class Fit:
     """
 
     policy: str
-    budget: int | float | None
+    budget: Asked | None
     quantize: Quantization | None
     entries: int
     kept_bytes: int
@@ -194,7 +198,7 @@ class MemoryPlan:
         if limit is not None and self.context > limit:
             raise InputError(f"a context of {self.context} tokens passes the model's {limit} positions: give at most {limit}")
 
-    def fit(self, spec: str, policy: Policy, asked: int | float | None) -> Fit:
+    def fit(self, spec: str, policy: Policy, asked: Asked | None) -> Fit:
         """One policy at one budget, None for what evicts nothing.
 
         Raises BudgetError where the budget cannot hold sinks and recent window.

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from winnowkv.curve import Curve
 from winnowkv.errors import ProfileError
 from winnowkv.fingerprint import Fingerprint
 
@@ -35,6 +36,7 @@ class Profile:
     traditional: share of the answer copied by a head's strongest entry (arXiv 2404.15574).
     errors: share of the summed eviction error that falls on each layer; the sum is 1.
     about: seeds, versions, prompts and successes.
+    curves: by a policy's name what ``budget="auto"`` expects of it.
 
     Raises
     ------
@@ -48,6 +50,7 @@ class Profile:
     traditional: Table
     errors: tuple[float, ...]
     about: dict[str, Any] = field(default_factory=dict, compare=False)
+    curves: dict[str, Curve] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         heads, layers = self.fingerprint.heads, len(self.errors)
@@ -77,6 +80,22 @@ class Profile:
         every = [(layer, head) for layer, row in enumerate(table) for head in range(len(row))]
         return sorted(every, key=lambda at: (-table[at[0]][at[1]], at))[:count]
 
+    def strong_heads(self, least: float = 0.5) -> list[tuple[int, int]]:
+        """The semantic heads that score at least ``least`` of what the best one does, best first."""
+        bound = least * max(map(max, self.semantic))
+        every = self.top_heads(self.fingerprint.heads * len(self.semantic))
+        return [at for at in every if self.semantic[at[0]][at[1]] >= bound]
+
+    def curve(self, policy: str) -> Curve:
+        """What ``budget="auto"`` expects of a policy. Raises ProfileError where nobody has measured it."""
+        if policy not in self.curves:
+            raise ProfileError(
+                f"the profile of {self.model!r} says nothing of what {policy} keeps at a budget (it knows "
+                f"{', '.join(self.curves) or 'no policy'}): measure it on prompts of yours with "
+                f"winnow audit --prompts FILE --policies {policy} --curves p.json, then use auto:0.95:p.json"
+            )
+        return self.curves[policy]
+
     def check(self, model: Fingerprint) -> None:
         """Raise ProfileError naming the first difference where a model is not the one that was calibrated."""
         if difference := self.fingerprint.difference(model):
@@ -84,7 +103,7 @@ class Profile:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        text = json.dumps({"schema": SCHEMA, **asdict(self), "fingerprint": self.fingerprint.to_dict()}, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -123,6 +142,12 @@ def read_profile(path: Path) -> Profile:
             traditional=tuple(tuple(map(float, row)) for row in data["traditional"]),
             errors=tuple(map(float, data["errors"])),
             about=dict(data["about"]),
+            curves={
+                name: Curve(
+                    tuple((float(mass), float(agreement)) for mass, agreement in curve["points"]), int(curve["prompts"])
+                )
+                for name, curve in data.get("curves", {}).items()
+            },
         )
     except KeyError as error:
         raise ProfileError(f"profile {path} lacks {error}. {WAY_OUT}") from None

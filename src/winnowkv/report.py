@@ -20,6 +20,7 @@ class Report:
     prompt_tokens: per row, padding not counted.
     kept_entries: per row, per compressed layer: entries kept of the prompt per KV head, mean over heads
         (a float only where heads keep different numbers).
+    kept_mass: per row, the share of the policy's importance scores behind the sinks that stays, mean over layers and heads.
     kept_bytes, full_bytes: keys and values of the prompt's entries at the end of prefill,
         after and without eviction; padding is in neither. Quantized entries count as they are stored,
         with scales and zero points; ``full_bytes`` is always in the model's precision.
@@ -35,9 +36,10 @@ class Report:
     """
 
     policy: str
-    budget: int | float
+    budget: int | float | str
     prompt_tokens: list[int] = field(default_factory=list)
     kept_entries: list[list[int | float]] = field(default_factory=list)
+    kept_mass: list[float] = field(default_factory=list)
     kept_bytes: int = 0
     full_bytes: int = 0
     held_bytes: int = 0

@@ -90,6 +90,28 @@ def attention_preference(attention: Probabilities, tau1: float, tau2: float) -> 
     return entropy ** (1 / tau1) * variance ** (1 / tau2)
 
 
+def expected_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+    """Attention of queries that stand behind all ``S`` keys on the first ``context`` of them, and the layer's preference.
+
+    Per token the root mean square over the queries, mean over each GQA group, ``[B, Hkv, context]``: a token that few
+    queries need much counts more than one that all need a little. The preference is that of :func:`attention_preference`.
+    """
+    grouped = queries.float().unflatten(1, (keys.shape[1], -1)) * scale
+    group, count = grouped.shape[2:4]
+    scores, entropy, variance = [], torch.zeros((), device=keys.device), torch.zeros((), device=keys.device)
+    for head in range(keys.shape[1]):  # one KV head at a time: no map is larger than [B, S, G * W]
+        logits = keys[:, head].float() @ grouped[:, head].flatten(1, 2).transpose(1, 2)
+        attention = logits.softmax(1)
+        normalizer = logits.amax(1) - attention.amax(1).log()
+        logits, attention = logits[:, :context], attention[:, :context]
+        square = attention.unflatten(2, (group, count)).square().mean(-1)
+        mean = attention.unflatten(2, (group, count)).mean(-1)
+        scores.append(square.sqrt().mean(-1))
+        entropy += (normalizer * attention.sum(1)).sum() - torch.dot(attention.flatten(), logits.flatten())
+        variance += (square - mean.square()).sum()
+    return torch.stack(scores, 1), entropy.clamp(min=0) * variance.clamp(min=0)
+
+
 def pool(scores: Scores, kernel: int, kind: PoolKind) -> Scores:
     """Smooth along the tokens so that neighbours of a peak stay too. ``kernel`` is odd; 1 changes nothing.
 

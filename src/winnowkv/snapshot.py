@@ -7,7 +7,7 @@ positions, and as metadata the lengths, the report and a fingerprint of the mode
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ PARTS = ("codes", "scales", "zeros")
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What must be equal for a cache to fit a model: its fingerprint and dtype (weights are not compared)."""
-    return {**asdict(Fingerprint.of(model)), "dtype": str(model.dtype)}
+    return {**Fingerprint.of(model).to_dict(), "dtype": str(model.dtype)}
 
 
 def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) -> None:

@@ -18,7 +18,7 @@ def audit(
     prompts: Annotated[
         list[Path] | None, typer.Option(help='JSONL rows {"prompt": ...}, or a text file as one prompt. May be repeated.')
     ] = None,
-    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "snapkv,windowkv",
+    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "winnow,snapkv",
     budgets: Annotated[str, typer.Option(help="Comma-separated: entries (256) or kept fractions (0.12).")] = "0.12,0.25,0.5",
     keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the full cache's tokens to keep.")] = 0.99,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a continuation.")] = 64,
@@ -40,6 +40,10 @@ def audit(
     data: Annotated[Path | None, typer.Option(help="Folder with the tasks' rows. Default: the hub.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Pass over the first prompts of each file and task.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of each file and task.")] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(help="Write the model's profile with what --budget auto expects of the policies, as measured here."),
+    ] = None,
     out: Out = Path("winnow-out/audit"),
     as_json: Json = False,
 ) -> None:
@@ -58,6 +62,10 @@ def audit(
     found = gather_prompts(prompts or [], names, data, skip, limit)
     specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
     settings(specs, asked)  # unknown policies are told before the model takes its time to load
+    if curves is not None:
+        from winnowkv.evaluate.auto import check_curves
+
+        check_curves(specs, asked)
     measure(
         model=model,
         float32=float32,
@@ -70,17 +78,27 @@ def audit(
         budgets=asked,
         max_new_tokens=max_new_tokens,
         max_context=max_context,
+        curves=curves,
     )
 
 
 def measure(
-    *, model: str, float32: bool | None, keep: float, out: Path, as_json: bool, chat: bool | None, **asked: Any
+    *,
+    model: str,
+    float32: bool | None,
+    keep: float,
+    out: Path,
+    as_json: bool,
+    chat: bool | None,
+    curves: Path | None = None,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Run an audit behind a progress bar and show its table and recommendation (or its JSON); returns the summary."""
     from rich.console import Console
 
     from winnowkv.cli.options import load_model, wants_chat
     from winnowkv.evaluate import audit as auditor
+    from winnowkv.evaluate.auto import write_curves
     from winnowkv.evaluate.recommend import write_summary
     from winnowkv.evaluate.store import ResultStore
 
@@ -99,11 +117,15 @@ def measure(
     finally:
         summary = write_summary(store, test.expected(), keep, config)
         store.close()
+    if curves is not None:
+        write_curves(curves, loaded, store.lines, test.expected())
     if as_json:
         json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
         print()
     else:
         show(summary, out)
+        if curves is not None:
+            print(f"-- curves for --budget auto:0.95:{curves} are in {curves}")
     return summary
 
 

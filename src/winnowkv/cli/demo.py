@@ -8,7 +8,7 @@ import typer
 
 from winnowkv.cli.options import Factorial, Json, Out
 
-POLICIES = "full,random,streaming,h2o,tova,snapkv,pyramidkv,adakv,headkv,cake,dynamickv,windowkv,compresskv"
+POLICIES = "full,winnow,random,streaming,h2o,tova,snapkv,pyramidkv,adakv,headkv,cake,dynamickv,windowkv,compresskv"
 NEEDLES = 2  # of the eight in the package: with three depths, six prompts, about four minutes on two cores
 
 

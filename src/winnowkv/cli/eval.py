@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from winnowkv.evaluate.recipes import Plan, Recipe
     from winnowkv.evaluate.run import Evaluation
 
-TASKS, POLICIES, BUDGETS = "longbench", "full,snapkv,windowkv", "0.12"
+TASKS, POLICIES, BUDGETS = "longbench", "full,winnow,snapkv", "0.12"
 OUT = Path("winnow-out")
 
 

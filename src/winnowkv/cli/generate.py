@@ -17,8 +17,10 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, --file or standard input is read.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     model: Model = "embedded",
-    policy: Annotated[str, typer.Option(help="Eviction policy, such as windowkv:group=6:window=8.")] = "snapkv",
-    budget: Annotated[str, typer.Option(help="Entries kept per layer (512) or kept fraction of the prompt (0.12).")] = "512",
+    policy: Annotated[str, typer.Option(help="Eviction policy, such as windowkv:group=6:window=8.")] = "winnow",
+    budget: Annotated[
+        str, typer.Option(help="Entries kept per layer (512), kept fraction of the prompt (0.12), or auto:0.95.")
+    ] = "512",
     task: Task = None,
     chat: Chat = None,
     decode_budget: Annotated[

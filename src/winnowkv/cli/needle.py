@@ -20,7 +20,7 @@ NEW_TOKENS = 24  # of an answer; of each of several
 
 def needle(
     model: Model = "embedded",
-    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "full,snapkv,windowkv",
+    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "full,winnow,snapkv",
     budgets: Annotated[str, typer.Option(help="Comma-separated: entries (128) or kept fractions (0.12).")] = "0.12,128",
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens, template and question included; 'max' is the model's limit.")

@@ -13,6 +13,8 @@ from winnowkv.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnowkv.budget import Asked
+
 T = TypeVar("T")
 
 Model = Annotated[str, typer.Option("--model", help="'embedded', 'gemma3-270m', a folder, or a hub id.")]
@@ -43,11 +45,11 @@ def numbers(text: str, kind: Callable[[str], T], option: str) -> list[T]:
     return list(dict.fromkeys(values))
 
 
-def budgets(text: str) -> list[int | float]:
+def budgets(text: str) -> list[Asked]:
     """A comma-separated list of budgets, as they were asked. Raises BudgetError for a bad one."""
     from winnowkv.budget import Budget
 
-    values: dict[Any, int | float] = {}
+    values: dict[Any, Asked] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         asked = Budget.of(part).asked
         values[type(asked), asked] = asked  # 1 entry and the fraction 1.0 are two budgets

@@ -20,6 +20,7 @@ from winnowkv.errors import BudgetError, InputError, ProfileError
 if TYPE_CHECKING:
     import torch
 
+    from winnowkv.budget import Asked
     from winnowkv.plan import Fit, MemoryPlan
     from winnowkv.policies import Policy
 
@@ -134,7 +135,7 @@ def weights_bytes(config: Any, parameters: int, dtype: torch.dtype) -> int:
 
 
 def settings(
-    made: MemoryPlan, specs: Sequence[str] | None, budgets: Sequence[int | float], quantize: Any
+    made: MemoryPlan, specs: Sequence[str] | None, budgets: Sequence[Asked], quantize: Any
 ) -> tuple[list[Fit], list[str]]:
     """The full cache, and every policy at every budget; and what was left out, with the reason.
 

@@ -14,11 +14,13 @@ from winnowkv.cli.options import Json
 def policies(as_json: Json = False) -> None:
     """List the eviction policies: what they keep, their options with defaults, their source."""
     from winnowkv.policies import names, policy_class
+    from winnowkv.policies.base import options as options_of
 
     rows: list[dict[str, Any]] = []
     for name in names():
         kind = policy_class(name)
-        options = {f.name: f.default for f in fields(kind)}
+        allowed = options_of(kind)
+        options = {f.name: f.default for f in fields(kind) if f.name in allowed}
         rows.append({"policy": name, "scope": kind.scope, "source": kind.source, "options": options})
     if as_json:
         print(json.dumps({"policies": rows}, indent=2))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from winnowkv.budget import Asked
 from winnowkv.cache import CompactCache
 from winnowkv.classify import task_profile
 from winnowkv.engine import extend, greedy_rows
@@ -104,7 +105,7 @@ class Audit:
 
     prompts: Sequence[AuditPrompt]
     policies: Sequence[str]
-    budgets: Sequence[int | float]
+    budgets: Sequence[Asked]
     chat: bool
     max_new_tokens: int = 64
     max_context: int | None = None
@@ -294,6 +295,7 @@ def costs(one: Kept, seconds: float, served: torch.dtype) -> Line:
         return as_codes + (total - as_codes) * served.itemsize // itemsize
 
     return {
+        "kept_mass": report.kept_mass[0],
         "kept_bytes": in_served(report.kept_bytes, codes),
         "full_bytes": in_served(report.full_bytes, 0),
         "held_bytes": in_served(report.held_bytes, held),

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from winnowkv.budget import Budget
+from winnowkv.budget import Asked, Budget
 from winnowkv.engine import Run, compress
 from winnowkv.errors import InputError
 from winnowkv.evaluate.protocol import middle_out
@@ -59,8 +59,8 @@ class WinnowLM(HFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel = "embedded",
-        policy: str = "snapkv",
-        budget: int | float = 512,
+        policy: str = "winnow",
+        budget: Asked = 512,
         task: str | None = None,
         dtype: str | None = None,
         device: str | None = None,

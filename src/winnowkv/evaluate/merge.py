@@ -84,7 +84,7 @@ def _fault(line: Any) -> str | None:
     for name in ALWAYS:
         if name not in line:
             return f"field {name!r} is missing, so it is no line of winnow eval"
-    if not _is_number(line["budget"]):
+    if not _is_number(line["budget"]) and not str(line["budget"]).startswith("auto"):
         return f"budget {line['budget']!r} is not a number"
     if line["score"] is not None and not _is_number(line["score"]):
         return f"score {line['score']!r} is neither a number nor null"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from winnowkv.budget import Budget
+from winnowkv.budget import Asked, Budget
 from winnowkv.cache import CompactCache
 from winnowkv.errors import InputError
 from winnowkv.evaluate.factorial import effects
@@ -56,7 +56,7 @@ class NeedleTest:
     """
 
     policies: Sequence[str]
-    budgets: Sequence[int | float]
+    budgets: Sequence[Asked]
     lengths: Sequence[int]
     depths: Sequence[float]
     needles: Sequence[Hidden]

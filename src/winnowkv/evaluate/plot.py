@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from winnowkv.budget import Asked, spoken
 from winnowkv.profile import Profile
 
 LABELS = {
@@ -78,7 +79,7 @@ def map_sections(groups: Sequence[dict[str, Any]]) -> list[list[list[dict[str, A
     evicting = [g for g in groups if g["evicts"]]
     policies, budgets = distinct(evicting, "policy"), distinct(evicting, "budget")
 
-    def panel(policy: str, budget: int | float) -> list[dict[str, Any]]:
+    def panel(policy: str, budget: Asked) -> list[dict[str, Any]]:
         return [g for g in evicting if g["policy"] == policy and same(g["budget"], budget)]
 
     if len(policies) >= len(budgets):
@@ -163,14 +164,14 @@ def distinct(groups: Sequence[dict[str, Any]], name: str) -> list[Any]:
     return list({(type(g[name]), g[name]): g[name] for g in groups}.values())
 
 
-def same(one: int | float, other: int | float) -> bool:
+def same(one: Asked, other: Asked) -> bool:
     """Whether two budgets are the same budget."""
     return type(one) is type(other) and one == other
 
 
-def budget_label(budget: int | float) -> str:
+def budget_label(budget: Asked) -> str:
     """A budget as people say it."""
-    return f"{100 * budget:g}% kept" if isinstance(budget, float) else f"{budget} entries"
+    return spoken(budget) + (" kept" if isinstance(budget, float) else "")
 
 
 def tokens_label(tokens: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from winnowkv.budget import spoken
 from winnowkv.evaluate.machine import machine, versions
 from winnowkv.evaluate.settings import Setting
 from winnowkv.evaluate.stats import mean_interval, small
@@ -148,10 +149,9 @@ def sentence(
 
 def name_of(group: Group) -> str:
     """A setting as one says it: ``snapkv at 12%``, ``snapkv at 128 entries``, ``int8``."""
-    budget = group["budget"]
     if group["whole"]:
         return str(group["policy"])
-    return f"{group['policy']} at " + (f"{100 * budget:g}%" if isinstance(budget, float) else f"{budget} entries")
+    return f"{group['policy']} at {spoken(group['budget'])}"
 
 
 def share_of(group: Group) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from winnowkv.budget import Budget
+from winnowkv.budget import Asked, Budget
 from winnowkv.classify import task_profile
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.evaluate.machine import machine, revision, versions
@@ -62,7 +62,7 @@ class Evaluation:
 
     tasks: tuple[str, ...]
     policies: tuple[str, ...]
-    budgets: tuple[int | float, ...]
+    budgets: tuple[Asked, ...]
     protocol: str = "official"
     model: str = "embedded"
     data: str | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from winnowkv.budget import Asked
 from winnowkv.cache import CompactCache
 from winnowkv.engine import extend, greedy_rows, prefill
 from winnowkv.errors import InputError, WinnowError
@@ -26,10 +27,10 @@ class Setting:
     """A policy spec and a budget, as they were asked."""
 
     policy: str
-    budget: int | float
+    budget: Asked
 
     @property
-    def key(self) -> tuple[str, str, int | float]:
+    def key(self) -> tuple[str, str, Asked]:
         """What tells two settings apart: 1 entry and the fraction 1.0 are two budgets."""
         return self.policy, type(self.budget).__name__, self.budget
 
@@ -65,7 +66,7 @@ class Answer:
     batch: int
 
 
-def settings(policies: Sequence[str], budgets: Sequence[int | float]) -> list[Setting]:
+def settings(policies: Sequence[str], budgets: Sequence[Asked]) -> list[Setting]:
     """Every policy at every budget; a policy that evicts nothing once. Raises PolicyError for an unknown policy."""
     if not policies or not budgets:
         raise InputError("nothing to compare: give at least one policy and one budget")

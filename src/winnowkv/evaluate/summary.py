@@ -12,6 +12,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from winnowkv.budget import Asked
 from winnowkv.evaluate.stats import mean_interval, paired, small
 
 Line = dict[str, Any]
@@ -28,7 +29,7 @@ def section_of(line: Line) -> tuple[str, str, str]:
     return line["protocol"], str(line["model"]), str(line["dtype"])
 
 
-def setting_of(line: Line) -> tuple[str, str, int | float]:
+def setting_of(line: Line) -> tuple[str, str, Asked]:
     """Policy and budget; 1 entry and the fraction 1.0 are two budgets."""
     return line["policy"], type(line["budget"]).__name__, line["budget"]
 
@@ -46,7 +47,7 @@ def budget_text(group: Line) -> str:
     return "all" if group["whole"] else asked_budget(group["budget"])
 
 
-def asked_budget(budget: int | float) -> str:
+def asked_budget(budget: Asked) -> str:
     """A budget as it was asked."""
     return f"{100 * budget:g}%" if isinstance(budget, float) else str(budget)
 

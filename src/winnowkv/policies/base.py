@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from winnowkv.budget import uniform
@@ -21,7 +21,14 @@ from winnowkv.fingerprint import Fingerprint
 from winnowkv.quantize import BITS, Quantization
 from winnowkv.select import top_tokens, with_recent, with_sinks
 from winnowkv.task import TaskProfile
-from winnowkv.types import Entries, Indices, Keys, Queries, Scores
+from winnowkv.types import Entries, HeadScores, Indices, Keys, Queries, Scores
+
+GIVEN = {"given": True}  # metadata of a field that for_model() or for_task() fills in, and no user
+
+
+def options(kind: type[Policy]) -> list[str]:
+    """What a user may ask of a policy, by name."""
+    return [each.name for each in fields(kind) if not each.metadata.get("given")]
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Policy:
     Class attributes
     ----------------
     evicts: False for what keeps everything.
-    by_task, by_profile: whether :meth:`for_task` needs a task, :meth:`for_model` a calibration profile.
+    by_task, by_profile: whether :meth:`for_task` makes use of a task, :meth:`for_model` needs a calibration profile.
     by_layout: whether :meth:`for_task` makes use of the prompt's layout.
     """
 
@@ -107,6 +114,15 @@ class Policy:
         """How many of the prompt's last queries :meth:`score` wants to see; the observation window for most."""
         return self.observe
 
+    @property
+    def hint(self) -> str | None:
+        """One line for the report on what would make the policy better; None where there is nothing to say."""
+        return None
+
+    def peak_entries(self, prompt: Prompt) -> int:
+        """Entries per KV head over all layers that are never passed while a prompt is read; all, where nobody says less."""
+        return prompt.layers * prompt.tokens
+
     def minimum_budget(self) -> int:
         """The smallest budget that leaves room for sinks and recent window."""
         return max(self.sinks + self.observe, 1)
@@ -132,10 +148,14 @@ class Policy:
         """Importance of each context token of one request, ``[1, H, C]``, from the last queries it reads."""
         raise TypeError(f"{type(self).__name__} does not define score()")
 
-    def shared(self, scores: Sequence[Scores], prompt: Prompt) -> Scores | None:
-        """What all layers seen so far choose by, together, ``[1, H, S]``; None where every layer has its own choice.
+    def hear(self, layer: int, queries: Queries, keys: Keys, scale: float) -> HeadScores | None:
+        """What this layer has to say on the tokens that all layers keep, ``[1, n, C]``; None where nothing is shared."""
+        return None
 
-        Where it is given all layers keep the same tokens, and tokens that are gone have a score of -1 in :meth:`select`.
+    def shared(self, heard: Sequence[HeadScores], prompt: Prompt, earlier: Indices | None) -> Indices | None:
+        """Context positions that win in every layer seen so far, ``[1, 1, n]``, from what these layers had to say.
+
+        ``earlier`` is what was shared before, and what came after is a part of it; None where everything was.
         """
         return None
 

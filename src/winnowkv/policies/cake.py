@@ -43,6 +43,10 @@ class CAKE(SnapKV):
         self.require("tau1", minimum=0.01)
         self.require("tau2", minimum=0.01)
 
+    def peak_entries(self, prompt: Prompt) -> int:
+        """The whole budget, shared by the layers seen, and the layer that is being read."""
+        return prompt.total + prompt.tokens
+
     def ceilings(self, prompt: Prompt) -> list[int]:
         """The first layer may hold everything that the budget allows."""
         return [prompt.tokens] * prompt.layers

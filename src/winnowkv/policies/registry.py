@@ -11,13 +11,12 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from winnowkv.errors import PolicyError
 from winnowkv.fingerprint import Fingerprint
-from winnowkv.policies.base import Policy
+from winnowkv.policies.base import Policy, options as options_of
 from winnowkv.task import TaskProfile
 
 GROUP = "winnowkv.policies"
@@ -71,7 +70,7 @@ def policy(name: str | Policy, **options: Any) -> Policy:
     given.update(options)
     kind = policy_class(head)
     hints = get_type_hints(kind)
-    allowed = [f.name for f in fields(kind)]
+    allowed = options_of(kind)
     for key in given:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
@@ -101,11 +100,14 @@ def split_policies(text: str) -> list[str]:
 def convert(head: str, key: str, value: Any, hint: Any) -> Any:
     """An option's value in the type its dataclass field declares. Raises PolicyError where it does not fit."""
     if get_origin(hint) in (Union, types.UnionType):
-        if value is None or value == "none":
+        if type(None) in get_args(hint) and (value is None or value == "none"):
             return None
         if not isinstance(value, str | bool) and any(
             isinstance(value, part) for part in get_args(hint) if isinstance(part, type)
         ):
+            return value
+        words = [word for part in get_args(hint) if get_origin(part) is Literal for word in get_args(part)]
+        if value in words:
             return value
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:

@@ -1,0 +1,494 @@
+"""What each part of the policy ``winnow`` is worth: the same prompts with one part changed, beside the published policies.
+
+``needles``: of the needle prompts that the full cache answers, how many each variant still answers. One depth a needle,
+0.1, 0.3, 0.5, 0.7, 0.9 in turn. The package's needles were used to choose the policy; ``--needles`` names others.
+
+``texts``: rows of ``winnow eval``'s tasks. Every variant is forced along the full cache's own greedy answer: how often
+is its token the likeliest, and how far are the probabilities apart (KL divergence)? Intervals are bootstrapped over rows,
+differences are to the published policy of ``--against`` whose KL is lowest at that budget, on the same rows.
+
+One recorded prefill serves all variants of a prompt. A run that was stopped goes on where it was.
+
+    python benchmarks/winnow_parts.py needles [--needles benchmarks/needles_report.jsonl] [--lengths 1000,3000] [--json]
+    python benchmarks/winnow_parts.py texts --tasks longbench_multi_news,longbench_gov_report --data DIR [--limit 10] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import winnowkv as wk
+from winnowkv.budget import Asked, uniform
+from winnowkv.classify import task_profile
+from winnowkv.cli.options import budgets as read_budgets, load_model, numbers
+from winnowkv.cli.progress import resumable
+from winnowkv.cli.tables import table_console
+from winnowkv.engine import extend, greedy_rows, prefill
+from winnowkv.errors import InputError, WinnowError
+from winnowkv.evaluate import needle as runner
+from winnowkv.evaluate.audit import agreement, fidelity
+from winnowkv.evaluate.machine import machine, revision, versions
+from winnowkv.evaluate.plot import same
+from winnowkv.evaluate.prompts import Needle, PromptBuilder, read_haystack, read_needles
+from winnowkv.evaluate.protocol import encode_row
+from winnowkv.evaluate.settings import Kept, Setting, batches, read_prompt
+from winnowkv.evaluate.stats import mean_interval, paired
+from winnowkv.evaluate.store import ResultStore, write_json
+from winnowkv.evaluate.tasks import find_tasks
+from winnowkv.fingerprint import Fingerprint
+from winnowkv.layout import read_layout
+from winnowkv.models import EMBEDDED, dtype_name, prompt_limit
+from winnowkv.policies import Policy, Prompt, expected, policy as make_policy
+from winnowkv.policies.expected import Expected
+from winnowkv.policies.winnow import Winnow
+from winnowkv.scores import attention_preference, causal_attention, expected_attention, group_reduce
+from winnowkv.task import Task, TaskProfile
+from winnowkv.types import Entries, Keys, Queries, Scores
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+TOGETHER = 24  # settings of a prompt whose caches are held at once
+FEWEST = 3  # tokens of an answer: the first is the prompt's own, and one alone has no variance
+DECIDING = ("policies", "prefill", "scores", "select", "budget", "layout", "rotation", "profile", "task")
+COLUMNS = {"needles": ("found",), "texts": ("rows", "same token", "KL, nats", "same token - best", "KL - best")}
+Line = dict[str, Any]
+Attention = Callable[[Queries, Keys, float, int], tuple[Scores, Tensor]]
+Found = tuple["Variant", Asked, list[Line]]
+Todo = Sequence[tuple["Variant", Asked]]
+Ask = tuple[Line, Callable[[Todo], Iterator[Line]]]  # a prompt: what stands in all of its lines, and who measures it
+
+
+def mean_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+    """The mean over the queries in place of the root mean square."""
+    grouped = queries.float().unflatten(1, (keys.shape[1], -1)) * scale
+    attention = (grouped @ keys.float()[:, :, None].mT).softmax(-1)
+    return attention[..., :context].mean((2, 3)), expected_attention(queries, keys, scale, context)[1]
+
+
+def normal_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+    """One normal distribution in place of the queries: the softmax of the expected ``exp(q k)``, arXiv 2510.00636.
+
+    The paper's norm of the values is left out: no other variant knows values.
+    """
+    grouped, keyed = queries.float().unflatten(1, (keys.shape[1], -1)) * scale, keys.float()[:, :, None]
+    center = grouped.mean(3, keepdim=True)
+    covariance = (grouped - center).mT @ (grouped - center) / grouped.shape[3]
+    logits = (keyed @ center.mT).squeeze(-1) + 0.5 * ((keyed @ covariance) * keyed).sum(-1)
+    return logits.softmax(-1)[..., :context].mean(2), expected_attention(queries, keys, scale, context)[1]
+
+
+def late_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+    """The last quarter of the samples only: the text's last queries."""
+    return expected_attention(queries[:, :, -(queries.shape[2] // 4) :], keys, scale, context)
+
+
+def even_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+    """The samples without their last quarter: those that lie evenly over the text."""
+    return expected_attention(queries[:, :, : -(queries.shape[2] // 4)], keys, scale, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Winnow):
+    """``winnow`` with a part changed that no option changes.
+
+    ``attention`` scores the moved queries; ``moved`` False leaves them where they stood; ``guessed`` looks for heads although
+    a profile names them; ``equal`` gives all layers the same budget.
+    """
+
+    attention: Attention = expected_attention
+    moved: bool = True
+    guessed: bool = False
+    equal: bool = False
+
+    def for_model(self, model: Fingerprint) -> Policy:
+        """As ``winnow``, without what this variant must not know."""
+        made = super().for_model(model)
+        return replace(made, rotation=made.rotation if self.moved else None, profile=None if self.guessed else made.profile)
+
+    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+        """As ``winnow``, by this variant's attention."""
+        with mock.patch.object(expected, "expected_attention", self.attention):
+            return super().score(layer, queries, keys, scale)
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+        """As ``winnow``, or the same for all layers."""
+        return uniform(len(held), prompt.budget) if self.equal else super().allocate(scores, held, prompt)
+
+
+class Heard(wk.CompactCache):
+    """A full cache that notes, layer by layer, how the answer's own queries attend to the prompt."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, "full", 1)
+        self.heard: list[tuple[Scores, Tensor]] = []
+
+    def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
+        """Behind the prompt: root mean square over the queries and the layer's preference, as ``expected`` has them."""
+        if self.report.prompt_tokens:
+            keys = self.layers[layer_idx].entries_in_use()[0]
+            attention = causal_attention(queries, keys, scale)[..., : self.report.prompt_tokens[0]]
+            scores = group_reduce(attention.square().mean(-2).sqrt(), keys.shape[1])
+            self.heard.append((scores, attention_preference(attention, 1, 1)))
+        super().observe(layer_idx, queries, scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Expected):
+    """``expected`` by the attention that the answer will really pay: the most that a better guess at its queries can give."""
+
+    heard: Sequence[tuple[Scores, Tensor]] = field(default=(), compare=False, repr=False)
+    equal: bool = False
+
+    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+        """What was heard, scaled as ``expected`` does."""
+        scores, preference = self.heard[layer]
+        scores = scores[..., : keys.shape[2] - self.window(keys.shape[2])]
+        return scores * (preference / scores.sum().clamp(min=1e-30))
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+        """As ``expected``, or the same for all layers."""
+        return uniform(len(held), prompt.budget) if self.equal else super().allocate(scores, held, prompt)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the tables.
+
+    ``task`` None: localization for needles, what the classifier says for texts. ``layout`` False: nobody has looked
+    where question and sentences are. ``tables``: where the row is worth its time.
+    """
+
+    label: str
+    policy: str | Policy
+    task: Task | None = None
+    layout: bool = True
+    tables: tuple[str, ...] = ("needles", "texts")
+
+    def profile(self, found: TaskProfile) -> TaskProfile:
+        """What this variant is told of a prompt."""
+        told = found if self.layout else replace(found, layout=None)
+        return told if self.task is None else replace(told, task=self.task, probability=None)
+
+
+PUBLISHED = ("snapkv", "cake", "compresskv", "headkv", "windowkv", "dynamickv", "pyramidkv", "streaming")
+# Where a text's task is aggregation winnow keeps no sentences: what concerns these is told localization there,
+# and to be compared with "sentences always".
+VARIANTS = (
+    Variant("winnow", "winnow"),
+    Variant("no sentences", "winnow", "aggregation"),
+    Variant("sentences always", "winnow", "localization", tables=("texts",)),
+    Variant("sentences only", "winnow:share=1.0", "localization"),
+    Variant("8 heads", "winnow:heads=8", "localization"),
+    Variant("32 heads", "winnow:heads=32", "localization"),
+    Variant("guessed heads", Part(guessed=True), "localization"),
+    Variant("not progressive", "winnow:progressive=false", "localization"),
+    Variant("no layout", "winnow", layout=False),
+    Variant("queries not moved", Part(moved=False)),
+    Variant("mean not rms", Part(attention=mean_attention)),
+    Variant("normal distribution", Part(attention=normal_attention)),
+    Variant("last queries only", Part(attention=late_attention, samples=1024)),  # a quarter of them: 256, as shipped
+    Variant("even queries only", Part(attention=even_attention, samples=340)),  # three quarters: 255
+    Variant("equal layers", Part(equal=True)),
+    Variant("64 samples", "winnow:samples=64"),
+    Variant("128 samples", "winnow:samples=128"),
+    Variant("512 samples", "winnow:samples=512"),
+    Variant("expected", "expected"),
+    *(Variant(name, name) for name in PUBLISHED),
+    Variant("oracle", Oracle(), tables=("texts",)),
+    Variant("oracle equal layers", Oracle(equal=True), tables=("texts",)),
+)
+
+
+def chosen(table: str, labels: str, also: Sequence[str] = ()) -> list[Variant]:
+    """The variants of a table, those named only, and ``also``. Raises InputError for a label that is none of them."""
+    known = {variant.label: variant for variant in VARIANTS if table in variant.tables}
+    wanted = [label.strip() for label in labels.split(",") if label.strip()]
+    for label in (*wanted, *also):
+        if label not in known:
+            raise InputError(f"variant {label!r} is unknown in the table {table!r}: it is one of {', '.join(known)}")
+    return [variant for label, variant in known.items() if not wanted or label in (*wanted, *also)]
+
+
+def code_digest() -> str:
+    """What tells results of one version of the policies from another's, commits or not."""
+    package = Path(wk.__file__).parent
+    files = [file for name in DECIDING for file in sorted((package / name).rglob("*.py")) or [package / f"{name}.py"]]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def keep(recorded: wk.CompactCache, variant: Variant, budget: Asked, found: TaskProfile, heard: Sequence[Any] = ()) -> Kept:
+    """What a variant keeps of a recorded prompt, or why it cannot."""
+    policy = replace(variant.policy, heard=heard) if isinstance(variant.policy, Oracle) else variant.policy
+    setting = Setting(variant.label, budget)
+    try:
+        # The task goes along: a replay asks the policy for its task once more, and would forget the layout.
+        return Kept(setting, recorded.replay(policy, budget, task=variant.profile(found)))
+    except WinnowError as error:
+        return Kept(setting, None, str(error))
+
+
+def parts(todo: Todo) -> Iterator[Todo]:
+    """As many settings as are held at once."""
+    return (todo[begin : begin + TOGETHER] for begin in range(0, len(todo), TOGETHER))
+
+
+def skipped(todo: Todo, reason: str) -> Iterator[Line]:
+    """Lines of a prompt that says nothing."""
+    return ({**asdict(Setting(variant.label, budget)), "skipped": reason} for variant, budget in todo)
+
+
+def needle_prompts(args: argparse.Namespace, model: Any, tokenizer: Any, haystack: str) -> list[Ask]:
+    """Every needle at every length, at one depth."""
+    builder = PromptBuilder(tokenizer, haystack, chat=bool(tokenizer.chat_template))
+    asked: list[Ask] = []
+    for length in numbers(args.lengths, int, "--lengths"):
+        for at, needle in enumerate(read_needles(args.needles)):
+            frame = {"length": length, "depth": DEPTHS[at % len(DEPTHS)], **asdict(needle)}
+            builder.build(needle, length, frame["depth"])  # complains now where the haystack or the length is too short
+            asked.append((frame, partial(measure_needle, model, tokenizer, builder, needle, frame, args.max_new_tokens)))
+    return asked
+
+
+def measure_needle(
+    model: Any, tokenizer: Any, builder: PromptBuilder, needle: Needle, frame: Line, limit: int, todo: Todo
+) -> Iterator[Line]:
+    """What each setting answers, as lines of ``winnow needle`` have it, where the full cache answers rightly."""
+    ids = builder.build(needle, frame["length"], frame["depth"])
+    found = TaskProfile("localization", layout=read_layout(tokenizer, ids))
+    read = read_prompt(model, ids, {"whole": make_policy("expected")})
+    reading = runner.Reading(model, tokenizer, *read, needle.answers, limit, runner.stop_tokens(model, tokenizer))
+    ((_, full),) = reading.answer([(Setting("full", 1), reading.cache.replay("full", 1))])
+    if not full["correct"]:
+        yield from skipped(todo, "not answered by the full cache")
+        return
+    for part in parts(todo):
+        kept = [keep(reading.cache, variant, budget, found) for variant, budget in part]
+        yield from ({**asdict(one.setting), "failed": one.failed} for one in kept if one.cache is None)
+        for setting, line in reading.answer([(one.setting, one.cache) for one in kept if one.cache is not None]):
+            yield {**asdict(setting), **line}
+
+
+def text_prompts(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Ask]:
+    """Rows of the tasks, as ``winnow eval`` reads them."""
+    limit, asked = prompt_limit(model, args.max_new_tokens, args.max_context), []
+    for task in find_tasks([name.strip() for name in args.tasks.split(",") if name.strip()]):
+        for row in task.rows(args.data)[args.skip : args.skip + args.limit]:
+            encoded = encode_row(row, task, tokenizer, "official", limit, bool(tokenizer.chat_template))
+            frame = {"task": task.name, "row": row.id, "prompt_tokens": len(encoded.ids), "truncated_tokens": encoded.truncated}
+            found = replace(task_profile(encoded.context), layout=read_layout(tokenizer, encoded.ids))
+            asked.append((frame, partial(measure_text, model, tokenizer, encoded.ids, found, args.max_new_tokens)))
+    return asked
+
+
+def measure_text(model: Any, tokenizer: Any, ids: list[int], found: TaskProfile, limit: int, todo: Todo) -> Iterator[Line]:
+    """How near each setting comes to the full cache's own answer."""
+    stop, seen = runner.stop_tokens(model, tokenizer), len(ids)
+    recorded, logits, _ = read_prompt(model, ids, {"whole": make_policy("expected")})
+    (tokens,) = greedy_rows(model, recorded.replay("full", 1), logits, [seen], limit, lambda made: made[-1] in stop)
+    if tokens is None or len(tokens) < FEWEST:
+        yield from skipped(todo, f"the full cache's answer has fewer than {FEWEST} tokens, or a logit is not a number")
+        return
+    listening = Heard(model)  # a prefill of its own: a cache that has gone on cannot be replayed
+    prefill(model, torch.tensor([ids], device=model.device), listening)
+    truth = extend(model, listening, torch.tensor([tokens[:-1]], device=model.device), [seen])[0]
+    full = {
+        "answer": tokenizer.decode(tokens), "compared_tokens": len(tokens) - 1, "classified": found.task,
+        "full_agreement": agreement(truth, tokens[1:]).float().mean().item(),
+    }  # fmt: skip
+    for part in parts(todo):
+        kept = [keep(recorded, variant, budget, found, listening.heard) for variant, budget in part]
+        yield from ({**asdict(one.setting), **full, "failed": one.failed} for one in kept if one.cache is None)
+        for batch in batches(kept):
+            bytes_of = [{"kept_bytes": one.cache.report.kept_bytes, "full_bytes": one.cache.report.full_bytes} for one in batch]
+            rows = fidelity(model, [one.cache for one in batch], truth, tokens, seen)
+            for one, size, row in zip(batch, bytes_of, rows, strict=True):
+                yield {**asdict(one.setting), **full, **size, **row}
+
+
+def text_identity(line: Line) -> Hashable:
+    """What tells two lines of texts apart."""
+    return (line["task"], line["row"], *Setting(line["policy"], line["budget"]).key)
+
+
+def run(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) -> None:
+    """Measure what the store does not hold yet, prompt by prompt."""
+    every = [(variant, budget) for variant in args.chosen for budget in args.budgets]
+    stamp = {"versions": versions(), "git": revision()}
+    with resumable(Console(stderr=True), store, args.table, len(prompts) * len(every)) as advance:
+        for number, (frame, measure) in enumerate(prompts, 1):
+            todo = [(v, b) for v, b in every if not store.has(args.key({**frame, **asdict(Setting(v.label, b))}))]
+            for _ in range(len(every) - len(todo)):
+                advance("done before")
+            for line in measure(todo) if todo else ():
+                store.add({**frame, **line, **stamp})
+                advance(f"prompt {number} of {len(prompts)}")
+
+
+def lines_by_setting(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) -> Iterator[Found]:
+    """Every setting with its lines, of the prompts on which all settings of its budget have a number.
+
+    A setting that has none at all (a budget below its window) holds the others back from nothing.
+    """
+    lines = {args.key(line): line for line in store.lines}
+    for budget in args.budgets:
+        found = {}
+        for variant in args.chosen:
+            setting = asdict(Setting(variant.label, budget))
+            mine = {at: lines.get(args.key({**frame, **setting})) for at, (frame, _) in enumerate(prompts)}
+            found[variant] = {at: line for at, line in mine.items() if line and not (line.get("skipped") or line.get("failed"))}
+        common = set.intersection(*({*numbered} for numbered in found.values() if numbered), set(range(len(prompts))))
+        for variant, numbered in found.items():
+            yield variant, budget, [line for at, line in numbered.items() if at in common]
+
+
+def needle_rows(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) -> list[Line]:
+    """Found of n, for each setting."""
+    return [
+        {**asdict(Setting(variant.label, budget)), "prompts": len(lines), "found": sum(line["correct"] for line in lines)}
+        for variant, budget, lines in lines_by_setting(args, store, prompts)
+    ]
+
+
+def text_rows(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) -> list[Line]:
+    """Means with intervals for each setting, and differences to the best of ``--against`` at its budget."""
+    found, rows = list(lines_by_setting(args, store, prompts)), []
+    for variant, budget, lines in found:
+        rivals = [(v.label, theirs) for v, b, theirs in found if v.label in args.against and same(b, budget) and theirs]
+        best, theirs = min(rivals, key=lambda rival: mean_of(rival[1], "kl_mean")[0], default=(None, lines))
+        row = {**asdict(Setting(variant.label, budget)), "prompts": len(lines), "against": best}
+        for metric in ("agreement", "kl_mean"):
+            old, new = ([line[metric] for line in side] for side in (theirs if lines else [], lines))
+            apart = paired(old, new, strata=[line["task"] for line in lines])
+            difference = plain(apart.mean_difference, apart.low, apart.high)
+            row |= {metric: plain(*mean_of(lines, metric)), f"{metric}_difference": difference}
+        rows.append(row)
+    return rows
+
+
+def plain(*numbers: float) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(number) else number for number in numbers]
+
+
+def mean_of(lines: Sequence[Line], metric: str) -> tuple[float, float, float]:
+    """The mean over tasks, and its interval."""
+    return mean_interval([line[metric] for line in lines], strata=[line["task"] for line in lines])
+
+
+def show(summary: Line) -> None:
+    """The table: settings below each other, a section for each budget."""
+    where, of, rows = summary["machine"], summary["config"], summary["rows"]
+    ran = f"{of['model']} in {of['dtype']}, {where['accelerator'] or where['processor']}, {where['threads']} threads"
+    table = Table(title=f"Parts of winnow, {summary['table']}: {ran}", box=box.SIMPLE_HEAD)
+    for column in ("variant", "budget", *COLUMNS[summary["table"]]):
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        cells = text_cells(row) if "kl_mean" in row else [f"{row['found']} of {row['prompts']}"]
+        ends = after is not None and not same(after["budget"], row["budget"])
+        table.add_row(row["policy"], str(row["budget"]), *cells, end_section=ends)
+    console = table_console(150)
+    console.print(table)
+    for budget, best in {str(row["budget"]): row.get("against") for row in rows}.items():
+        if best:
+            console.print(f"best published by KL at {budget}: {best}")
+    console.print(
+        f"{summary['prompts']} prompts asked, counted are those with a number everywhere; files in {summary['folder']}"
+    )
+
+
+def text_cells(row: Line) -> list[str]:
+    """Rows, both means and both differences, each with its interval."""
+    if not row["prompts"]:
+        return ["0", *["-"] * 4]
+    forms = {"agreement": "{:.1f}%", "kl_mean": "{:.3f}", "agreement_difference": "{:+.1f}", "kl_mean_difference": "{:+.3f}"}
+    return [str(row["prompts"]), *(interval(row[name], form, 100 if "agree" in name else 1) for name, form in forms.items())]
+
+
+def interval(numbers: Sequence[float | None], form: str, times: int) -> str:
+    """A mean and its interval, without one where a single row cannot tell."""
+    center, *ends = (form.format(times * number) for number in numbers if number is not None)
+    return f"{center} ({' to '.join(ends)})" if ends else center
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = parser.add_subparsers(dest="table", required=True)
+    needles, texts = tables.add_parser("needles"), tables.add_parser("texts")
+    needles.add_argument("--needles", type=Path, help="JSONL with needle, question, answer; default: the package's")
+    needles.add_argument("--haystack", type=Path, help="a text file or a folder with .txt in it; default: the package's essays")
+    needles.add_argument("--lengths", default="1000,3000")
+    texts.add_argument("--tasks", default="longbench_multi_news,longbench_gov_report")
+    texts.add_argument("--data", type=Path, help="folder with the tasks' rows; default: the hub")
+    texts.add_argument("--limit", type=int, default=10, help="rows a task")
+    texts.add_argument("--skip", type=int, default=0, help="pass over the first rows of each task")
+    texts.add_argument("--max-context", type=int, help="most prompt tokens; longer prompts lose their middle")
+    texts.add_argument(
+        "--against", default="cake,compresskv,snapkv", help="of these the one with the lowest KL is compared with"
+    )
+    for table, new_tokens in ((needles, 24), (texts, 64)):
+        table.add_argument("--model", default=EMBEDDED)
+        table.add_argument("--variants", default="", help="comma-separated labels; default: all")
+        table.add_argument("--budgets", default="0.12,128,64")
+        table.add_argument("--max-new-tokens", type=int, default=new_tokens)
+        table.add_argument("--out", type=Path, help="default: winnow-out/parts-needles or winnow-out/parts-texts")
+        table.add_argument("--json", action="store_true", help="print the summary as JSON and nothing else")
+    args = parser.parse_args(words)
+    args.out = args.out or Path(f"winnow-out/parts-{args.table}")
+    args.budgets = read_budgets(args.budgets)
+    args.against = [name.strip() for name in args.against.split(",") if name.strip()] if args.table == "texts" else []
+    args.chosen = chosen(args.table, args.variants, args.against)
+    return args
+
+
+def main(args: argparse.Namespace) -> Line:
+    """Measure, write, show."""
+    model, tokenizer = load_model(args.model)
+    config = {"benchmark": f"winnow_parts {args.table}", "model": args.model, "dtype": dtype_name(model.dtype),
+              "max_new_tokens": args.max_new_tokens, "code": code_digest()}  # fmt: skip
+    if args.table == "needles":
+        haystack = read_haystack(args.haystack)
+        config["haystack_sha256"] = hashlib.sha256(haystack.encode()).hexdigest()
+        args.key, prompts, rows_of = runner.identity, needle_prompts(args, model, tokenizer, haystack), needle_rows
+    else:
+        config["max_context"] = args.max_context
+        args.key, prompts, rows_of = text_identity, text_prompts(args, model, tokenizer), text_rows
+    store = ResultStore(args.out, config, args.key)
+    try:
+        run(args, store, prompts)
+    finally:
+        summary = {
+            "table": args.table, "prompts": len(prompts), "rows": rows_of(args, store, prompts), "folder": str(args.out),
+            "config": config, "machine": machine(), "versions": versions(), "git": revision(),
+        }  # fmt: skip
+        write_json(args.out / "summary.json", summary)
+        store.close()
+    if args.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        show(summary)
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except WinnowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

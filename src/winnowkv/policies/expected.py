@@ -1,0 +1,107 @@
+"""Expected: tokens that the text's own queries would attend to from where the answer will stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from winnowkv.budget import apportion
+from winnowkv.fingerprint import Fingerprint
+from winnowkv.policies.base import GIVEN, Policy, Prompt
+from winnowkv.rotation import Rotation
+from winnowkv.scores import expected_attention
+from winnowkv.select import with_recent, with_sinks
+from winnowkv.types import Entries, Indices, Keys, Queries, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected(Policy):
+    """Top tokens per KV head by the attention of ``samples`` queries of the text, moved behind the prompt; no question needed.
+
+    What the answer's queries will look like is taken from the text itself, as in Expected Attention (arXiv 2510.00636).
+    Departures: single queries, three quarters of them evenly over the text and a quarter its last ones, are turned to one
+    of the ``ahead`` positions behind the prompt each, where the paper fits one normal distribution to all (measured worse,
+    docs/winnow-policy.md); a token scores their root mean square; layers share the budget as in CAKE (arXiv 2503.12491),
+    by entropy and variance of the same attention, so that never more than the budget and one layer is held. Where a
+    model's rotation is not known (or it has none) the queries stay as they are.
+    """
+
+    name: ClassVar[str] = "expected"
+    source: ClassVar[str] = "after Expected Attention, arXiv 2510.00636, and CAKE, arXiv 2503.12491"
+    scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's attention"
+
+    sinks: int = 4
+    observe: int = 32
+    samples: int = 256
+    ahead: int = 128
+    rotation: Rotation | None = field(default=None, metadata=GIVEN)  # by for_model()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("samples", minimum=4)
+        self.require("ahead", minimum=1)
+
+    def for_model(self, model: Fingerprint) -> Policy:
+        """The policy with the model's rotation."""
+        return replace(self, rotation=model.rotation or self.rotation)
+
+    def reads(self, tokens: int) -> int:
+        """All: the samples lie anywhere."""
+        return tokens
+
+    def window(self, tokens: int) -> int:
+        """The last tokens, that do not compete."""
+        return self.observe
+
+    def recent(self, prompt: Prompt) -> int:
+        """Those of them that stay."""
+        return self.observe
+
+    def always(self, prompt: Prompt) -> int:
+        """What every layer keeps before layers compete: sinks and recent tokens."""
+        return self.sinks + self.recent(prompt)
+
+    def peak_entries(self, prompt: Prompt) -> int:
+        """The whole budget, shared by the layers seen, and the layer that is being read."""
+        return prompt.total + prompt.tokens
+
+    def ceilings(self, prompt: Prompt) -> list[int]:
+        """The first layer may hold everything that the budget allows."""
+        return [prompt.tokens] * prompt.layers
+
+    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+        """Attention of the moved queries, ``[1, Hkv, C]``; scaled so that its sum is the layer's preference."""
+        tokens = keys.shape[2]
+        context = tokens - self.window(tokens)
+        late = min(self.samples // 4, context)
+        early = min(self.samples - late, context)
+        first = min(self.sinks, context - 1)
+        here = torch.cat([torch.linspace(first, context - 1, early).long(), torch.arange(context - late, context)])
+        there = torch.cat([torch.linspace(0, self.ahead - 1, early).long(), torch.arange(late)]) + tokens
+        moved = queries[:, :, here.to(queries.device)]
+        if self.rotation is not None:
+            moved = self.rotation.turn(moved, (there - here).to(queries.device))
+        scores, preference = expected_attention(moved, keys, scale, context)
+        # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
+        return scores * (preference / scores.sum().clamp(min=1e-30))
+
+    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+        """After every layer the layers seen so far share the whole budget."""
+        return self.allocate(scores, held, prompt)
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+        """In proportion to the preferences, above what every layer keeps; the sum is exact once all layers are there."""
+        always = min(self.always(prompt), prompt.budget)
+        caps = [int(entries) - always for entries in held]
+        total = min((prompt.budget - always) * prompt.layers, sum(caps))
+        return [always + more for more in apportion([float(layer.sum()) for layer in scores], total, caps)]
+
+    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
+        """Sinks, the best tokens, the recent ones."""
+        recent = max(self.recent(prompt), int(entries) - scores.shape[-1])
+        # topk, not a stable sort: earlier layers choose anew with every layer that is read.
+        best = with_sinks(scores, self.sinks).topk(int(entries) - recent, sorted=False).indices.sort(dim=-1).values
+        return with_recent(best, prompt.tokens, recent)

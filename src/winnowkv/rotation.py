@@ -1,0 +1,37 @@
+"""How a model turns queries and keys by their position (RoPE): what a query would see from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) of the first ``2 * len(frequencies)`` dimensions of a head.
+
+    Attributes
+    ----------
+    frequencies: radians a position, for each pair of dimensions.
+    interleaved: pairs are neighbours, as in GLM and Cohere; else a dimension's partner is half the turned part away.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+
+    def turn(self, states: Float[Tensor, "B H k D"], by: Float[Tensor, " k"]) -> Float[Tensor, "B H k D"]:
+        """Queries or keys that were turned for their own positions, moved ``by`` so many positions; float32."""
+        angle = by.float()[:, None] * torch.tensor(self.frequencies, device=states.device)
+        cos, sin = angle.cos(), angle.sin()
+        size = 2 * len(self.frequencies)
+        turned, rest = states[..., :size].float(), states[..., size:].float()
+        if self.interleaved:
+            first, second = turned[..., 0::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, -1)
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
+        return torch.cat([turned, rest], -1)
