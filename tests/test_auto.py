@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import winnowkv as wk
-from conftest import PROMPT, prompt, random_profile
+from conftest import PROMPT, ROOT, prompt, random_profile
 from reference import positions, same_positions
 from winnowkv.budget import Budget, spoken
 from winnowkv.curve import Curve, fit_curve
@@ -187,3 +189,33 @@ def test_few_prompts_make_no_curve() -> None:
 
 def test_what_is_kept_whole_has_all_the_mass(llama: Any) -> None:
     assert read(llama, "snapkv:observe=4", 1.0).report.kept_mass == [1.0]
+
+
+def promise_script() -> Any:
+    """benchmarks/auto_promise.py as a module."""
+    spec = importlib.util.spec_from_file_location("auto_promise", ROOT / "benchmarks" / "auto_promise.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_what_was_promised(tmp_path: Path) -> None:
+    script = promise_script()
+    lines = [
+        {**line("winnow", at, 0.5, 0.7 + 0.1 * at), "budget": budget, "kept_bytes": 3 + at, "full_bytes": 10}
+        for at in range(3)
+        for budget in ("auto:0.8", "auto:0.9:p.json", 0.5)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    rows = script.promises(tmp_path)
+    assert [(row["target"], row["prompts"]) for row in rows] == [(0.8, 3), (0.9, 3)]
+    assert rows[0]["agreement"] == pytest.approx(0.8)
+    assert rows[0]["kept"] == pytest.approx(0.4)
+    script.draw(rows, tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    (tmp_path / "results.jsonl").write_text(json.dumps({**lines[0], "budget": 0.5}) + "\n")
+    with pytest.raises(wk.InputError, match="no line of a budget auto"):
+        script.promises(tmp_path)

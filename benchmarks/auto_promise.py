@@ -1,0 +1,93 @@
+"""What ``budget="auto"`` promised and what came of it, as a picture: one point a prompt, and the mean of each target.
+
+winnow audit --prompts MINE --policies winnow --budgets 0.05,0.12,0.25,0.5,0.75,0.9 --curves p.json
+winnow audit --prompts OTHERS --policies winnow --budgets auto:0.8:p.json,auto:0.9:p.json,auto:0.95:p.json --out DIR
+python benchmarks/auto_promise.py DIR [--out docs/auto_promise.svg] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from winnowkv.budget import Budget
+from winnowkv.errors import InputError
+from winnowkv.evaluate.stats import mean_interval
+from winnowkv.evaluate.store import parse_lines
+
+
+def promises(folder: Path) -> list[dict[str, Any]]:
+    """By policy and target: prompts, realised agreement with a 95% interval, mean kept share of the bytes."""
+    file = folder / "results.jsonl"
+    if not file.is_file():
+        raise InputError(f"{folder} holds no results.jsonl: give a folder that winnow audit wrote")
+    found = defaultdict(list)
+    for line in parse_lines(file, file.read_text(encoding="utf-8")):
+        target = Budget.of(line["budget"]).target
+        if target is not None and line["failed"] is None and line["compared_tokens"]:
+            found[line["policy"], target].append((line["agreement"], line["kept_bytes"] / line["full_bytes"]))
+    if not found:
+        raise InputError(f"{folder} holds no line of a budget auto: ask for --budgets auto:0.9:p.json")
+    rows = []
+    for (policy, target), values in sorted(found.items()):
+        agreements = [agreement for agreement, _ in values]
+        average, low, high = mean_interval(agreements)
+        rows.append(
+            {
+                "policy": policy, "target": target, "prompts": len(values), "agreement": average, "low": low, "high": high,
+                "kept": mean(kept for _, kept in values), "agreements": agreements,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """One picture, an SVG and a PNG of the same name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.2), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    lowest = min(min(row["agreements"]) for row in rows)
+    panel.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1, label="as promised")
+    for row in rows:
+        targets = [row["target"]] * row["prompts"]
+        panel.plot(targets, row["agreements"], "o", color="tab:blue", alpha=0.35, markersize=4)
+        error = [[row["agreement"] - row["low"]], [row["high"] - row["agreement"]]]
+        panel.errorbar([row["target"]], [row["agreement"]], yerr=error, fmt="s", color="tab:red", capsize=3)
+    panel.set(xlabel="promised share of the full cache's tokens", ylabel="realised share, each prompt and mean")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    for suffix in (".svg", ".png"):
+        figure.savefig(out.with_suffix(suffix), metadata={"Date": None} if suffix == ".svg" else None, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/auto_promise.svg"))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    try:
+        rows = promises(args.folder)
+    except InputError as error:
+        sys.exit(f"auto_promise: {error}")
+    draw(rows, args.out)
+    if args.json:
+        print(json.dumps({"rows": rows}, indent=2))
+        return
+    for row in rows:
+        print(
+            f"{row['policy']} auto:{row['target']:g}: {100 * row['agreement']:.1f}% "
+            f"({100 * row['low']:.1f} to {100 * row['high']:.1f}) on {row['prompts']} prompts, {100 * row['kept']:.0f}% kept"
+        )
+
+
+if __name__ == "__main__":
+    main()
