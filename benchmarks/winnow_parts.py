@@ -236,7 +236,7 @@ def keep(recorded: wk.CompactCache, variant: Variant, budget: Asked, found: Task
     policy = replace(variant.policy, heard=heard) if isinstance(variant.policy, Oracle) else variant.policy
     setting = Setting(variant.label, budget)
     try:
-        # The task goes along: a replay asks the policy for its task once more, and would forget the layout.
+        # The task goes along: only the replay decides it, since a variant may be told another one.
         return Kept(setting, recorded.replay(policy, budget, task=variant.profile(found)))
     except WinnowError as error:
         return Kept(setting, None, str(error))

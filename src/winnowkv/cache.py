@@ -22,7 +22,6 @@ from winnowkv.attention import BYPASSED, TAG, acquire, check_model, is_routed, k
 from winnowkv.budget import Budget
 from winnowkv.decode import check_decode_budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
-from winnowkv.fingerprint import Fingerprint
 from winnowkv.layer import CompactLayer
 from winnowkv.policies import Policy, Prompt, Tasks, resolve
 from winnowkv.prefill import AutoPlan, PrefillPlan
@@ -78,7 +77,8 @@ class CompactCache(Cache):
         check_model(model)
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
-        self.policies = resolve(policy, known(model), task)
+        fingerprint = known(model)
+        self.policies = resolve(policy, fingerprint, task)
         if quantize is not None:
             self.policies = [replace(made, quantize=quantize) for made in self.policies]
         self._stored = self.policies[0].quantize
@@ -87,7 +87,7 @@ class CompactCache(Cache):
         self.budget = Budget.of(budget)
         self._curve = None
         if self.budget.target is not None and self.policies[0].evicts:
-            self._curve = find_profile(self.budget.profile, Fingerprint.of(model)).curve(self.policies[0].name)
+            self._curve = find_profile(self.budget.profile, fingerprint).curve(self.policies[0].name)
         self._asked = policy if isinstance(policy, str) else policy.name
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.

@@ -117,14 +117,14 @@ def measure(
     finally:
         summary = write_summary(store, test.expected(), keep, config)
         store.close()
-    if curves is not None:
-        write_curves(curves, loaded, store.lines, test.expected())
     if as_json:
         json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
         print()
     else:
         show(summary, out)
-        if curves is not None:
+    if curves is not None:  # last: where there are too few prompts for a curve the table is not lost
+        write_curves(curves, loaded, store.lines, test.expected())
+        if not as_json:
             print(f"-- curves for --budget auto:0.95:{curves} are in {curves}")
     return summary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -134,7 +135,7 @@ class Winnow(Expected):
         _, _, ends, longest = self.place(tokens)
         return span_owner(scores.shape[-1], (self.sinks, *ends), longest).to(scores.device)
 
-    @property
+    @cached_property  # every layer asks, and the heads of a model never change
     def chosen(self) -> Sequence[tuple[int, int]]:
         """The heads as ``(layer, head)``; none without a profile."""
         if not isinstance(self.profile, Profile):
