@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from winnowkv.budget import apportion
 from winnowkv.policies.base import Prompt
+from winnowkv.policies.cascade import Cascade
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.scores import GroupKind, PoolKind, attention_preference, group_reduce, pool, window_probabilities
 from winnowkv.types import Entries, Keys, Queries, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAKE(SnapKV):
+class CAKE(Cascade, SnapKV):
     """Preference ``H^(1/tau1) V^(1/tau2)`` of each layer, budgets handed on in a cascade (arXiv 2503.12491, section 4).
 
     ``H`` is the entropy of the window's attention on the context, ``V`` its variance over the
@@ -43,14 +44,6 @@ class CAKE(SnapKV):
         self.require("tau1", minimum=0.01)
         self.require("tau2", minimum=0.01)
 
-    def peak_entries(self, prompt: Prompt) -> int:
-        """The whole budget, shared by the layers seen, and the layer that is being read."""
-        return prompt.total + prompt.tokens
-
-    def ceilings(self, prompt: Prompt) -> list[int]:
-        """The first layer may hold everything that the budget allows."""
-        return [prompt.tokens] * prompt.layers
-
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
         """Mean plus variance, pooled, ``[1, Hkv, C]``; scaled so that their sum is the layer's preference."""
         attention = window_probabilities(queries, keys, scale)
@@ -58,10 +51,6 @@ class CAKE(SnapKV):
         scores = group_reduce(pool(tokens, self.kernel, self.pooling), keys.shape[1], self.group_by)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (attention_preference(attention, self.tau1, self.tau2) / scores.sum().clamp(min=1e-30))
-
-    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """After every layer the layers seen so far share the whole budget."""
-        return self.allocate(scores, held, prompt)
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
         """In proportion to the preferences; the sum is exact once all layers are there."""

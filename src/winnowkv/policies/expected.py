@@ -11,6 +11,7 @@ import torch
 from winnowkv.budget import apportion
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies.base import GIVEN, Policy, Prompt
+from winnowkv.policies.cascade import Cascade
 from winnowkv.rotation import Rotation
 from winnowkv.scores import expected_attention
 from winnowkv.select import with_recent, with_sinks
@@ -18,7 +19,7 @@ from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected(Policy):
+class Expected(Cascade, Policy):
     """Top tokens per KV head by the attention of ``samples`` queries of the text, moved behind the prompt; no question needed.
 
     What the answer's queries will look like is taken from the text itself, as in Expected Attention (arXiv 2510.00636).
@@ -64,14 +65,6 @@ class Expected(Policy):
         """What every layer keeps before layers compete: sinks and recent tokens."""
         return self.sinks + self.recent(prompt)
 
-    def peak_entries(self, prompt: Prompt) -> int:
-        """The whole budget, shared by the layers seen, and the layer that is being read."""
-        return prompt.total + prompt.tokens
-
-    def ceilings(self, prompt: Prompt) -> list[int]:
-        """The first layer may hold everything that the budget allows."""
-        return [prompt.tokens] * prompt.layers
-
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
         """Attention of the moved queries, ``[1, Hkv, C]``; scaled so that its sum is the layer's preference."""
         tokens = keys.shape[2]
@@ -87,10 +80,6 @@ class Expected(Policy):
         scores, preference = expected_attention(moved, keys, scale, context)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
-
-    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """After every layer the layers seen so far share the whole budget."""
-        return self.allocate(scores, held, prompt)
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
         """In proportion to the preferences, above what every layer keeps; the sum is exact once all layers are there."""
