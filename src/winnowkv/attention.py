@@ -28,6 +28,7 @@ NAME = "winnow"  # our key in transformers' two registries
 TAG = "_winnow"  # attribute of a compact cache's keys: (cache, layer index)
 # The mask socket sees no cache, only its sizes: this offset, which no other cache reports, marks ours.
 COMPACT_OFFSET = -(2**40)
+SLOT_OFFSET = -(2**41)  # and this one slots, whose mask no 2D mask could say
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone when nobody needs it any more
 EXTRAS = ("softcap", "s_aux", "sinks", "position_bias")  # terms that plain SDPA does not compute
 UNTURNED = ("no_rope_layers", "no_rope_layer_interval")  # options of configs in which some layers know no positions
@@ -44,6 +45,8 @@ _lock = threading.Lock()
 
 def winnow_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Mask socket. For compact caches the 2D padding mask goes through as it is (None where nothing is padded)."""
+    if kwargs.get("kv_offset") == SLOT_OFFSET:
+        return None
     if kwargs.get("kv_offset") != COMPACT_OFFSET:
         return sdpa_mask(*args, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:

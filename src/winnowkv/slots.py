@@ -1,0 +1,373 @@
+"""Compact slots: the caches of several requests side by side, in place; one forward pass is one decode step of all.
+
+Nothing is concatenated and nothing gathered while tokens are generated: a new entry is written into its column, and
+the mask is what the columns say. With cache.py, layer.py and attention.py the only files that know the internals of
+transformers.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from winnowkv.attention import SLOT_OFFSET, TAG, acquire, release
+from winnowkv.cache import CompactCache
+from winnowkv.engine import prefill
+from winnowkv.errors import CacheError, UnsupportedModelError
+from winnowkv.types import Padding, Valid
+
+BLOCK = 64  # columns added where generation outlives its room
+BUCKET = 128  # fewest columns of a compiled step; above it doubles, with a step between
+GRAPHS = 64  # shapes that a process may compile; torch stops at 8 and goes on slowly
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[rows, Hkv, columns, D]``; ``valid`` ``[rows, 1 or Hkv, columns]`` says which count.
+
+    A sliding-window layer (``window`` tokens, None for full attention) is a ring: token ``t`` lies in column ``t % window``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.static = False  # whether attention goes over all columns, so that no shape ever changes
+        self.used = 0  # columns that attention goes over, the coming token's included
+        self.even = False  # whether all of them count in every row
+        self.rows: Tensor  # 0, 1, 2, ...
+        self.at: Tensor  # the column of each row's coming token
+
+    @property
+    def held_bytes(self) -> int:
+        """Storage behind keys, values and mask."""
+        if not self.is_initialized:
+            return 0
+        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values, self.valid))
+
+    @property
+    def column_bytes(self) -> int:
+        """Most bytes of one column of one row: key, value and a flag for each KV head."""
+        return self.keys.shape[1] * (1 + sum(part.shape[3] * part.itemsize for part in (self.keys, self.values)))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start without a row, with the heads, sizes and dtype of these."""
+        self.keys = key_states.new_zeros(0, key_states.shape[1], 0, key_states.shape[3])
+        self.values = value_states.new_zeros(0, value_states.shape[1], 0, value_states.shape[3])
+        self.valid = key_states.new_zeros(0, 1, 0, dtype=torch.bool)
+        self.is_initialized = True
+
+    def resize(self, rows: int, columns: int) -> None:
+        """So many rows and columns; what lies in both the old and the new ones stays."""
+
+        def resized(buffer: Tensor) -> Tensor:
+            fresh = buffer.new_zeros(rows, buffer.shape[1], columns, *buffer.shape[3:])
+            row, column = min(rows, buffer.shape[0]), min(columns, buffer.shape[2])
+            fresh[:row, :, :column] = buffer[:row, :, :column]
+            return fresh
+
+        if self.keys.shape[0] == rows and self.keys.shape[2] == columns:
+            return
+        self.keys, self.values, self.valid = resized(self.keys), resized(self.values), resized(self.valid)
+
+    def write(self, row: int, keys: Tensor, values: Tensor, valid: Valid | None, columns: Tensor | None = None) -> None:
+        """Put entries ``[1, Hkv, n, D]`` into a row, from the left or at these columns; nothing else in it counts."""
+        heads = 1 if valid is None else valid.shape[1]
+        if heads > self.valid.shape[1]:
+            self.valid = self.valid.repeat(1, heads, 1)
+        self.valid[row] = False
+        place = slice(0, keys.shape[2]) if columns is None else columns
+        self.keys[row, :, place], self.values[row, :, place] = keys[0], values[0]
+        self.valid[row, :, place] = True if valid is None else valid[0]
+
+    def move(self, source: int, target: int) -> None:
+        """Put one row over another."""
+        for buffer in (self.keys, self.values, self.valid):
+            buffer[target] = buffer[source]
+
+    def cut(self, at: Sequence[int]) -> None:
+        """Let attention go no further than the longest row, whose coming tokens lie at these columns."""
+        self.used = max(at) + 1
+        self.even = min(at) == max(at) and self.valid.shape[1] == 1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token a row and return all entries in use."""
+        self.keys[self.rows, :, self.at] = key_states[:, :, 0]
+        self.values[self.rows, :, self.at] = value_states[:, :, 0]
+        self.valid[self.rows, :, self.at] = True
+        if self.static:
+            return self.keys[:, :, :], self.values[:, :, :]  # views: attention tags what it gets
+        rows = len(self.rows)
+        return self.keys[:rows, :, : self.used], self.values[:rows, :, : self.used]
+
+    def counting(self) -> Valid | None:
+        """Which of the entries in use count; None where all do."""
+        if self.static:
+            return self.valid
+        return None if self.even else self.valid[: len(self.rows), :, : self.used]
+
+    def get_seq_length(self) -> int:
+        """Nothing: rows differ, and positions are told."""
+        return 0
+
+    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
+        """Our mark; there is no mask of the framework's."""
+        return 1, SLOT_OFFSET
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older releases
+
+
+class Slots(Cache):
+    """The compact caches of several requests side by side; one forward pass is one decode step of all of them.
+
+    While it lives the model's attention goes through ours. Not thread-safe.
+
+    Parameters
+    ----------
+    model: the model of all caches that will be placed.
+    compile: run the step through ``torch.compile``. All full-attention layers get equally many columns, from a short list
+        of sizes, and the rows are a power of two, so that few graphs serve all. Where the model cannot be compiled one
+        warning names the cause, and steps are eager from then on.
+
+    Attributes
+    ----------
+    rows: requests placed now. positions: tokens that each has seen.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For a model that compact caches cannot serve, or with layers of another kind.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
+        acquire(model)
+        weakref.finalize(self, release, model).atexit = False
+        # What the layers are made of is seen on a run of two tokens, as config fields differ from model to model.
+        probe = CompactCache(model, "full", 1)
+        prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), probe)
+        known, made = [*probe.compact_layers, *probe.sliding_layers], list[Any](probe.layers)
+        for index, layer in enumerate(made):
+            if layer not in known:
+                raise UnsupportedModelError(
+                    f"slots serve full attention and sliding windows, layer {index} is a {type(layer).__name__}"
+                )
+        self._each = [SlotLayer(getattr(layer, "sliding_window", None)) for layer in made]
+        super().__init__(layers=list(self._each))
+        for mine, theirs in zip(self._each, made, strict=True):
+            mine.lazy_initialization(theirs.keys, theirs.values)
+            mine.static = compile
+        self.model = model
+        self.positions: list[int] = []
+        self._requests: list[_Request] = []
+        self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
+        self._compiled = compiled(model) if compile else None
+
+    @property
+    def rows(self) -> int:
+        """Requests placed now."""
+        return len(self._requests)
+
+    @property
+    def held_bytes(self) -> int:
+        """Storage behind all buffers."""
+        return sum(layer.held_bytes for layer in self._each)
+
+    def bytes_with(self, entries: Sequence[int], room: int) -> int:
+        """Most that is held with one request more: its ``entries`` of each full-attention layer, ``room`` for more."""
+        shapes = self._shapes([*self._requests, _Request(list(entries), room)])
+        return sum(rows * columns * layer.column_bytes for layer, (rows, columns) in zip(self._each, shapes, strict=True))
+
+    def place(self, cache: CompactCache, room: int) -> None:
+        """Take over a request whose prompt was read, as the last row, layer by layer; the cache's layers are empty after.
+
+        Raises CacheError for a cache of another model, of several rows, or with a decode budget.
+        """
+        layers = cache.compact_layers
+        if cache.model is not self.model:
+            raise CacheError("the cache belongs to another model than these slots")
+        if len(layers[0].pads) != 1:
+            raise CacheError(f"a slot takes one request, the cache has {len(layers[0].pads)} rows: read prompts one by one")
+        if cache.decode_budget is not None:
+            raise CacheError(
+                f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without"
+            )
+        seen = layers[0].seen - layers[0].pads[0]
+        self._requests.append(_Request([layer.length for layer in layers], room))
+        self.positions.append(seen)
+        sources: list[Any] = cache.layers
+        for mine, theirs, shape in zip(self._each, sources, self._shapes(self._requests), strict=True):
+            mine.resize(*shape)
+            if mine.window is None:
+                keys, values = theirs.entries_in_use()
+                mine.write(self.rows - 1, keys, values, None if theirs.valid is None else theirs.valid[..., : theirs.length])
+                theirs.reset()
+            else:
+                keys, values = theirs.keys[:, :, 1 - mine.window :], theirs.values[:, :, 1 - mine.window :]
+                columns = torch.arange(seen - keys.shape[2], seen, device=keys.device) % mine.window
+                mine.write(self.rows - 1, keys, values, None, columns)
+                theirs.keys = theirs.values = None  # the framework's reset would write zeros into what others may share
+                theirs.is_initialized = False
+        self._point()
+
+    def drop(self, row: int) -> None:
+        """Free a row at once; the last row moves into its place."""
+        last = self.rows - 1
+        if row != last:
+            for layer in self._each:
+                layer.move(last, row)
+            self._requests[row], self.positions[row] = self._requests[last], self.positions[last]
+        self._requests.pop()
+        self.positions.pop()
+        if self._requests:
+            self._point()
+        else:
+            self.trim()
+
+    def trim(self) -> None:
+        """Give back the storage of rows and columns that no request needs."""
+        for layer, shape in zip(self._each, self._shapes(self._requests), strict=True):
+            layer.resize(*shape)
+        self._point()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read each row's newest token ``[rows]``; the logits of what follows, ``[rows, vocabulary]``."""
+        full = [request for request in self._requests if request.generated == request.room]
+        for request in full:
+            request.room += BLOCK
+        if full:
+            self.trim()
+        self._prepare()
+        logits = self._run(tokens, self.positions)[: self.rows]
+        for row, request in enumerate(self._requests):
+            request.generated += 1
+            self.positions[row] += 1
+        return logits
+
+    def warm_up(self, rows: int, entries: int, room: int) -> float:
+        """Compile the steps of 1, 2, 4, ... up to ``rows`` requests with so many entries and new tokens; returns the seconds.
+
+        Raises CacheError while requests are placed.
+        """
+        if self._requests:
+            raise CacheError(f"{self.rows} requests are placed: warm up before the first, or when all are done")
+        begin, sizes = time.perf_counter(), [2**power for power in range((rows - 1).bit_length() + 1)]
+        for size in sizes:
+            self._requests = [
+                _Request([entries] * sum(layer.window is None for layer in self._each), room) for _ in range(size)
+            ]
+            self.positions = [entries] * size
+            self.trim()
+            self.step(torch.zeros(size, dtype=torch.long, device=self.model.device))
+        self._requests, self.positions = [], []
+        self.trim()
+        return time.perf_counter() - begin
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; the keys returned carry a tag by which attention finds its way back here."""
+        keys, values = self._each[layer_idx].update(key_states, value_states)
+        setattr(keys, TAG, (self, layer_idx))
+        return keys, values
+
+    def validity(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
+        """Which entries of a layer count, ``[rows, 1 or Hkv, columns]``, None where all do. Called before attention."""
+        return self._each[layer_idx].counting()
+
+    def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
+        """Nothing is scored while tokens are generated. Called after attention."""
+
+    def _shapes(self, requests: Sequence[_Request]) -> list[tuple[int, int]]:
+        """Rows and columns of each layer's buffers."""
+        rows, full = len(requests), sum(layer.window is None for layer in self._each)
+        columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in range(full)]
+        if self._each[0].static:
+            rows = 1 << (rows - 1).bit_length() if rows else 0
+            columns = [bucket(max(columns))] * full
+        each = iter(columns)
+        return [(rows, next(each) if layer.window is None else layer.window) for layer in self._each]
+
+    def _point(self) -> None:
+        """Give the layers the tensors that say where new entries go; compiled steps need the same ones each time."""
+        rows = self._each[0].keys.shape[0] if self._each[0].static else self.rows
+        if self._columns.shape[1] != rows:
+            self._columns = self._columns.new_zeros(len(self._each), rows)
+            numbers = torch.arange(rows, device=self._columns.device)
+            for layer, columns in zip(self._each, self._columns, strict=True):
+                layer.rows, layer.at = numbers, columns
+
+    def _prepare(self) -> None:
+        """Say where each row's coming entry goes."""
+        columns, compact = [], 0
+        for layer in self._each:
+            if layer.window is None:
+                at = [request.entries[compact] + request.generated for request in self._requests]
+                compact += 1
+                layer.cut(at)
+            else:
+                at = [seen % layer.window for seen in self.positions]
+                layer.cut([min(seen, layer.window - 1) for seen in self.positions])
+            columns.append(at)
+        beyond = self._columns.shape[1] - self.rows  # rows of a compiled step that nobody reads
+        self._columns.copy_(torch.tensor([at + [0] * beyond for at in columns]))
+
+    def _run(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        """One forward pass, compiled where that works."""
+        beyond = self._columns.shape[1] - len(positions)
+        places = torch.tensor([*positions, *[0] * beyond], device=tokens.device)
+        inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, beyond))[:, None], "position_ids": places[:, None]}
+        options = {"past_key_values": self, "use_cache": True, "logits_to_keep": 1}
+        if self._compiled is not None:
+            try:
+                return self._compiled(**inputs, **options).logits[:, -1]
+            except torch._dynamo.exc.TorchDynamoException as error:
+                cause = str(error).strip().splitlines()[0]
+                warnings.warn(f"{type(self.model).__name__} cannot be compiled ({cause}): decode steps are eager", stacklevel=3)
+                self._compiled = None
+        return self.model(**inputs, **options).logits[:, -1]
+
+
+@dataclass
+class _Request:
+    """What a row needs: its prompt's ``entries`` of each full-attention layer, ``room`` for new tokens, those generated."""
+
+    entries: list[int]
+    room: int
+    generated: int = 0
+
+
+def bucket(columns: int) -> int:
+    """The smallest of 128, 192, 256, 384, 512, 768, ... that is no smaller; 0 for none."""
+    if columns <= BUCKET:
+        return BUCKET if columns else 0
+    power = 1 << (columns - 1).bit_length()
+    return power * 3 // 4 if columns <= power * 3 // 4 else power
+
+
+def compiled(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward pass through ``torch.compile``: static shapes, on a GPU as CUDA graphs."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    run = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+
+    def forward(**inputs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+            return run(**inputs)
+
+    return forward

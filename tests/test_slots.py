@@ -1,0 +1,199 @@
+"""Requests in slots decode as they would alone, whoever sits beside them, and what is held is what was said."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+
+import winnowkv as wk
+from conftest import TINY, Case, prompt
+from winnowkv.engine import extend, prefill
+from winnowkv.errors import CacheError
+from winnowkv.slots import Slots, bucket
+
+LENGTHS = (72, 19, 46, 60)
+STEPS = (9, 14, 3, 11)  # tokens that each request goes on for
+ROOM = 6  # less than most of them: buffers grow
+
+
+def hybrid() -> PreTrainedModel:
+    """Two layers that slide over 16 tokens around two that attend to everything."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        config = Gemma3TextConfig(**TINY, num_hidden_layers=4, head_dim=8, sliding_window=16, layer_types=kinds)
+        return Gemma3ForCausalLM(config).eval()
+
+
+def read(model: PreTrainedModel, row: int, settings: dict[str, object]) -> wk.CompactCache:
+    cache = wk.CompactCache(model, **settings)
+    prefill(model, prompt(LENGTHS[row], seed=row), cache)
+    return cache
+
+
+def more(row: int) -> Tensor:
+    """What a request goes on with, ``[1, n]``."""
+    return prompt(STEPS[row], seed=20 + row)
+
+
+def alone(model: PreTrainedModel, row: int, settings: dict[str, object]) -> Tensor:
+    """The logits of each of a request's further tokens, ``[n, vocabulary]``: one row, the cache it was read into."""
+    cache = read(model, row, settings)
+    steps = [extend(model, cache, more(row)[:, at : at + 1], [LENGTHS[row] + at])[0] for at in range(STEPS[row])]
+    return torch.cat(steps)
+
+
+def together(model: PreTrainedModel, slots: Slots, settings: dict[str, object], rows: int) -> list[Tensor]:
+    """The same with up to ``rows`` requests at a time: one is placed whenever one has ended."""
+    waiting, active = list(range(len(LENGTHS))), list[int]()
+    logits: list[list[Tensor]] = [[] for _ in LENGTHS]
+    while waiting or active:
+        if waiting and len(active) < rows:
+            active.append(waiting.pop(0))
+            slots.place(read(model, active[-1], settings), ROOM)
+        tokens = torch.tensor([int(more(row)[0, len(logits[row])]) for row in active])
+        for row, line in zip(active, slots.step(tokens), strict=True):
+            logits[row].append(line)
+        for at in reversed(range(len(active))):
+            if len(logits[active[at]]) == STEPS[active[at]]:
+                slots.drop(at)
+                active[at] = active[-1]
+                active.pop()
+    return [torch.stack(lines) for lines in logits]
+
+
+def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+        assert mine.argmax(-1).tolist() == theirs.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_policy_decodes_as_alone(model: PreTrainedModel, case: Case, rows: int) -> None:
+    settings = case.settings
+    expected = [alone(model, row, settings) for row in range(len(LENGTHS))]
+    assert_same(together(model, Slots(model), settings, rows), expected)
+
+
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:floor=0"])
+def test_windows_slide_on_in_their_rings(spec: str) -> None:
+    model = hybrid()
+    settings = {"policy": spec, "budget": 0.5}
+    expected = [alone(model, row, settings) for row in range(len(LENGTHS))]
+    assert_same(together(model, Slots(model), settings, 3), expected)
+
+
+def test_quantized_entries_decode_as_they_read(llama: PreTrainedModel) -> None:
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    settings = {"policy": "snapkv:observe=4:quantize=int8", "budget": 0.5}
+    assert_same(together(llama, Slots(llama), settings, 2), [alone(llama, row, settings) for row in range(len(LENGTHS))])
+
+
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "cake:observe=4", "adakv:observe=4:floor=0"])
+def test_what_is_held_is_what_was_said(llama: PreTrainedModel, spec: str) -> None:
+    slots = Slots(llama)
+    assert slots.held_bytes == 0
+    for row in range(len(LENGTHS)):
+        cache = read(llama, row, {"policy": spec, "budget": 0.5})
+        said = slots.bytes_with([layer.length for layer in cache.compact_layers], ROOM)
+        kept = cache.held_bytes
+        slots.place(cache, ROOM)
+        assert cache.held_bytes == 0, "the cache still holds what lies in the slots"
+        assert kept < slots.held_bytes <= said
+        storages = {
+            part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+            for layer in slots.layers for part in (layer.keys, layer.values, layer.valid)
+        }  # fmt: skip
+        assert slots.held_bytes == sum(storages.values())
+    # Entries themselves, at the longest row of each layer; flags take one byte a column and head at most.
+    exact = sum(layer.keys.nbytes + layer.values.nbytes for layer in slots.layers)
+    assert exact <= slots.held_bytes <= exact + sum(layer.keys.shape[:3].numel() for layer in slots.layers)
+    while slots.rows:
+        slots.drop(0)
+    assert slots.held_bytes == 0
+
+
+def test_trim_gives_back_what_a_large_request_took(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    slots.place(read(llama, 1, {"policy": "full", "budget": 1}), ROOM)
+    small = slots.held_bytes
+    slots.place(read(llama, 0, {"policy": "full", "budget": 1}), ROOM)
+    slots.drop(1)
+    assert slots.held_bytes > small
+    slots.trim()
+    assert slots.held_bytes == small
+
+
+def test_nothing_is_copied_while_there_is_room(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    slots.place(read(llama, 1, {"policy": "streaming", "budget": 10}), 8)
+    buffers = [layer.keys.data_ptr() for layer in slots.layers]
+    for _ in range(8):
+        slots.step(torch.tensor([5]))
+        assert [layer.keys.data_ptr() for layer in slots.layers] == buffers
+    slots.step(torch.tensor([5]))
+    assert [layer.keys.data_ptr() for layer in slots.layers] != buffers
+
+
+def test_what_slots_cannot_hold_is_refused(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    two = wk.CompactCache(llama, "full", 1)
+    prefill(llama, torch.cat([prompt(9), prompt(9, seed=1)]), two)
+    with pytest.raises(CacheError, match="2 rows: read prompts one by one"):
+        slots.place(two, 4)
+    with pytest.raises(CacheError, match="no decode budget"):
+        slots.place(read(llama, 0, {"policy": "full", "budget": 1, "decode_budget": 64}), 4)
+    slots.place(read(llama, 0, {"policy": "full", "budget": 1}), 4)
+    with pytest.raises(CacheError, match="1 requests are placed"):
+        slots.warm_up(1, 10, 4)
+
+
+def test_the_model_is_put_back(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    assert llama.config._attn_implementation == "winnow"
+    del slots
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_buckets_are_few_and_waste_no_more_than_a_third() -> None:
+    sizes = {bucket(columns) for columns in range(1, 40_000)}
+    assert len(sizes) == 18
+    assert all(bucket(size) == size for size in sizes)
+    assert all(columns <= bucket(columns) <= max(128, 1.51 * columns) for columns in range(1, 40_000))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel) -> None:
+    llama.model.layers = llama.model.layers[:2]  # compiling takes seconds a layer
+    llama.config.num_hidden_layers = 2
+    settings = {"policy": "adakv:observe=4:floor=0", "budget": 0.5}
+    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+    slots = Slots(llama, compile=True)
+    assert slots.warm_up(2, 40, ROOM) > 0
+    assert slots.rows == slots.held_bytes == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(together(llama, slots, settings, 2), expected)
+
+
+def test_a_model_that_cannot_be_compiled_goes_on_eagerly(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = llama.model.forward
+
+    def breaks(*args: object, **kwargs: object) -> object:
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llama.model, "forward", breaks)
+    settings = {"policy": "snapkv:observe=4", "budget": 0.5}
+    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+    slots = Slots(llama, compile=True)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be compiled .*: decode steps are eager") as told:
+        got = together(llama, slots, settings, 3)
+    assert len(told) == 1
+    assert_same(got, expected)
