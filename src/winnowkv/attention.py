@@ -29,6 +29,7 @@ TAG = "_winnow"  # attribute of a compact cache's keys: (cache, layer index)
 # The mask socket sees no cache, only its sizes: this offset, which no other cache reports, marks ours.
 COMPACT_OFFSET = -(2**40)
 SLOT_OFFSET = -(2**41)  # and this one slots, whose mask no 2D mask could say
+QUERY_BLOCK = 256  # queries of a prompt's later chunk that attend at once: no mask is larger than [G * 256, K]
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone when nobody needs it any more
 EXTRAS = ("softcap", "s_aux", "sinks", "position_bias")  # terms that plain SDPA does not compute
 UNTURNED = ("no_rope_layers", "no_rope_layer_interval")  # options of configs in which some layers know no positions
@@ -103,13 +104,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid
     batch, heads, queries, size = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
     prompt, group = queries == entries, heads // kv_heads
+    if queries > QUERY_BLOCK and not prompt:
+        parts = []
+        for begin in range(0, queries, QUERY_BLOCK):  # each block over the keys that it can see
+            end = min(begin + QUERY_BLOCK, queries)
+            seen = slice(entries - queries + end)
+            counts = None if valid is None else valid[..., seen]
+            parts.append(attend(query[:, :, begin:end], key[:, :, seen], value[:, :, seen], scale, counts, dropout))
+        return torch.cat(parts, 2)
     mask = None if valid is None else valid[:, :, None, :]
     if queries > 1 and not (prompt and valid is None):  # a prompt without padding needs no mask, only is_causal
-        seen = torch.ones(queries, entries, dtype=torch.bool, device=key.device).tril(entries - queries)
-        mask = seen[None, None] if mask is None else mask & seen
+        causal_mask = torch.ones(queries, entries, dtype=torch.bool, device=key.device).tril(entries - queries)
+        mask = causal_mask[None, None] if mask is None else mask & causal_mask
         if valid is not None:
             # A padded query sees no entry at all; let it see itself, or its output is not a number.
-            mask = mask | torch.ones_like(seen).triu(entries - queries) & seen
+            mask = mask | torch.ones_like(causal_mask).triu(entries - queries) & causal_mask
     if prompt:
         causal = queries > 1 and mask is None
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=group > 1)
