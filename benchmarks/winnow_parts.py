@@ -287,7 +287,10 @@ def text_prompts(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[A
     """Rows of the tasks, as ``winnow eval`` reads them."""
     limit, asked = prompt_limit(model, args.max_new_tokens, args.max_context), []
     for task in find_tasks([name.strip() for name in args.tasks.split(",") if name.strip()]):
-        for row in task.rows(args.data)[args.skip : args.skip + args.limit]:
+        rows = task.rows(args.data)
+        if args.skip >= len(rows):
+            raise InputError(f"--skip {args.skip} leaves nothing of {task.name}, which has {len(rows)} rows: skip fewer")
+        for row in rows[args.skip : args.skip + args.limit]:
             encoded = encode_row(row, task, tokenizer, "official", limit, bool(tokenizer.chat_template))
             frame = {"task": task.name, "row": row.id, "prompt_tokens": len(encoded.ids), "truncated_tokens": encoded.truncated}
             found = replace(task_profile(encoded.context), layout=read_layout(tokenizer, encoded.ids))

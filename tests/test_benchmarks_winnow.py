@@ -115,6 +115,11 @@ def texts(tmp_path, *more):
     return PARTS["main"](PARTS["parse"]([str(word) for word in (*words, *asked, *variants, *more)]))
 
 
+def test_texts_that_leave_no_row_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--skip 4 leaves nothing of longeval_lines_200, which has 4 rows"):
+        texts(tmp_path, "--skip", 4)
+
+
 def test_texts_are_compared_with_the_best_published_policy_on_the_same_rows(tmp_path, capsys):
     summary = texts(tmp_path)
     assert json.loads(capsys.readouterr().out) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
