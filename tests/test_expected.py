@@ -32,6 +32,11 @@ def drawn(tokens: int, seed: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
     return states[0], states[1]
 
 
+def scored(policy: Any, queries: Tensor, keys: Tensor, scale: float = SCALE) -> Tensor:
+    """The policy's scores of one layer, from all queries of the prompt."""
+    return policy.score(0, queries[:, :, policy.wanted(keys.shape[2])], keys, scale)
+
+
 def places(tokens: int, context: int, sinks: int, samples: int, ahead: int) -> list[tuple[int, int]]:
     """Where each sampled query stands and where it is moved: most evenly over the text, a quarter its last ones."""
     late = min(samples // 4, context)
@@ -97,7 +102,7 @@ def slow(queries: Tensor, keys: Tensor, policy: Any) -> tuple[list[list[float]],
 def test_scores_are_those_of_the_reference(options: dict[str, int], rotation: Rotation | None) -> None:
     policy: Any = Expected(rotation=rotation, **options)
     queries, keys = drawn(40, seed=options["samples"])
-    scores = policy.score(0, queries.float(), keys.float(), SCALE)
+    scores = scored(policy, queries.float(), keys.float())
     raw, preference = slow(queries, keys, policy)
     expected = torch.tensor(raw, dtype=torch.float64)
     assert scores.shape == (1, *expected.shape)
@@ -110,7 +115,7 @@ def test_moved_queries_look_elsewhere() -> None:
     """The rotation is not decoration: another token wins when the queries stand behind the prompt."""
     queries, keys = drawn(60, 1)
     policies = [Expected(observe=4, samples=16, rotation=rotation) for rotation in (None, ROTATION)]
-    still, turned = (policy.score(0, queries, keys, SCALE)[0].argmax(-1).tolist() for policy in policies)
+    still, turned = (scored(policy, queries, keys)[0].argmax(-1).tolist() for policy in policies)
     assert still != turned
 
 
@@ -121,7 +126,7 @@ def test_a_token_that_few_queries_need_much_counts_more_than_one_that_all_need_a
     queries[:, :, ::4, 1] = 1.0  # every fourth query
     keys[..., 5, 1] = 12.0  # is for token 5
     keys[..., 9, 0] = math.log(40 / 3)  # all look at token 9 a little
-    scores = wk.policy("expected", observe=0, sinks=0, samples=40).score(0, queries, keys, 1.0)[0, 0]
+    scores = scored(wk.policy("expected", observe=0, sinks=0, samples=40), queries, keys, 1.0)[0, 0]
     assert scores.topk(2).indices.tolist() == [5, 9]
     assert float(scores[5]) > 1.5 * float(scores[9])
 
@@ -144,22 +149,22 @@ def layers_of(count: int, tokens: int, seed: int, constant: bool = False) -> lis
 )
 @example(tokens=31, layers=4, budget=30, sinks=30, observe=0, samples=300, seed=0, constant=False)
 @example(tokens=2, layers=2, budget=1, sinks=0, observe=1, samples=4, seed=0, constant=False)
-def test_never_more_than_the_budget_and_one_layer(
+def test_little_more_than_the_budget_and_one_layer(
     tokens: int, layers: int, budget: int, sinks: int, observe: int, samples: int, seed: int, constant: bool
 ) -> None:
-    """The sum is exact, and what the layers seen hold stays within the whole budget while the next one is read."""
+    """The sum is exact, and what the layers seen hold passes the budget by an eighth at most while the next one is read."""
     policy = Expected(sinks=sinks, observe=observe, samples=samples, rotation=ROTATION)
     asked = wk.Prompt(tokens, layers, min(budget, tokens))
     try:
         plan = PrefillPlan(policy, asked)
     except wk.BudgetError:
-        assert budget < sinks + max(observe, 1)
+        assert budget < sinks + 1
         return
     held: list[set[tuple[int, int]]] = []
     for queries, keys in layers_of(layers, tokens, seed, constant):
         if tokens > observe:
             assert sum(map(len, held)) + KV_HEADS * tokens <= KV_HEADS * policy.peak_entries(asked)
-        plan.observe(queries.float(), keys.float(), SCALE)
+        plan.observe(queries[:, :, policy.wanted(tokens)].float(), keys.float(), SCALE)
         now = [entries_of(kept, tokens) for kept in plan.kept]
         for before, after in zip(held, now, strict=False):
             assert after <= before, "an evicted entry came back"
@@ -167,9 +172,9 @@ def test_never_more_than_the_budget_and_one_layer(
     if tokens <= observe:
         assert plan.kept == [None] * layers
         return
-    assert policy.peak_entries(asked) == asked.total + tokens
+    assert policy.peak_entries(asked) == min(asked.total + asked.total // 8, (layers - 1) * tokens) + tokens
     assert sum(map(len, held)) == KV_HEADS * asked.total
-    always = {*range(min(sinks, tokens)), *range(tokens - observe, tokens)}
+    always = {*range(min(sinks, tokens)), *range(tokens - min(observe, asked.budget - sinks), tokens)}
     for entries in held:
         for head in range(KV_HEADS):
             assert always <= {at for mine, at in entries if mine == head}
@@ -191,8 +196,8 @@ def test_layers_share_in_proportion_to_their_preferences() -> None:
     plan, preferences = PrefillPlan(policy, asked), []
     for layer, spread in enumerate((0.8, 1.1, 0.9, 1.0)):
         queries, keys = drawn(400, layer, spread)
-        preferences.append(float(policy.score(layer, queries, keys, SCALE).sum()))
-        plan.observe(queries, keys, SCALE)
+        preferences.append(float(scored(policy, queries, keys).sum()))
+        plan.observe(queries[:, :, policy.wanted(400)], keys, SCALE)
     shares = [kept.shape[-1] - 5 for kept in plan.kept]
     assert sum(shares) == 4 * 55
     assert len(set(shares)) == 4
@@ -203,8 +208,8 @@ def test_layers_share_in_proportion_to_their_preferences() -> None:
 def test_the_best_tokens_of_each_head_stay() -> None:
     policy, (queries, keys) = wk.policy("expected", sinks=1, observe=2, samples=32), drawn(50, 4)
     plan = PrefillPlan(policy, wk.Prompt(50, 1, 12))
-    plan.observe(queries.float(), keys.float(), SCALE)
-    scores = policy.score(0, queries.float(), keys.float(), SCALE)[0]
+    plan.observe(queries[:, :, policy.wanted(50)].float(), keys.float(), SCALE)
+    scores = scored(policy, queries.float(), keys.float())[0]
     for head in range(KV_HEADS):
         best = sorted(range(1, 48), key=lambda at: -float(scores[head, at]))[:9]
         assert plan.kept[0][0, head].tolist() == [0, *sorted(best), 48, 49]
@@ -248,6 +253,21 @@ def test_a_short_prompt_on_a_model(model: PreTrainedModel) -> None:
         assert sum(cache.report.kept_entries[0]) == kept * model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("spec", ["expected", "winnow"])
+def test_a_budget_below_sinks_and_window_keeps_what_fits(llama: PreTrainedModel, spec: str) -> None:
+    """12% of a short prompt is no error: sinks, and as many of the last tokens as the budget allows."""
+    for tokens in (42, 60, 150, 299):
+        cache = wk.CompactCache(llama, spec, 0.12)
+        compact_logits(llama, cache, prompt(tokens), [])
+        entries = int(0.12 * tokens)
+        assert sum(cache.report.kept_entries[0]) == 5 * entries
+        for layer in cache.compact_layers:
+            for head in layer.positions[0].tolist():
+                assert {0, 1, 2, 3, *range(tokens - min(entries - 4, 32), tokens)} <= set(head)
+    with pytest.raises(wk.BudgetError, match="below 4 sinks and the last token: keep at least 5 entries"):
+        compact_logits(llama, wk.CompactCache(llama, spec, 4), prompt(60), [])
+
+
 def test_what_is_held_on_a_model_is_bounded(llama: PreTrainedModel) -> None:
     peaks = []
     for budget in (8, 16, 32):
@@ -255,5 +275,5 @@ def test_what_is_held_on_a_model_is_bounded(llama: PreTrainedModel) -> None:
         compact_logits(llama, cache, prompt(300), [])
         entry = cache.report.full_bytes / (5 * 300)
         peaks.append(cache.report.peak_bytes / entry)
-        assert peaks[-1] <= 5 * budget + 300
+        assert peaks[-1] <= 5 * budget * 9 / 8 + 300
     assert all(less < more for less, more in pairwise(peaks))

@@ -17,6 +17,7 @@ import winnowkv as wk
 from conftest import CASES, PROMPT, QUANTIZED, Case, prompt, random_profile
 from reference import compact_logits, positions
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.policies.expected import Expected
 from winnowkv.prefill import PrefillPlan
 from winnowkv.rotation import Rotation
 
@@ -133,7 +134,7 @@ def drive(plan: PrefillPlan, policy: wk.Policy, tokens: int, layers: int, seed: 
     held: list[Tensor | None] = []
     for layer in range(layers):
         keys = torch.randn(1, KV_HEADS, tokens, SIZE, generator=generator)
-        queries = torch.randn(1, HEADS, min(policy.reads(tokens), tokens), SIZE, generator=generator)
+        queries = torch.randn(1, HEADS, len(policy.wanted(tokens)), SIZE, generator=generator)
         if constant:  # all scores tie
             queries = torch.zeros_like(queries)
         held.append(None)
@@ -146,7 +147,7 @@ def drive(plan: PrefillPlan, policy: wk.Policy, tokens: int, layers: int, seed: 
     assert all(a is b for a, b in zip(held, plan.kept, strict=True))
 
 
-def check_positions(kept: Tensor, policy: wk.Policy, tokens: int) -> None:
+def check_positions(kept: Tensor, policy: wk.Policy, tokens: int, budget: int) -> None:
     """One layer's positions ``[H, n]``."""
     assert kept.shape[0] in (1, KV_HEADS)
     if policy.name not in ("adakv", "headkv"):
@@ -158,8 +159,9 @@ def check_positions(kept: Tensor, policy: wk.Policy, tokens: int) -> None:
         assert row == sorted(set(row)), "not ascending, or one entry twice"
         assert all(position < tokens for position in row)
         assert row[: policy.sinks] == list(range(policy.sinks)), "a sink is missing"
-        window = list(range(tokens - policy.observe, tokens))
-        assert row[len(row) - policy.observe :] == window, "the recent window is not whole"
+        # Those of the family of expected take what a small budget leaves.
+        stays = min(policy.observe, budget - policy.sinks) if isinstance(policy, Expected) else policy.observe
+        assert row[len(row) - stays :] == list(range(tokens - stays, tokens)), "the recent window is not whole"
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -193,7 +195,7 @@ def test_any_prompt_and_budget(
     assert sum(entries_of(kept, tokens) for kept in plan.kept) == entries * layers
     for kept in plan.kept:
         if kept is not None:
-            check_positions(kept[0], policy, tokens)
+            check_positions(kept[0], policy, tokens, entries)
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["random", "ties"])
@@ -214,7 +216,7 @@ def test_each_case(case: Case, budget: int | float, constant: bool) -> None:
     assert sum(entries_of(kept, PROMPT) for kept in plan.kept) == 7 * entries
     for kept in plan.kept:
         if kept is not None:
-            check_positions(kept[0], policy, PROMPT)
+            check_positions(kept[0], policy, PROMPT, entries)
 
 
 @pytest.mark.parametrize("budget", [40, 71, 0.6, 0.999])
@@ -229,7 +231,7 @@ def test_on_a_model(model: PreTrainedModel, evicting: Case, budget: int | float)
         assert count == float(PROMPT if kept is None else Fraction(int((kept >= 0).sum()), len(kept)))
         assert layer.length == (PROMPT if kept is None else kept.shape[-1])
         if kept is not None:
-            check_positions(kept, cache.policies[0], PROMPT)
+            check_positions(kept, cache.policies[0], PROMPT, entries)
 
 
 def test_a_prompt_no_longer_than_the_window_is_kept_and_noted(model: PreTrainedModel) -> None:

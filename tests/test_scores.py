@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from winnowkv.scores import group_reduce, pool, window_attention, window_reduce
+from winnowkv import scores as under_test
+from winnowkv.scores import (
+    accumulated_attention,
+    causal_attention,
+    expected_attention,
+    group_reduce,
+    moments,
+    pool,
+    window_attention,
+    window_reduce,
+)
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -70,6 +81,50 @@ def test_the_mass_of_a_row_is_one_with_the_window_included() -> None:
     found = window_attention(queries, keys, 1.0)[0, 0]
     assert found.argmax() == 4
     assert found.sum().item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("tile", [1, 40, 90, 400, 10**6])
+def test_tiles_of_any_size_give_the_same(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no map is larger than a tile, or than one query's."""
+    queries, keys = rand(2, 6, 7, 5), rand(2, 2, 40, 5, seed=1)
+    attention, sizes, tiles = causal_attention(queries, keys, 0.6), [], under_test.tiles
+
+    def watched(*args: object, **kwargs: object) -> Iterator[object]:
+        for found in tiles(*args, **kwargs):  # type: ignore[arg-type]
+            sizes.append(found[3].numel())
+            yield found
+
+    monkeypatch.setattr(under_test, "TILE", tile)
+    monkeypatch.setattr(under_test, "tiles", watched)
+    torch.testing.assert_close(window_attention(queries, keys, 0.6), attention.sum(-2)[..., :33])
+    mean, square, entropy = moments(queries, keys, 0.6, 33, causal=True)
+    torch.testing.assert_close(mean, attention.mean(-2)[..., :33])
+    torch.testing.assert_close(square, attention.square().mean(-2)[..., :33])
+    context = attention[..., :33].double()
+    torch.testing.assert_close(entropy.double(), -(context * context.log()).sum(), rtol=1e-5, atol=0)
+    full = accumulated_attention(rand(1, 6, 40, 5), keys[:1], 0.6, block=16)
+    torch.testing.assert_close(full, causal_attention(rand(1, 6, 40, 5), keys[:1], 0.6).sum(-2))
+    assert max(sizes) <= max(tile, 40)
+
+
+def test_queries_that_want_a_gradient_are_scored_without_one() -> None:
+    """A model that is called outside of ``no_grad``."""
+    queries, keys = rand(1, 4, 3, 5).requires_grad_(), rand(1, 2, 20, 5, seed=1).requires_grad_()
+    for found in (window_attention(queries, keys, 0.5), *expected_attention(queries, keys, 0.5, 17)):
+        assert not found.requires_grad
+    assert not accumulated_attention(rand(1, 4, 20, 5).requires_grad_(), keys, 0.5).requires_grad
+
+
+def test_half_precision_is_multiplied_in_half_precision_only_where_it_was_asked_for() -> None:
+    """Of bfloat16 keys; the scores of expected then move by a percent, and those of float32 keys not at all."""
+    queries, keys = rand(1, 4, 64, 16), rand(1, 2, 300, 16, seed=1).bfloat16()
+    rough, exact = expected_attention(queries, keys, 0.25, 290), expected_attention(queries, keys.float(), 0.25, 290)
+    assert not torch.equal(rough[0], exact[0])
+    torch.testing.assert_close(rough[0], exact[0], rtol=0.03, atol=1e-4)
+    torch.testing.assert_close(rough[1], exact[1], rtol=0.01, atol=0)
+    found = moments(queries, keys, 0.25, 236, causal=True)
+    for half, single in zip(found, moments(queries, keys.float(), 0.25, 236, causal=True), strict=True):
+        assert torch.equal(half, single)
 
 
 @pytest.mark.parametrize("how", ["mean", "max"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given, settings, strategies as st
 
 from winnowkv.scores import window_reduce
-from winnowkv.select import top_tokens, top_windows, with_recent, with_sinks
+from winnowkv.select import ragged_tokens, top_tokens, top_windows, with_recent, with_sinks
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -30,6 +32,29 @@ def test_top_tokens_of_equals_are_the_first_ones_at_any_length() -> None:
     """``topk`` gives no such promise; long rows take other code paths than short ones."""
     for length in (5, 64, 1000, 20_000):
         assert top_tokens(torch.zeros(1, 2, length), 3)[0].tolist() == [[0, 1, 2]] * 2
+
+
+@unhurried
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.5, math.inf, -math.inf, math.nan]), min_size=1, max_size=40), st.data())
+def test_top_tokens_is_a_stable_sort_without_the_sort(values: list[float], data: st.DataObject) -> None:
+    """What is no number is the most, as for ``sort``; it ties with infinity, and then the earlier one wins."""
+    n, scores = data.draw(st.integers(0, len(values))), torch.tensor(values).view(1, 1, -1)
+    order = (
+        scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).sort(dim=-1, descending=True, stable=True).indices
+    )
+    assert top_tokens(scores, n).tolist() == order[..., :n].sort(-1).values.tolist()
+
+
+@unhurried
+@given(TIED, TIED, st.data())
+def test_ragged_tokens_takes_the_best_of_each_head(first: list[int], second: list[int], data: st.DataObject) -> None:
+    tokens = min(len(first), len(second))
+    rows = [first[:tokens], second[:tokens]]
+    counts = [data.draw(st.integers(0, tokens)) for _ in rows]
+    found = ragged_tokens(torch.tensor([rows], dtype=torch.float32), counts)[0].tolist()
+    for row, count, mine in zip(rows, counts, found, strict=True):
+        best = sorted(range(tokens), key=lambda i: (-row[i], i))[:count]
+        assert mine == [-1] * (max(counts) - count) + sorted(best)
 
 
 def test_top_tokens_selects_for_every_head_and_row() -> None:

@@ -20,10 +20,12 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from winnowkv.attention import BYPASSED, TAG, acquire, check_model, is_routed, known, release
 from winnowkv.budget import Budget
+from winnowkv.chunks import Chunks, cut
 from winnowkv.decode import check_decode_budget
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.layer import CompactLayer
 from winnowkv.policies import Policy, Prompt, Tasks, resolve
+from winnowkv.policies.expected import Expected
 from winnowkv.prefill import AutoPlan, PrefillPlan
 from winnowkv.profile import find_profile
 from winnowkv.quantize import Quantization, quanto
@@ -77,7 +79,7 @@ class CompactCache(Cache):
         check_model(model)
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
-        fingerprint = known(model)
+        fingerprint = self._fingerprint = known(model)
         self.policies = resolve(policy, fingerprint, task)
         if quantize is not None:
             self.policies = [replace(made, quantize=quantize) for made in self.policies]
@@ -106,6 +108,7 @@ class CompactCache(Cache):
     def _forget(self) -> None:
         self.report = Report(policy=self._asked, budget=self.budget.asked, quantize=self._stored)
         self._plans: list[PrefillPlan | AutoPlan] | None = None
+        self._chunks: Chunks | None = None
         self._settled = False
         self._awaiting: int | None = None
         self._recorded: list[tuple[Tensor, float]] = []
@@ -198,10 +201,49 @@ class CompactCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompactLayer)):  # those that may refuse first
             layer.crop(-back)
 
+    def begin_chunks(self, tokens: int, chunk: int, ceiling: int | float | None = None) -> list[int]:
+        """Get ready to read one prompt of ``tokens`` in chunks; returns their lengths. After each comes :meth:`end_chunk`.
+
+        Every layer has room for ``ceiling + chunk`` entries from the first chunk on, for the whole prompt without a ceiling.
+        Raises CacheError for a cache that is not fresh or records under a ceiling, and the errors of a prompt that is read
+        at once: all of them before anything is read.
+        """
+        if self.get_seq_length():
+            raise CacheError("something was read into this cache already: reset() it, or make a new one")
+        policy = self._each_policy(1)[0]
+        size = cut(policy, self.budget, tokens, chunk, ceiling)
+        if len(size.sizes) == 1:
+            return size.sizes
+        middle = Expected().for_model(self._fingerprint)
+        chunks = Chunks(policy, middle, size, len(self._slots))
+        if self._record and not chunks.exact:
+            raise CacheError(
+                "record= needs all entries of the prompt: leave the ceiling out, or make the cache without record="
+            )
+        self._plan(policy, chunks.prompt(self.budget))  # complain now
+        for layer in self.compact_layers:
+            layer.room = size.most
+        self._chunks = chunks
+        return size.sizes
+
+    def end_chunk(self) -> None:
+        """A chunk went through the model: evict what the ceiling no longer covers. Raises as :meth:`check_used` does."""
+        self.check_used()
+        if self._chunks is None:
+            return
+        begin = time.perf_counter()
+        self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
+        if (stays := self._chunks.end()) is not None:
+            for layer in self.compact_layers:
+                layer.drop(stays)
+        self.report.compress_seconds += time.perf_counter() - begin
+
     def check_used(self) -> None:
         """After a forward pass: raise UnsupportedModelError where the model used the cache in part or not at all."""
         self.check_observed()
-        if not self._settled:
+        chunks = self._chunks
+        between = chunks and not chunks.last and all(layer.seen == chunks.read for layer in self.compact_layers)
+        if not (self._settled or between):
             raise UnsupportedModelError("the model did not put keys and values of every attention layer into its cache")
 
     def check_observed(self) -> None:
@@ -229,38 +271,64 @@ class CompactCache(Cache):
                 self.report.decode_seconds = time.perf_counter() - self._resumed
             return
         if self._record:
-            self._recorded.append((queries[:, :, -self._record :].clone(), scale))
+            self._remember(slot, queries, scale)
         begin = time.perf_counter()
-        self._evict(slot, queries, scale)
+        heard: Tensor | None = queries
+        if self._chunks is not None:
+            heard = self._chunks.hear(slot, queries, self.layers[layer_idx].entries_in_use()[0], scale)
+        if heard is not None:
+            self._evict(slot, heard, scale)
         self.report.compress_seconds += time.perf_counter() - begin
-        if slot == last:
+        if slot == last and heard is not None:
             if queries.is_cuda:
                 torch.cuda.synchronize(queries.device)  # else the clock stops before the work does
             self._settle(time.perf_counter())
 
+    def _remember(self, slot: int, queries: Tensor, scale: float) -> None:
+        if slot == len(self._recorded):
+            self._recorded.append((queries[:, :, -self._record :].clone(), scale))
+        else:  # a later chunk
+            together = torch.cat([self._recorded[slot][0], queries], 2)
+            self._recorded[slot] = (together[:, :, -self._record :].clone(), scale)
+
     def _evict(self, slot: int, queries: Tensor, scale: float) -> None:
         layer = (layers := self.compact_layers)[slot]
         if self._plans is None:
-            lengths = [layer.prompt - pad for pad in layer.pads]
-            prompts = [Prompt(n, len(layers), self.budget.entries(n)) for n in lengths]
-            if len(self.policies) not in (1, len(prompts)):
-                raise InputError(f"{len(self.policies)} tasks for a batch of {len(prompts)} prompts: give one for each, or one")
-            policies = self.policies if len(self.policies) > 1 else self.policies * len(prompts)
-            self._plans = [self._plan(policy, prompt) for policy, prompt in zip(policies, prompts, strict=True)]
+            self._plans = self._made_plans()
         self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
         changed: set[int] = set()
         for row, plan in enumerate(self._plans):
-            keys = layer.keys[row : row + 1, :, layer.pads[row] :]
-            read = min(plan.policy.reads(keys.shape[2]), queries.shape[2])
-            changed.update(plan.observe(queries[row : row + 1, :, queries.shape[2] - read :], keys, scale))
+            keys = layer.keys[row : row + 1, :, layer.pads[row] : layer.length]
+            changed.update(plan.observe(self._wanted(plan.policy, queries[row : row + 1], keys.shape[2]), keys, scale))
         for index in changed:
             kept = [plan.kept[index] for plan in self._plans]
+            if self._chunks is not None:
+                kept = [None if positions is None else self._chunks.text(positions) for positions in kept]
             layers[index].keep([None if positions is None else positions[0] for positions in kept])
         if slot not in changed:
             layer.own()
         if self._stored is not None and layer is layers[-1]:
             for each in layers:
                 each.quantize(self._stored)
+
+    def _wanted(self, policy: Policy, queries: Tensor, tokens: int) -> Tensor:
+        """Those that the policy wants of the last queries of a row's prompt; what comes out of chunks is that already."""
+        if self._chunks is not None:
+            return queries
+        return queries[:, :, policy.wanted(tokens).to(queries.device) + (queries.shape[2] - tokens)]
+
+    def _each_policy(self, rows: int) -> list[Policy]:
+        if len(self.policies) not in (1, rows):
+            raise InputError(f"{len(self.policies)} tasks for a batch of {rows} prompts: give one for each, or one")
+        return self.policies if len(self.policies) > 1 else self.policies * rows
+
+    def _made_plans(self) -> list[PrefillPlan | AutoPlan]:
+        if self._chunks is not None:
+            return [self._plan(self._chunks.policy, self._chunks.prompt(self.budget))]
+        layer, count = self.compact_layers[0], len(self._slots)
+        lengths = [layer.prompt - pad for pad in layer.pads]
+        prompts = [Prompt(n, count, self.budget.entries(n)) for n in lengths]
+        return [self._plan(policy, prompt) for policy, prompt in zip(self._each_policy(len(prompts)), prompts, strict=True)]
 
     def _plan(self, policy: Policy, prompt: Prompt) -> PrefillPlan | AutoPlan:
         if self._curve is None or self.budget.target is None:
@@ -278,8 +346,11 @@ class CompactCache(Cache):
         report.held_bytes = self.held_bytes
         report.prefill_seconds = now - self._started
         report.kept_mass = [plan.mass for plan in self._plans or []]
-        report.notes = sorted({plan.note for plan in self._plans or [] if plan.note})
-        self._plans = None
+        notes = {plan.note for plan in self._plans or []} | {self._chunks.size.note if self._chunks else None}
+        report.notes = sorted(note for note in notes if note)
+        for layer in layers:
+            layer.room = 0
+        self._plans = self._chunks = None
         self._settled = True
 
     def replay(

@@ -108,7 +108,7 @@ def compress(
         tasks = run.task
         if (classified and made.by_task) or (tokenizer is not None and made.by_layout):
             ids = kwargs.get("input_ids", args[0] if args else None)
-            tasks = _profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task, made)
+            tasks = profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task, made)
         options: dict[str, Any] = {"quantize": run.quantize, "decode_budget": run.decode_budget}
         cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
         run.reports.append(cache.report)
@@ -134,7 +134,7 @@ def compress(
         release(model)
 
 
-def _profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, made: Policy) -> list[TaskProfile]:
+def profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, made: Policy) -> list[TaskProfile]:
     """What the policy asks of each row of a prompt: its task, classified where none is given, and its layout."""
     if ids is None:
         raise InputError(
@@ -178,12 +178,58 @@ def _wants_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, input_ids: Tensor, cache: CompactCache, attention_mask: Tensor | None = None) -> Tensor:
-    """Read a prompt ``[B, S]`` into a fresh cache and return the logits of its last token, ``[B, vocabulary]``."""
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: CompactCache,
+    attention_mask: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    ceiling: int | float | None = None,
+) -> Tensor:
+    """Read a prompt ``[B, S]`` into a fresh cache and return the logits of its last token, ``[B, vocabulary]``.
+
+    Parameters
+    ----------
+    chunk: read one prompt in chunks of so many tokens (at least 64), so that what the model computes meanwhile stays small.
+    ceiling: most entries a layer keeps between chunks, in entries (int) or as a fraction of the prompt (float); a layer
+        then never holds more than ``ceiling + chunk``, and the policy chooses from what is left. None: nothing goes before
+        the policy has seen the whole prompt, and it keeps what it keeps without chunks.
+
+    Raises
+    ------
+    InputError
+        For an empty prompt, and for chunks of several or padded prompts, below 64 tokens or below the observation window.
+    CacheError
+        For chunks into a cache that is not fresh, or that records under a ceiling.
+    """
     if input_ids.shape[1] == 0:
         raise InputError("the prompt is empty: give at least one token")
+    if chunk is not None:
+        return _prefill_in_chunks(model, input_ids, cache, attention_mask, chunk, ceiling)
+    if ceiling is not None:
+        raise InputError(f"ceiling={ceiling} is for what is held between chunks: give chunk= too, or leave it out")
     output = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.check_used()
+    return output.logits[:, -1]
+
+
+def _prefill_in_chunks(
+    model: PreTrainedModel, input_ids: Tensor, cache: CompactCache, mask: Tensor | None, chunk: int, ceiling: int | float | None
+) -> Tensor:
+    if len(input_ids) > 1 or not (mask is None or bool(mask.all())):
+        raise InputError(
+            f"chunks are for one prompt without padding, and this is a batch of {len(input_ids)} or padded: read prompts one "
+            "by one (winnowkv.stack.stack makes one batch of their caches), or leave chunk= out"
+        )
+    sizes = cache.begin_chunks(input_ids.shape[1], chunk, ceiling)
+    try:
+        for part in input_ids.split(sizes, 1):
+            output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.end_chunk()
+    except BaseException:
+        cache.reset()  # half a prompt must not pass for a whole one
+        raise
     return output.logits[:, -1]
 
 

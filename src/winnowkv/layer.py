@@ -35,6 +35,9 @@ class CompactLayer(CacheLayerMixin):
 
     With a ``decode_budget`` the entries behind the prompt's are evicted in blocks: ``dropped`` counts
     those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
+
+    While one prompt is read in chunks, ``room`` is how many entries it will hold at most: the buffers have that size
+    from the first chunk on and are never copied. 0 else.
     """
 
     is_sliding = False
@@ -50,7 +53,7 @@ class CompactLayer(CacheLayerMixin):
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.length = self.seen = self.prompt = self.dropped = 0
+        self.length = self.seen = self.prompt = self.dropped = self.room = 0
         self.queries: Tensor | None = None
         self.pads: list[int] = []
         self.valid: Tensor | None = None
@@ -71,6 +74,8 @@ class CompactLayer(CacheLayerMixin):
             self.length = self.seen = self.prompt = added
             self.pads = [0] * key_states.shape[0]
             self.positions = [None] * key_states.shape[0]
+            if self.room:
+                self._resize(self.room)
             # Views, not the tensors we store: attention tags what it gets, and a tag must not outlive the call.
             return key_states[:, :, :], value_states[:, :, :]
         begin = self.length - self.frozen
@@ -82,7 +87,14 @@ class CompactLayer(CacheLayerMixin):
         if self.valid is not None:
             self.valid[..., self.length : self.length + added] = True
         self.length, self.seen = self.length + added, self.seen + added
+        if self.room:
+            self._extend_prompt()
         return self.entries_in_use()
+
+    def _extend_prompt(self) -> None:
+        new = torch.arange(self.prompt, self.seen, dtype=torch.int32, device=self.keys.device)[None]
+        self.positions = [None if held is None else torch.cat([held, new], 1) for held in self.positions]
+        self.prompt = self.seen
 
     def _resize(self, columns: int) -> None:
         def resized(buffer: Tensor, capacity: int, used: int) -> Tensor:
@@ -143,6 +155,15 @@ class CompactLayer(CacheLayerMixin):
         self.length = self.keys.shape[2]
         self.positions = [None if p is None else p.to(torch.int32) for p in positions]
         self.valid = occupied(columns, self.keys.shape[1])
+
+    def drop(self, stays: Tensor) -> None:
+        """Between the chunks of one prompt: evict all entries but these, ascending ``[n]`` counted from the first; in place."""
+        stays = stays.to(self.keys.device)
+        for states in (self.keys, self.values):
+            states[:, :, : len(stays)] = states.index_select(2, stays)
+        (held,) = self.positions
+        self.positions = [stays.to(torch.int32)[None] if held is None else held.index_select(1, stays)]
+        self.length = len(stays)
 
     @property
     def generated(self) -> int:

@@ -66,7 +66,7 @@ class PrefillPlan:
     def observe(self, queries: Queries, keys: Keys, scale: float) -> dict[int, Indices]:
         """Take in the next layer and return ``{layer: positions that stay}`` for every layer that shrinks now.
 
-        ``queries`` are the last ``policy.reads(tokens)`` of the prompt, ``keys`` all of it.
+        ``queries`` are those at ``policy.wanted(tokens)``, ``keys`` are of the whole prompt.
         """
         if self._ceilings is None:
             self.kept.append(None)
@@ -139,7 +139,7 @@ class PrefillPlan:
 
 
 def evidence(policy: Policy, layer: int, queries: Queries, keys: Keys, scale: float) -> tuple[Scores | None, HeadScores | None]:
-    """What one layer tells a policy: its scores, None for a follower of another layer, and what it has to say to all."""
+    """What one layer's ``policy.wanted`` queries and its keys tell a policy: scores, None for a follower, and what all hear."""
     scores = policy.score(layer, queries, keys, scale) if policy.leader(layer) >= layer else None
     return scores, policy.hear(layer, queries, keys, scale)
 
@@ -166,12 +166,12 @@ class AutoPlan:
     def observe(self, queries: Queries, keys: Keys, scale: float) -> dict[int, Indices]:
         """As :meth:`PrefillPlan.observe`; nothing shrinks before the last layer."""
         self.kept = [*self.kept, None]
-        if self.prompt.tokens <= self.policy.minimum_budget() or not self.policy.evicts:
+        least, most = max(self.policy.minimum_budget(), self.policy.sinks + self.policy.observe), self.prompt.tokens
+        if most <= least or not self.policy.evicts:
             return {}
         self._evidence.append(evidence(self.policy, len(self.kept) - 1, queries, keys, scale))
         if len(self.kept) < self.prompt.layers:
             return {}
-        least, most = self.policy.minimum_budget(), self.prompt.tokens
         best = None
         while least < most and most > least * (1 + STEP):
             entries = max(int((least * most) ** 0.5), least + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,8 @@ from winnowkv.types import HeadScores, Keys, Probabilities, Queries, Scores, Win
 
 PoolKind = Literal["avg", "max"]
 GroupKind = Literal["mean", "max"]
+TILE = 1 << 19  # logits of a tile, 2 MB in float32: what is done to it next finds it in a core's cache
+TILE_GPU = 1 << 24  # where starting a kernel costs more than memory
 
 
 def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "B Hq W S"]:
@@ -22,39 +24,76 @@ def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor
     kv_heads, tokens = keys.shape[1], keys.shape[2]
     grouped = queries.float().reshape(batch, kv_heads, -1, size) * scale
     logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, window, tokens)
-    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
-    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    return logits.softmax(-1)
+    return hide_future(logits, window, 0).softmax(-1)
 
 
-def window_probabilities(queries: Queries, keys: Keys, scale: float) -> Probabilities:
-    """Attention probabilities of the last ``W`` queries on the context, ``[B, Hq, W, C]``.
+def hide_future(logits: Tensor, window: int, begin: int) -> Tensor:
+    """Logits ``[..., w, S]`` of the last ``window`` queries from the ``begin``-th on; later keys get the least, in place."""
+    place = torch.arange(window, device=logits.device)
+    future = place > place[begin : begin + logits.shape[-2], None]
+    logits[..., logits.shape[-1] - window :].masked_fill_(future, torch.finfo(logits.dtype).min)
+    return logits
 
-    The ``C = S - W`` context columns of a softmax over all ``S`` keys; no map is larger than ``[B, Hq, W, S]``.
+
+def tiles(queries: Queries, keys: Keys, scale: float, *, half: bool = False) -> Iterator[tuple[int, slice, int, Tensor]]:
+    """Logits in float32 a tile at a time, as ``(row, query heads, first query, logits [heads, w, S])``.
+
+    A tile is one head's or a few heads' of one KV head, whole or some queries of it: no map of more than :data:`TILE`
+    logits (on an accelerator :data:`TILE_GPU`), or of one query, exists at once. The next tile overwrites it.
+    ``half`` multiplies in bfloat16 where the keys are of that kind: twice as fast, logits rounded to 8 bits.
     """
-    return causal_attention(queries, keys, scale)[..., : keys.shape[2] - queries.shape[2]]
+    queries, keys = queries.detach(), keys.detach()  # buffers have no gradient
+    batch, heads, window, _ = queries.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    group, fit = heads // kv_heads, max((TILE if keys.device.type == "cpu" else TILE_GPU) // max(tokens, 1), 1)
+    several, some = min(max(fit // window, 1), group), min(fit, window)
+    kind = keys.dtype if half and keys.dtype == torch.bfloat16 else torch.float32
+    # Buffers, because fresh memory costs more than what is done in it.
+    buffer = torch.empty(several * some, tokens, device=keys.device)
+    product = buffer if kind == torch.float32 else torch.empty_like(buffer, dtype=kind)
+    for row in range(batch):
+        for kv in range(kv_heads):
+            columns, last = keys[row, kv].to(kind).t(), (kv + 1) * group
+            for head in range(kv * group, last, several):
+                mine = slice(head, min(head + several, last))
+                asking = (queries[row, mine].float() * scale).to(kind)
+                for begin in range(0, window, some):
+                    now = asking[:, begin : begin + some]
+                    logits, made = (part[: now.shape[0] * now.shape[1]] for part in (buffer, product))
+                    torch.mm(now.flatten(0, 1), columns, out=made)
+                    if made.dtype != logits.dtype:
+                        logits.copy_(made)
+                    yield row, mine, begin, logits.view(*now.shape[:2], tokens)
 
 
 def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
     """Attention that each context token gets from the last ``W`` queries, summed over them, ``[B, Hq, C]``.
 
-    Source: SnapKV (arXiv 2404.14469).
+    The ``C = S - W`` context columns of a causal softmax over all ``S`` keys. Source: SnapKV (arXiv 2404.14469).
     """
-    return window_probabilities(queries, keys, scale).sum(-2)
+    return received(queries, keys, scale)[..., : keys.shape[2] - queries.shape[2]]
+
+
+def received(queries: Queries, keys: Keys, scale: float) -> HeadScores:
+    """Attention that each token gets from the last ``W`` queries, causal, summed over them, ``[B, Hq, S]``."""
+    total = torch.zeros(*queries.shape[:2], keys.shape[2], device=keys.device)
+    for row, heads, begin, logits in tiles(queries, keys, scale):
+        hide_future(logits, queries.shape[2], begin)
+        total[row, heads] += torch.softmax(logits, -1, out=logits).sum(-2)
+    return total
 
 
 def accumulated_attention(queries: Queries, keys: Keys, scale: float, block: int = 256) -> HeadScores:
     """Attention that each token gets from every query of the prompt (``W = S``), summed, ``[B, Hq, S]``.
 
-    Causal softmax in float32, ``block`` queries at a time over the keys that they can see, so
-    that no map larger than ``[B, Hq, block, S]`` exists. Source: H2O (arXiv 2306.14048).
+    ``block`` queries at a time over the keys that they can see. Source: H2O (arXiv 2306.14048).
     """
     batch, heads, tokens, _ = queries.shape
     total = torch.zeros(batch, heads, tokens, device=keys.device)
     keys = keys.float()  # once, not for every block
     for begin in range(0, tokens, block):
         end = min(begin + block, tokens)
-        total[..., :end] += causal_attention(queries[:, :, begin:end], keys[:, :, :end], scale).sum(-2)
+        total[..., :end] += received(queries[:, :, begin:end], keys[:, :, :end], scale)
     return total
 
 
@@ -90,26 +129,41 @@ def attention_preference(attention: Probabilities, tau1: float, tau2: float) -> 
     return entropy ** (1 / tau1) * variance ** (1 / tau2)
 
 
+def moments(
+    queries: Queries, keys: Keys, scale: float, context: int, *, causal: bool, half: bool = False
+) -> tuple[HeadScores, HeadScores, Tensor]:
+    """Mean and mean square over the queries of the attention on the first ``context`` keys, ``[B, Hq, context]``; its entropy.
+
+    The entropy ``-p log p`` is summed over everything. ``causal``: the queries are the last ones, else they stand behind all
+    keys. A tile at a time (:func:`tiles`, whose ``half`` this is).
+    """
+    count = queries.shape[2]
+    mean, square = torch.zeros(2, *queries.shape[:2], keys.shape[2], device=keys.device)
+    entropy, buffer = torch.zeros((), device=keys.device), torch.empty(0, device=keys.device)
+    for row, heads, begin, logits in tiles(queries, keys, scale, half=half):
+        if causal:
+            hide_future(logits, count, begin)
+        attention = torch.softmax(logits, -1, out=buffer.resize_(logits.shape))
+        # log p is the logit less the query's normalizer: no logarithm of every probability.
+        normalizer = logits.amax(-1) - attention.amax(-1).log()
+        behind = (attention[..., context:] * logits[..., context:]).sum()
+        entropy += (normalizer * attention[..., :context].sum(-1)).sum() + behind
+        entropy -= torch.dot(attention.flatten(), logits.flatten())
+        ones = attention.new_ones(attention.shape[-2])
+        mean[row, heads] += ones @ attention
+        square[row, heads] += ones @ attention.square_()
+    return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0)
+
+
 def expected_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
     """Attention of queries that stand behind all ``S`` keys on the first ``context`` of them, and the layer's preference.
 
     Per token the root mean square over the queries, mean over each GQA group, ``[B, Hkv, context]``: a token that few
     queries need much counts more than one that all need a little. The preference is that of :func:`attention_preference`.
     """
-    grouped = queries.float().unflatten(1, (keys.shape[1], -1)) * scale
-    group, count = grouped.shape[2:4]
-    scores, entropy, variance = [], torch.zeros((), device=keys.device), torch.zeros((), device=keys.device)
-    for head in range(keys.shape[1]):  # one KV head at a time: no map is larger than [B, S, G * W]
-        logits = keys[:, head].float() @ grouped[:, head].flatten(1, 2).transpose(1, 2)
-        attention = logits.softmax(1)
-        normalizer = logits.amax(1) - attention.amax(1).log()
-        logits, attention = logits[:, :context], attention[:, :context]
-        square = attention.unflatten(2, (group, count)).square().mean(-1)
-        mean = attention.unflatten(2, (group, count)).mean(-1)
-        scores.append(square.sqrt().mean(-1))
-        entropy += (normalizer * attention.sum(1)).sum() - torch.dot(attention.flatten(), logits.flatten())
-        variance += (square - mean.square()).sum()
-    return torch.stack(scores, 1), entropy.clamp(min=0) * variance.clamp(min=0)
+    mean, square, entropy = moments(queries, keys, scale, context, causal=False, half=True)
+    variance = (square - mean.square()).sum().clamp(min=0)
+    return group_reduce(square.sqrt(), keys.shape[1]), entropy * variance
 
 
 def pool(scores: Scores, kernel: int, kind: PoolKind) -> Scores:

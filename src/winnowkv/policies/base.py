@@ -1,7 +1,7 @@
 """What an eviction policy is: a frozen dataclass of options with a few pure hooks.
 
 The way of one request: :meth:`Policy.ceilings` says what a layer may hold while
-prefill runs; after each layer :meth:`Policy.score` reads the observed queries and
+prefill runs; after each layer :meth:`Policy.score` reads the wanted queries and
 :meth:`Policy.revise` may lower the limits of the layers seen so far; after the last
 layer :meth:`Policy.allocate` says what every layer ends with. Each time a layer's
 limit falls, :meth:`Policy.select` names the entries that stay. Everything a hook
@@ -14,6 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from winnowkv.budget import uniform
 from winnowkv.errors import BudgetError, PolicyError
@@ -111,8 +114,12 @@ class Policy:
         return self
 
     def reads(self, tokens: int) -> int:
-        """How many of the prompt's last queries :meth:`score` wants to see; the observation window for most."""
+        """How far back the queries lie that :meth:`score` and :meth:`hear` want to see; the observation window for most."""
         return self.observe
+
+    def wanted(self, tokens: int) -> Tensor:
+        """Ascending prompt positions of these queries; all the last ones that :meth:`reads` says, where nobody says less."""
+        return torch.arange(max(tokens - self.reads(tokens), 0), tokens)
 
     @property
     def hint(self) -> str | None:
@@ -145,7 +152,7 @@ class Policy:
         return uniform(prompt.layers, prompt.budget)
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """Importance of each context token of one request, ``[1, H, C]``, from the last queries it reads."""
+        """Importance of each context token of one request, ``[1, H, C]``, from the queries at :meth:`wanted`."""
         raise TypeError(f"{type(self).__name__} does not define score()")
 
     def hear(self, layer: int, queries: Queries, keys: Keys, scale: float) -> HeadScores | None:

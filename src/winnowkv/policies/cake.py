@@ -10,7 +10,7 @@ from winnowkv.budget import apportion
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.cascade import Cascade
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.scores import GroupKind, PoolKind, attention_preference, group_reduce, pool, window_probabilities
+from winnowkv.scores import GroupKind, PoolKind, group_reduce, moments, pool
 from winnowkv.types import Entries, Keys, Queries, Scores
 
 
@@ -46,11 +46,13 @@ class CAKE(Cascade, SnapKV):
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
         """Mean plus variance, pooled, ``[1, Hkv, C]``; scaled so that their sum is the layer's preference."""
-        attention = window_probabilities(queries, keys, scale)
-        tokens = attention.mean(-2) + self.gamma * attention.var(-2)
-        scores = group_reduce(pool(tokens, self.kernel, self.pooling), keys.shape[1], self.group_by)
+        window = queries.shape[2]
+        mean, square, entropy = moments(queries, keys, scale, keys.shape[2] - window, causal=True)
+        variance = (square - mean.square()).clamp_(min=0) * (window / (window - 1))
+        preference = entropy ** (1 / self.tau1) * variance.sum() ** (1 / self.tau2)
+        scores = group_reduce(pool(mean + self.gamma * variance, self.kernel, self.pooling), keys.shape[1], self.group_by)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
-        return scores * (attention_preference(attention, self.tau1, self.tau2) / scores.sum().clamp(min=1e-30))
+        return scores * (preference / scores.sum().clamp(min=1e-30))
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
         """In proportion to the preferences; the sum is exact once all layers are there."""

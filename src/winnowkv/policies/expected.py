@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from winnowkv.budget import apportion
+from winnowkv.errors import BudgetError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies.base import GIVEN, Policy, Prompt
 from winnowkv.policies.cascade import Cascade
 from winnowkv.rotation import Rotation
 from winnowkv.scores import expected_attention
-from winnowkv.select import with_recent, with_sinks
+from winnowkv.select import top_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 
@@ -53,13 +55,39 @@ class Expected(Cascade, Policy):
         """All: the samples lie anywhere."""
         return tokens
 
+    def places(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where each sampled query stands, and where it is moved to."""
+        context = max(tokens - self.window(tokens), 0)
+        late = min(self.samples // 4, context)
+        early = min(self.samples - late, context)
+        first = min(self.sinks, context - 1)
+        here = torch.cat([torch.linspace(first, context - 1, early).long(), torch.arange(context - late, context)])
+        there = torch.cat([torch.linspace(0, self.ahead - 1, early).long(), torch.arange(late)]) + tokens
+        return here, there
+
+    def wanted(self, tokens: int) -> Tensor:
+        """The sampled ones."""
+        return self.places(tokens)[0].unique()
+
     def window(self, tokens: int) -> int:
         """The last tokens, that do not compete."""
         return self.observe
 
     def recent(self, prompt: Prompt) -> int:
-        """Those of them that stay."""
-        return self.observe
+        """Those of them that stay: all, or as many as fit into a small budget."""
+        return min(self.observe, prompt.budget - self.sinks)
+
+    def minimum_budget(self) -> int:
+        """Sinks and the last token."""
+        return self.sinks + 1
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise BudgetError where the prompt's budget cannot hold the sinks and the last token."""
+        if prompt.budget < (least := self.minimum_budget()):
+            raise BudgetError(
+                f"{self.name}: a budget of {prompt.budget} entries (prompt of {prompt.tokens} tokens) is below "
+                f"{self.sinks} sinks and the last token: keep at least {least} entries, or fewer sinks (sinks=)"
+            )
 
     def always(self, prompt: Prompt) -> int:
         """What every layer keeps before layers compete: sinks and recent tokens."""
@@ -69,12 +97,8 @@ class Expected(Cascade, Policy):
         """Attention of the moved queries, ``[1, Hkv, C]``; scaled so that its sum is the layer's preference."""
         tokens = keys.shape[2]
         context = tokens - self.window(tokens)
-        late = min(self.samples // 4, context)
-        early = min(self.samples - late, context)
-        first = min(self.sinks, context - 1)
-        here = torch.cat([torch.linspace(first, context - 1, early).long(), torch.arange(context - late, context)])
-        there = torch.cat([torch.linspace(0, self.ahead - 1, early).long(), torch.arange(late)]) + tokens
-        moved = queries[:, :, here.to(queries.device)]
+        here, there = self.places(tokens)
+        moved = queries.index_select(2, torch.searchsorted(self.wanted(tokens), here).to(queries.device))
         if self.rotation is not None:
             moved = self.rotation.turn(moved, (there - here).to(queries.device))
         scores, preference = expected_attention(moved, keys, scale, context)
@@ -91,6 +115,5 @@ class Expected(Cascade, Policy):
     def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
         """Sinks, the best tokens, the recent ones."""
         recent = max(self.recent(prompt), int(entries) - scores.shape[-1])
-        # topk, not a stable sort: earlier layers choose anew with every layer that is read.
-        best = with_sinks(scores, self.sinks).topk(int(entries) - recent, sorted=False).indices.sort(dim=-1).values
+        best = top_tokens(with_sinks(scores, self.sinks), int(entries) - recent)
         return with_recent(best, prompt.tokens, recent)
