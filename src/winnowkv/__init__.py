@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from winnowkv.batching import Engine
     from winnowkv.budget import Budget
     from winnowkv.cache import CompactCache
     from winnowkv.classify import task_profile
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
     from winnowkv.policies import Policy, Prompt, policy
     from winnowkv.profile import Profile, read_profile
     from winnowkv.report import Report
+    from winnowkv.request import Completion, Event, Request
+    from winnowkv.sampling import Sampling
     from winnowkv.snapshot import load_cache, save_cache
     from winnowkv.task import TaskProfile
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "winnowkv.batching": ("Engine",),
     "winnowkv.budget": ("Budget",),
     "winnowkv.cache": ("CompactCache",),
     "winnowkv.classify": ("task_profile",),
@@ -46,14 +50,17 @@ _HOMES = {
     "winnowkv.policies": ("Policy", "Prompt", "policy"),
     "winnowkv.profile": ("Profile", "read_profile"),
     "winnowkv.report": ("Report",),
+    "winnowkv.request": ("Completion", "Event", "Request"),
+    "winnowkv.sampling": ("Sampling",),
     "winnowkv.snapshot": ("load_cache", "save_cache"),
     "winnowkv.task": ("TaskProfile",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, public in _HOMES.items() for name in public}
 
 __all__ = [
-    "Budget", "BudgetError", "CacheError", "CompactCache", "InputError", "ModelNotFoundError", "Policy", "PolicyError",
-    "Profile", "ProfileError", "Prompt", "Report", "Run", "TaskProfile", "UnsupportedModelError", "WinnowError",
+    "Budget", "BudgetError", "CacheError", "CompactCache", "Completion", "Engine", "Event", "InputError", "ModelNotFoundError",
+    "Policy", "PolicyError", "Profile", "ProfileError", "Prompt", "Report", "Request", "Run", "Sampling", "TaskProfile",
+    "UnsupportedModelError", "WinnowError",
     "compress", "load", "load_cache", "policy", "read_profile", "save_cache",
     "task_profile",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import typer
 from winnowkv.cli.options import Json, budgets as read_budgets
 from winnowkv.cli.tables import table_console
 from winnowkv.errors import BudgetError, InputError, ProfileError
+from winnowkv.sizes import read_size
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from winnowkv.plan import Fit, MemoryPlan
     from winnowkv.policies import Policy
 
-UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)},
-         **{f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", 1)}}  # fmt: skip
 TOKENS = {"": 1, "k": 2**10, "m": 2**20}
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -90,16 +89,6 @@ def plan(
         print()
     else:
         show(made, fits, notes, model, dtype_name(number))
-
-
-def read_size(text: str) -> int:
-    """Bytes of ``24GiB``, ``24GB``, ``512MiB`` or ``1000``. Raises InputError naming the value."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    unit = UNITS.get(match[2].upper() or "B") if match else None
-    size = int(Fraction(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise InputError(f"--memory {text!r} is no size: write it as 24GiB, 24GB, 512MiB or plain bytes")
-    return size
 
 
 def read_tokens(text: str) -> int:
