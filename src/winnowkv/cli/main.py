@@ -19,9 +19,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run ``winnow``. Bad values exit with 2 and one sentence, an interrupt with 130."""
-    from winnowkv.cli import audit, calibrate, demo, eval as evaluation, generate, needle, plan, policies, report, task
+    from winnowkv.cli import audit, bench, calibrate, demo, eval as evaluation, generate, needle, plan, policies, report, task
 
-    for command in (demo, generate, plan, audit, needle, evaluation, report, calibrate, task, policies):
+    for command in (demo, generate, plan, audit, bench, needle, evaluation, report, calibrate, task, policies):
         command.register(app)
     try:
         app()

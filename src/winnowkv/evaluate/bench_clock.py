@@ -1,0 +1,114 @@
+"""How a measurement is taken: work timed in turns, medians with their spread, and memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from winnowkv.evaluate.settings import peak_memory
+
+Work = Callable[[], Any]
+PROCESS = Path("/proc/self")  # only Linux says what a process holds now, and lets its peak be reset
+
+
+class Clock:
+    """Seconds that a piece of work takes, the accelerator's share included."""
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._now = device, now
+
+    def seconds(self, work: Work) -> float:
+        """Do the work once."""
+        self._wait()
+        begin = self._now()
+        work()
+        self._wait()
+        return self._now() - begin
+
+    def turns(self, works: Mapping[str, Work], rounds: int, warm: int = 0) -> dict[str, list[float]]:
+        """Seconds of each work in each round, one behind the other; who begins moves on by one each round.
+
+        A machine drifts: only works of one round are compared. The first ``warm`` rounds are not counted.
+        """
+        names, took = list(works), {name: list[float]() for name in works}
+        for round_ in range(warm + rounds):
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                seconds = self.seconds(works[name])
+                if round_ >= warm:
+                    took[name].append(seconds)
+        return took
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles, least and most of values, and how many they are."""
+    low, _, high = quantiles([*values, *values[: len(values) == 1]], n=4, method="inclusive")  # one value is its own quartiles
+    return {
+        "median": median(values), "low": low, "high": high, "least": min(values), "most": max(values), "count": len(values),
+    }  # fmt: skip
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """The spread of ``ours / theirs``, pair by pair."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def peak_of(work: Work) -> int | None:
+    """The most memory that the process held while the work was done, in bytes; on CUDA what torch allocated there.
+
+    Where the system cannot reset the peak, the most that the process has held so far.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+    try:
+        (PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        work()
+        return peak_memory()
+    work()
+    return status_bytes("VmHWM")
+
+
+def held_memory() -> int | None:
+    """What the process holds in memory now, in bytes; None where the system does not say."""
+    gc.collect()
+    try:
+        return status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def status_bytes(name: str) -> int:
+    """A size in the process's status. Raises OSError where there is none."""
+    for line in (PROCESS / "status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"{PROCESS / 'status'} does not say {name}")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
+    return next(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("MemAvailable:"))
