@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 import winnowkv as wk
 from winnowkv.fingerprint import Fingerprint
+from winnowkv.policies.registry import policy_class
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 128
@@ -50,7 +51,7 @@ class Case:
     @property
     def ragged(self) -> bool:
         """Whether heads of a layer may keep different numbers of entries."""
-        return self.name in ("adakv", "headkv")
+        return policy_class(self.name).per_head
 
     @property
     def settings(self) -> dict[str, object]:

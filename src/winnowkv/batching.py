@@ -27,8 +27,6 @@ from winnowkv.errors import InputError, WinnowError
 from winnowkv.models import position_limit, prompt_limit
 from winnowkv.plan import LayerShape, Shape, need
 from winnowkv.policies import Policy, policy as make_policy
-from winnowkv.policies.adakv import AdaKV
-from winnowkv.policies.headkv import HeadKV
 from winnowkv.report import Report
 from winnowkv.request import AnyPrompt, Claim, Completion, Event, Reason, Request, end_tokens, token_ids
 from winnowkv.sampling import Sampling, check_whole, choose
@@ -354,7 +352,7 @@ class Engine:
         """What a prompt needs. Raises BudgetError and InputError for a budget or for chunks that cannot serve it."""
         peak = need(self._shape, policy, self.budget, tokens).peak
         kept = self.budget.entries(tokens) if policy.evicts and tokens > policy.observe else tokens
-        if isinstance(policy, AdaKV | HeadKV):  # heads of a layer are padded to the longest, which may be whole
+        if policy.per_head:  # heads of a layer are padded to the longest, which may be whole
             peak = held_whole(self._shape, tokens, tokens)
         if self._chunk is not None:
             chunks = cut(policy, self.budget, tokens, self._chunk, self._ceiling)

@@ -315,7 +315,7 @@ class CompactCache(Cache):
         """Those that the policy wants of the last queries of a row's prompt; what comes out of chunks is that already."""
         if self._chunks is not None:
             return queries
-        return queries[:, :, policy.wanted(tokens).to(queries.device) + (queries.shape[2] - tokens)]
+        return queries.index_select(2, policy.wanted(tokens).to(queries.device) + (queries.shape[2] - tokens))
 
     def _each_policy(self, rows: int) -> list[Policy]:
         if len(self.policies) not in (1, rows):

@@ -25,6 +25,7 @@ class AdaKV(SnapKV):
     name: ClassVar[str] = "adakv"
     source: ClassVar[str] = "Ada-KV, arXiv 2407.11550, section 4"
     scope: ClassVar[str] = "tokens per KV head, budgets over the heads of a layer by this prompt's scores"
+    per_head: ClassVar[bool] = True
 
     floor: float = 0.2
 

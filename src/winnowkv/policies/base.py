@@ -70,6 +70,7 @@ class Policy:
     evicts: False for what keeps everything.
     by_task, by_profile: whether :meth:`for_task` makes use of a task, :meth:`for_model` needs a calibration profile.
     by_layout: whether :meth:`for_task` makes use of the prompt's layout.
+    per_head: whether heads of a layer may keep different numbers of entries; a layer is then held at its longest head.
     """
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class Policy:
     by_task: ClassVar[bool] = False
     by_profile: ClassVar[bool] = False
     by_layout: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
 
     sinks: int = 0
     observe: int = 0

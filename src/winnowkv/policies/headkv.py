@@ -30,6 +30,7 @@ class HeadKV(SnapKV):
     source: ClassVar[str] = "HeadKV, arXiv 2410.19258, section 3"
     scope: ClassVar[str] = "tokens per KV head, budgets over all heads of the model by a profile"
     by_profile: ClassVar[bool] = True
+    per_head: ClassVar[bool] = True
 
     profile: str | Profile | None = None
     heads: HeadKind = "semantic"
