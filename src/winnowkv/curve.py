@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from winnowkv.errors import ProfileError
 
@@ -65,5 +65,7 @@ def fit_curve(measured: Sequence[Point], prompts: int) -> Curve:
         while len(pools) > 1 and pools[-2][1] >= pools[-1][1]:
             (x0, y0, n0), (x1, y1, n1) = pools[-2:]
             pools[-2:] = [((x0 * n0 + x1 * n1) / (n0 + n1), (y0 * n0 + y1 * n1) / (n0 + n1), n0 + n1)]
-    points = [(min(mass, 1.0), min(agreement, 1.0)) for mass, agreement, _ in pools]
+    # A mean of equal masses may come out a rounding below them.
+    masses = accumulate((min(mass, 1.0) for mass, _, _ in pools), max)
+    points = [(mass, min(agreement, 1.0)) for mass, (_, agreement, _) in zip(masses, pools, strict=True)]
     return Curve((*points, (1.0, 1.0)), prompts)
