@@ -58,6 +58,7 @@ def test_a_fitted_curve_ascends_and_ends_whole(measured: list[tuple[float, float
 
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=12), st.floats(0.01, 0.99))
 @example([(0.8032301256954291, 0.0), *[(0.8032301256954291, 1.0)] * 3], 0.5)
+@example([(0.9999999999999999, 0.0)], 0.25)
 def test_what_is_needed_is_the_least_mass_that_is_expected_to_do(measured: list[tuple[float, float]], target: float) -> None:
     curve = fit_curve(measured, 3)
     needed = curve.needed(target)

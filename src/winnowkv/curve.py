@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from winnowkv.errors import ProfileError
 
 Point = tuple[float, float]
+DIGITS = 6  # of a fitted mass
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def fit_curve(measured: Sequence[Point], prompts: int) -> Curve:
         while len(pools) > 1 and pools[-2][1] >= pools[-1][1]:
             (x0, y0, n0), (x1, y1, n1) = pools[-2:]
             pools[-2:] = [((x0 * n0 + x1 * n1) / (n0 + n1), (y0 * n0 + y1 * n1) / (n0 + n1), n0 + n1)]
-    # A mean of equal masses may come out a rounding below them.
-    masses = accumulate((min(mass, 1.0) for mass, _, _ in pools), max)
+    # A mean of equal masses may come out a rounding below them, and between masses a rounding apart nothing can be read off.
+    masses = accumulate((round(min(mass, 1.0), DIGITS) for mass, _, _ in pools), max)
     points = [(mass, min(agreement, 1.0)) for mass, (_, agreement, _) in zip(masses, pools, strict=True)]
     return Curve((*points, (1.0, 1.0)), prompts)
