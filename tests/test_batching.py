@@ -108,7 +108,7 @@ def least(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] =
     for row, (tokens, count) in enumerate(zip(lengths, new, strict=True)):
         request = engine.submit(ids(tokens, row), Sampling(max_new_tokens=count))
         claim = request.claim
-        needed = max(needed, claim.peak, engine._spare.bytes_with(claim.entries, claim.room))
+        needed = max(needed, claim.peak, engine._slots.bytes_alone(claim.entries, claim.room))
         engine.cancel(request)
     return needed
 
@@ -225,7 +225,7 @@ def test_rows_of_requests_that_have_ended_make_room(llama: PreTrainedModel) -> N
     """Buffers are not cut when a row leaves, but when a prompt needs the memory."""
     many = [Sampling(max_new_tokens=4)] * 7
     free = Engine(llama, words(), **SNAP)
-    engine = Engine(llama, words(), kv_memory=free._spare.bytes_with([20] * 5, 39) * 8, **SNAP)
+    engine = Engine(llama, words(), kv_memory=free._slots.bytes_alone([20] * 5, 39) * 8, **SNAP)
     long = engine.submit(ids(60), Sampling(max_new_tokens=40))
     engine.generate([ids(60, seed) for seed in range(7)], many)
     held = engine.held_bytes
@@ -254,11 +254,11 @@ def test_a_prompt_that_turns_out_too_large_ends_alone(llama: PreTrainedModel, mo
     claim = Engine._claim
     monkeypatch.setattr(Engine, "_claim", lambda self, tokens, *more: Claim(9, [4] * 5, claim(self, tokens, *more).room))
     free = Engine(llama, words(), **SNAP)
-    memory = free._spare.bytes_with([20] * 5, 4)
+    memory = free._slots.bytes_alone([20] * 5, 4)
     engine = Engine(llama, words(), kv_memory=memory, **SNAP)
     done = engine.generate([ids(60), ids(60, 1)], [Sampling(max_new_tokens=n) for n in (6, 5)])
     assert (done[0].finish_reason, len(done[0].tokens)) == ("error", 1)
-    assert f"kv_memory is {memory}: give kv_memory={free._spare.bytes_with([20] * 5, 5)}" in str(done[0].error)
+    assert f"kv_memory is {memory}: give kv_memory={free._slots.bytes_alone([20] * 5, 5)}" in str(done[0].error)
     assert done[1].tokens == alone(llama, ids(60, 1), 5, **SNAP)
 
 

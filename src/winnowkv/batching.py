@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from winnowkv.attention import acquire, known, release
+from winnowkv.attention import known
 from winnowkv.budget import Budget
 from winnowkv.cache import CompactCache
 from winnowkv.chunks import cut
@@ -94,9 +93,7 @@ class Engine:
         CompactCache(model, policy, self.budget, task=TASKS[0] if task is None else task)
         self._made = make_policy(policy).for_model(known(model))
         self.ends = end_tokens(model, tokenizer)
-        acquire(model)
-        weakref.finalize(self, release, model).atexit = False
-        self._slots, self._spare = Slots(model, compile=compile), Slots(model, compile=compile)
+        self._slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
         self._shape = shape_of(self._slots, model)
         self._free = threading.Condition()  # its lock guards everything below
         self._stepping = False  # one thread works with the model and the slots, outside the lock
@@ -124,7 +121,7 @@ class Engine:
         """Compile the steps of up to ``max_rows`` prompts of that length, as many as fit; returns the seconds it took."""
         entries, room = [self.budget.entries(prompt_tokens)] * len(self._shape.compressed), new_tokens - 1
         rows = self.max_rows
-        if self.kv_memory is not None and (most := self.kv_memory // self._spare.bytes_with(entries, room)) < rows:
+        if self.kv_memory is not None and (most := self.kv_memory // self._slots.bytes_alone(entries, room)) < rows:
             rows = 1 << max(most.bit_length() - 1, 0)  # compiled rows are a power of two
         with self._step():
             return self._slots.warm_up(rows, entries[0], room)
@@ -300,7 +297,7 @@ class Engine:
             if self._active:
                 return []
             self._current = None
-            least = max(request.claim.peak, self._spare.bytes_with(entries, request.claim.room))
+            least = max(request.claim.peak, self._slots.bytes_alone(entries, request.claim.room))
             return self._fail([request], too_small(self.kv_memory, least, len(request.prompt), request.sampling))
         self._slots.place(cache, request.claim.room)
         with self._free:
@@ -364,7 +361,7 @@ class Engine:
     def _refuse(self, claim: Claim, tokens: int, sampling: Sampling) -> None:
         """Raise InputError for what does not fit even alone."""
         assert self.kv_memory is not None
-        least = max(claim.peak, self._spare.bytes_with(claim.entries, claim.room))
+        least = max(claim.peak, self._slots.bytes_alone(claim.entries, claim.room))
         if least > self.kv_memory:
             raise too_small(self.kv_memory, least, tokens, sampling)
 

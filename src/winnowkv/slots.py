@@ -173,7 +173,7 @@ class Slots(Cache):
             mine.lazy_initialization(theirs.keys, theirs.values)
             mine.static = compile
         self.model = model
-        self.positions: list[int] = []
+        self._full = sum(layer.window is None for layer in self._each)
         self._requests: list[_Request] = []
         self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
         self._compiled = compiled(model) if compile else None
@@ -184,13 +184,25 @@ class Slots(Cache):
         return len(self._requests)
 
     @property
+    def positions(self) -> list[int]:
+        """Tokens that each request has seen."""
+        return [request.seen + request.generated for request in self._requests]
+
+    @property
     def held_bytes(self) -> int:
         """Storage behind all buffers."""
         return sum(layer.held_bytes for layer in self._each)
 
     def bytes_with(self, entries: Sequence[int], room: int) -> int:
         """Most that is held with one request more: its ``entries`` of each full-attention layer, ``room`` for more."""
-        shapes = self._shapes([*self._requests, _Request(list(entries), room)])
+        return self._bytes([*self._requests, _Request(list(entries), room)])
+
+    def bytes_alone(self, entries: Sequence[int], room: int) -> int:
+        """The same for that request by itself."""
+        return self._bytes([_Request(list(entries), room)])
+
+    def _bytes(self, requests: Sequence[_Request]) -> int:
+        shapes = self._shapes(requests)
         return sum(rows * columns * layer.column_bytes for layer, (rows, columns) in zip(self._each, shapes, strict=True))
 
     def place(self, cache: CompactCache, room: int) -> None:
@@ -208,8 +220,7 @@ class Slots(Cache):
                 f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without"
             )
         seen = layers[0].seen - layers[0].pads[0]
-        self._requests.append(_Request([layer.length for layer in layers], room))
-        self.positions.append(seen)
+        self._requests.append(_Request([layer.length for layer in layers], room, seen))
         sources: list[Any] = cache.layers
         for mine, theirs, shape in zip(self._each, sources, self._shapes(self._requests), strict=True):
             mine.resize(*shape)
@@ -231,9 +242,8 @@ class Slots(Cache):
         if row != last:
             for layer in self._each:
                 layer.move(last, row)
-            self._requests[row], self.positions[row] = self._requests[last], self.positions[last]
+            self._requests[row] = self._requests[last]
         self._requests.pop()
-        self.positions.pop()
         if self._requests:
             self._point()
         else:
@@ -254,10 +264,9 @@ class Slots(Cache):
         if full:
             self.trim()
         self._prepare()
-        logits = self._run(tokens, self.positions)[: self.rows]
-        for row, request in enumerate(self._requests):
+        logits = self._run(tokens)[: self.rows]
+        for request in self._requests:
             request.generated += 1
-            self.positions[row] += 1
         return logits
 
     def warm_up(self, rows: int, entries: int, room: int) -> float:
@@ -269,13 +278,10 @@ class Slots(Cache):
             raise CacheError(f"{self.rows} requests are placed: warm up before the first, or when all are done")
         begin, sizes = time.perf_counter(), [2**power for power in range((rows - 1).bit_length() + 1)]
         for size in sizes:
-            self._requests = [
-                _Request([entries] * sum(layer.window is None for layer in self._each), room) for _ in range(size)
-            ]
-            self.positions = [entries] * size
+            self._requests = [_Request([entries] * self._full, room, entries) for _ in range(size)]
             self.trim()
             self.step(torch.zeros(size, dtype=torch.long, device=self.model.device))
-        self._requests, self.positions = [], []
+        self._requests = []
         self.trim()
         return time.perf_counter() - begin
 
@@ -296,11 +302,11 @@ class Slots(Cache):
 
     def _shapes(self, requests: Sequence[_Request]) -> list[tuple[int, int]]:
         """Rows and columns of each layer's buffers."""
-        rows, full = len(requests), sum(layer.window is None for layer in self._each)
-        columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in range(full)]
+        rows, full = len(requests), range(self._full)
+        columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
         if self._each[0].static:
             rows = 1 << (rows - 1).bit_length() if rows else 0
-            columns = [bucket(max(columns))] * full
+            columns = [bucket(max(columns))] * self._full
         each = iter(columns)
         return [(rows, next(each) if layer.window is None else layer.window) for layer in self._each]
 
@@ -315,23 +321,23 @@ class Slots(Cache):
 
     def _prepare(self) -> None:
         """Say where each row's coming entry goes."""
-        columns, compact = [], 0
+        columns, compact, positions = [], 0, self.positions
         for layer in self._each:
             if layer.window is None:
                 at = [request.entries[compact] + request.generated for request in self._requests]
                 compact += 1
                 layer.cut(at)
             else:
-                at = [seen % layer.window for seen in self.positions]
-                layer.cut([min(seen, layer.window - 1) for seen in self.positions])
+                at = [seen % layer.window for seen in positions]
+                layer.cut([min(seen, layer.window - 1) for seen in positions])
             columns.append(at)
         beyond = self._columns.shape[1] - self.rows  # rows of a compiled step that nobody reads
         self._columns.copy_(torch.tensor([at + [0] * beyond for at in columns]))
 
-    def _run(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+    def _run(self, tokens: Tensor) -> Tensor:
         """One forward pass, compiled where that works."""
-        beyond = self._columns.shape[1] - len(positions)
-        places = torch.tensor([*positions, *[0] * beyond], device=tokens.device)
+        beyond = self._columns.shape[1] - self.rows
+        places = torch.tensor([*self.positions, *[0] * beyond], device=tokens.device)
         inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, beyond))[:, None], "position_ids": places[:, None]}
         options = {"past_key_values": self, "use_cache": True, "logits_to_keep": 1}
         if self._compiled is not None:
@@ -346,10 +352,14 @@ class Slots(Cache):
 
 @dataclass
 class _Request:
-    """What a row needs: its prompt's ``entries`` of each full-attention layer, ``room`` for new tokens, those generated."""
+    """What a row needs: its prompt's ``entries`` of each full-attention layer, ``room`` for new tokens.
+
+    ``seen``: tokens that it had seen when it was placed; ``generated``: those since.
+    """
 
     entries: list[int]
     room: int
+    seen: int = 0
     generated: int = 0
 
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets, load_model, numbers, wants_chat
-from winnowkv.cli.plan import read_size, read_tokens
+from winnowkv.cli.plan import read_tokens
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
-from winnowkv.errors import InputError
+from winnowkv.sizes import read_size
 
 Spread = dict[str, float]
 
@@ -62,20 +62,12 @@ def bench(
         batches=numbers(batches, int, "--batches"),
         rounds=rounds,
         steps=steps,
-        kv_memory=memory(kv_memory),
+        kv_memory=read_size(kv_memory, "--kv-memory"),
         serve_context=numbers(serve_context, read_tokens, "--serve-context")[0],
         new_tokens=new_tokens,
         requests=requests,
         compile=compile,
     )
-
-
-def memory(text: str) -> int:
-    """Bytes of ``256MiB``. Raises InputError naming the value."""
-    try:
-        return read_size(text)
-    except InputError:
-        raise InputError(f"--kv-memory {text!r} is no size: write it as 256MiB, 1GiB or plain bytes") from None
 
 
 def measure(
