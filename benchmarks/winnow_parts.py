@@ -106,12 +106,14 @@ def even_attention(queries: Queries, keys: Keys, scale: float, context: int) -> 
 class Part(Winnow):
     """``winnow`` with a part changed that no option changes.
 
-    ``attention`` scores the moved queries; ``moved`` False leaves them where they stood; ``guessed`` looks for heads although
-    a profile names them; ``equal`` gives all layers the same budget.
+    ``attention`` scores the moved queries; ``moved`` False leaves them where they stood; ``alike`` lets all heads of a group
+    look from the same positions; ``guessed`` looks for heads although a profile names them; ``equal`` gives all layers the
+    same budget.
     """
 
     attention: Attention = expected_attention
     moved: bool = True
+    alike: bool = False
     guessed: bool = False
     equal: bool = False
 
@@ -122,7 +124,9 @@ class Part(Winnow):
 
     def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
         """As ``winnow``, by this variant's attention."""
-        with mock.patch.object(expected, "expected_attention", self.attention):
+        dealt = (lambda samples, head, group: torch.arange(samples)) if self.alike else expected.dealt
+        changed = {"expected_attention": self.attention, "dealt": dealt}
+        with mock.patch.multiple(expected, **changed):
             return super().score(layer, queries, keys, scale)
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
@@ -199,14 +203,16 @@ VARIANTS = (
     Variant("not progressive", "winnow:progressive=false", "localization"),
     Variant("no layout", "winnow", layout=False),
     Variant("queries not moved", Part(moved=False)),
+    Variant("heads alike (128)", Part(alike=True, samples=128)),
+    Variant("heads alike (256)", Part(alike=True, samples=256)),
     Variant("mean not rms", Part(attention=mean_attention)),
     Variant("normal distribution", Part(attention=normal_attention)),
-    Variant("last queries only", Part(attention=late_attention, samples=1024)),  # a quarter of them: 256, as shipped
-    Variant("even queries only", Part(attention=even_attention, samples=340)),  # three quarters: 255
+    Variant("last queries only", Part(attention=late_attention, samples=1536)),  # a quarter of them: 384, as shipped
+    Variant("even queries only", Part(attention=even_attention, samples=512)),  # three quarters: 384
     Variant("equal layers", Part(equal=True)),
-    Variant("64 samples", "winnow:samples=64"),
-    Variant("128 samples", "winnow:samples=128"),
-    Variant("512 samples", "winnow:samples=512"),
+    Variant("96 samples", "winnow:samples=96"),
+    Variant("192 samples", "winnow:samples=192"),
+    Variant("768 samples", "winnow:samples=768"),
     Variant("expected", "expected"),
     *(Variant(name, name) for name in PUBLISHED),
     Variant("oracle", Oracle(), tables=("texts",)),
