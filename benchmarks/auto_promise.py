@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from winnowkv.budget import Budget
+from winnowkv.cli.main import one_sentence
 from winnowkv.errors import InputError
 from winnowkv.evaluate.stats import mean_interval
 from winnowkv.evaluate.store import parse_lines
@@ -74,10 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/auto_promise.svg"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    try:
-        rows = promises(args.folder)
-    except InputError as error:
-        sys.exit(f"auto_promise: {error}")
+    rows = promises(args.folder)
     draw(rows, args.out)
     if args.json:
         print(json.dumps({"rows": rows}, indent=2))
@@ -90,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence("auto_promise"):
+        main()

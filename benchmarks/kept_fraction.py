@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from winnowkv.errors import InputError, WinnowError
+from winnowkv.cli.main import one_sentence
+from winnowkv.errors import InputError
 from winnowkv.evaluate.needle import answer_text
 from winnowkv.evaluate.plot import distinct, draw_line, tokens_label
 from winnowkv.evaluate.settings import Setting
@@ -165,8 +165,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("kept_fraction"):
         main()
-    except WinnowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,8 +34,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import winnowkv as wk
+from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets, numbers
-from winnowkv.errors import InputError, WinnowError
+from winnowkv.errors import InputError
 from winnowkv.evaluate import needle as runner
 from winnowkv.evaluate.machine import machine, versions
 from winnowkv.evaluate.prompts import PromptBuilder, read_haystack, read_needles
@@ -310,8 +310,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("peers_needle"):
         main()
-    except WinnowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

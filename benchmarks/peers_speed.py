@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import winnowkv as wk
-from winnowkv.errors import InputError, WinnowError
+from winnowkv.cli.main import one_sentence
+from winnowkv.errors import InputError
 from winnowkv.evaluate.bench_cells import SHARE, build
 from winnowkv.evaluate.bench_clock import free_memory
 from winnowkv.evaluate.machine import machine, versions
@@ -330,8 +330,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("peers_speed"):
         main()
-    except WinnowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -36,6 +35,7 @@ from torch import Tensor
 import winnowkv as wk
 from winnowkv.budget import Asked, uniform
 from winnowkv.classify import task_profile
+from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets, load_model, numbers
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
@@ -494,10 +494,5 @@ def main(args: argparse.Namespace) -> Line:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("winnow_parts"):
         main(parse())
-    except WinnowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

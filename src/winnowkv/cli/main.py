@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -23,15 +25,20 @@ def main() -> None:
 
     for command in (demo, generate, plan, audit, bench, needle, evaluation, report, calibrate, task, policies):
         command.register(app)
-    try:
+    with one_sentence("winnow"):
         app()
+
+
+@contextmanager
+def one_sentence(name: str) -> Iterator[None]:
+    """The end of a command or script: bad values exit with 2 and one sentence, an interrupt with 130."""
+    try:
+        yield
     except WinnowError as error:
-        sys.exit(_fail(str(error), 2))
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(1)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"winnow: {message}", file=sys.stderr)
-    return code
