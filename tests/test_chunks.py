@@ -377,15 +377,15 @@ def test_few_queries_are_kept_but_of_a_policy_that_wants_all(llama: PreTrainedMo
     kept = {}
     for spec in ("winnow:observe=4", "snapkv:observe=8", "h2o"):
         cache = wk.CompactCache(llama, spec, 20)
-        sizes = cache.begin_chunks(760, CHUNK, 270)
-        for part in prompt(760).split(sizes, 1)[:-1]:
+        sizes = cache.begin_chunks(520, CHUNK, 270)
+        for part in prompt(520).split(sizes, 1)[:-1]:
             with torch.no_grad():
                 llama(input_ids=part, past_key_values=cache)
             cache.end_chunk()
         kept[spec] = max(part.shape[2] for part in cache._chunks._queries)
-    assert kept["winnow:observe=4"] <= Expected.samples
-    assert kept["snapkv:observe=8"] <= Expected.samples
-    assert 270 <= kept["h2o"] <= 270 + CHUNK + Expected.samples
+    assert kept["winnow:observe=4"] <= 256
+    assert kept["snapkv:observe=8"] <= 256
+    assert 270 <= kept["h2o"] <= 270 + CHUNK + 256
 
 
 # What is refused

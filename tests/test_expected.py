@@ -74,12 +74,10 @@ def slow(queries: Tensor, keys: Tensor, policy: Any) -> tuple[list[list[float]],
     stands = places(tokens, context, policy.sinks, policy.samples, policy.ahead)
     frequencies = () if policy.rotation is None else policy.rotation.frequencies
     scores, entropy, variance = [[0.0] * context for _ in range(KV_HEADS)], 0.0, 0.0
-    turns = math.ceil(len(stands) / group)
     for head in range(HEADS):
-        mine = [stands[min(turn * group + head % group, len(stands) - 1)] for turn in range(turns)]
         rows = [
             attention(moved(queries[0, head, here].tolist(), there - here, frequencies), keys[0, head // group].tolist())
-            for here, there in mine
+            for here, there in stands
         ]
         for token in range(context):
             column = [row[token] for row in rows]

@@ -79,7 +79,7 @@ def cut(policy: Policy, budget: Budget, tokens: int, chunk: int, ceiling: int | 
 
 
 class Chunks:
-    """One prompt on its way through chunks. The queries kept of a layer are few: those wanted, or samples of the text.
+    """One prompt on its way through chunks. The queries kept of a layer are few: those wanted, or 256 samples of the text.
 
     Only a policy that wants more queries than lie in a chunk, of a prompt that a ceiling makes shorter, has those of all
     entries kept (h2o).

@@ -27,9 +27,7 @@ class Expected(Cascade, Policy):
     What the answer's queries will look like is taken from the text itself, as in Expected Attention (arXiv 2510.00636).
     Departures: single queries, three quarters of them evenly over the text and a quarter its last ones, are turned to one
     of the ``ahead`` positions behind the prompt each, where the paper fits one normal distribution to all (measured worse,
-    docs/winnow-policy.md). They are dealt to the query heads of a GQA group in turn, since heads that look from different
-    positions tell more than the same positions seen by all. A token scores the root mean square of their attention;
-    layers share the budget as in CAKE (arXiv 2503.12491),
+    docs/winnow-policy.md); a token scores their root mean square; layers share the budget as in CAKE (arXiv 2503.12491),
     by entropy and variance of the same attention, so that never more than the budget and one layer is held. Where a
     model's rotation is not known (or it has none) the queries stay as they are.
     """
@@ -40,7 +38,7 @@ class Expected(Cascade, Policy):
 
     sinks: int = 4
     observe: int = 32
-    samples: int = 384
+    samples: int = 256
     ahead: int = 128
     rotation: Rotation | None = field(default=None, metadata=GIVEN)  # by for_model()
 
@@ -100,13 +98,10 @@ class Expected(Cascade, Policy):
         tokens = keys.shape[2]
         context = tokens - self.window(tokens)
         here, there = self.places(tokens)
-        at, by = torch.searchsorted(self.wanted(tokens), here).to(queries.device), (there - here).to(queries.device)
-        group, moved = queries.shape[1] // keys.shape[1], []
-        for head in range(group):
-            mine = dealt(len(here), head, group)
-            heads = queries[:, head::group].index_select(2, at[mine])
-            moved.append(heads if self.rotation is None else self.rotation.turn(heads, by[mine]))
-        scores, preference = expected_attention(torch.stack(moved, 2).flatten(1, 2), keys, scale, context)
+        moved = queries.index_select(2, torch.searchsorted(self.wanted(tokens), here).to(queries.device))
+        if self.rotation is not None:
+            moved = self.rotation.turn(moved, (there - here).to(queries.device))
+        scores, preference = expected_attention(moved, keys, scale, context)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
 
@@ -122,8 +117,3 @@ class Expected(Cascade, Policy):
         recent = max(self.recent(prompt), int(entries) - scores.shape[-1])
         best = top_tokens(with_sinks(scores, self.sinks), int(entries) - recent)
         return with_recent(best, prompt.tokens, recent)
-
-
-def dealt(samples: int, head: int, group: int) -> Tensor:
-    """Which of the samples a query head of a GQA group looks from: every ``group``-th; where they run out, the last again."""
-    return (torch.arange(-(-samples // group)) * group + head).clamp(max=samples - 1)
