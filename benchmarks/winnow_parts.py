@@ -39,7 +39,7 @@ from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets, load_model, numbers
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
-from winnowkv.engine import extend, greedy_rows, prefill
+from winnowkv.engine import extend, prefill
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.evaluate import needle as runner
 from winnowkv.evaluate.audit import agreement, fidelity
@@ -57,6 +57,7 @@ from winnowkv.models import EMBEDDED, dtype_name, prompt_limit
 from winnowkv.policies import Policy, Prompt, expected, policy as make_policy
 from winnowkv.policies.expected import Expected
 from winnowkv.policies.winnow import Winnow
+from winnowkv.rows import greedy_rows
 from winnowkv.scores import attention_preference, causal_attention, expected_attention, group_reduce
 from winnowkv.task import Task, TaskProfile
 from winnowkv.types import Entries, Keys, Queries, Scores
@@ -302,7 +303,7 @@ def measure_text(model: Any, tokenizer: Any, ids: list[int], found: TaskProfile,
     """How near each setting comes to the full cache's own answer."""
     stop, seen = runner.stop_tokens(model, tokenizer), len(ids)
     recorded, logits, _ = read_prompt(model, ids, {"whole": make_policy("expected")})
-    (tokens,) = greedy_rows(model, recorded.replay("full", 1), logits, [seen], limit, lambda made: made[-1] in stop)
+    (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
     if tokens is None or len(tokens) < FEWEST:
         yield from skipped(todo, f"the full cache's answer has fewer than {FEWEST} tokens, or a logit is not a number")
         return

@@ -18,7 +18,7 @@ from reference import chunked, compact_logits, generate, positions
 from test_hybrid import hybrid
 from tiny_eval import write_model
 from winnowkv.decode import BLOCK, LEAST, OBSERVE, check_decode_budget, received_attention, staying
-from winnowkv.engine import extend, greedy, greedy_rows, prefill
+from winnowkv.engine import extend, greedy, prefill
 from winnowkv.stack import stack
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -203,8 +203,10 @@ def test_stacked_settings_decode_as_alone(llama: PreTrainedModel) -> None:
         expected.append(list(greedy(llama, cache, prefill(llama, prompt(PROMPT), cache), FULL + 40)))
         caches.append(cache_of(llama, spec))
         logits.append(prefill(llama, prompt(PROMPT), caches[-1]))
-    rows = greedy_rows(llama, stack(caches), torch.cat(logits), [PROMPT] * len(SPECS), FULL + 40, lambda tokens: False)
-    assert rows == expected
+    stacked, rows = stack(caches), [torch.cat(logits).argmax(-1)]
+    for seen in range(PROMPT, PROMPT + FULL + 39):
+        rows.append(extend(llama, stacked, rows[-1][:, None], [seen] * len(SPECS))[:, -1].argmax(-1))
+    assert torch.stack(rows, 1).tolist() == expected
 
 
 def test_what_cannot_be_stacked(llama: PreTrainedModel) -> None:

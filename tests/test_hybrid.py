@@ -17,9 +17,10 @@ from test_calibrate import tokenizer
 from winnowkv import models
 from winnowkv.calibrate import run as calibration
 from winnowkv.calibrate.probe import ProbedCache
-from winnowkv.engine import extend, greedy, greedy_rows, prefill
+from winnowkv.engine import extend, greedy, prefill
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.profile import read_profile
+from winnowkv.rows import greedy_rows
 from winnowkv.stack import stack
 
 WINDOW = 16
@@ -112,25 +113,25 @@ def test_a_replayed_cache_that_goes_on_changes_no_other(model: PreTrainedModel, 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[-2:], (PROMPT, WINDOW - 2), (PROMPT, WINDOW - 1, PROMPT)], ids=str)
 def test_stacked_rows_equal_single_runs(model: PreTrainedModel, lengths: tuple[int, ...]) -> None:
-    """Prompts longer and shorter than the window; two tokens at once, then one, then freely, rows leaving one by one."""
+    """Prompts longer and shorter than the window; two tokens at once, then one, then freely in slots, leaving one by one."""
     specs, more = (
         ("full", "snapkv:observe=4", "adakv:observe=4:kernel=3"),
         torch.cat([prompt(3, 9 + n) for n in range(len(lengths))]),
     )
-    pairs = [read(model, n, row, specs[row % 3], 8) for row, n in enumerate(lengths)]
-    singles = [read(model, n, row, specs[row % 3], 8)[0] for row, n in enumerate(lengths)]
-    stacked, seen = stack([cache for cache, _ in pairs]), list(lengths)
+    first, singles, placed = ([read(model, n, row, specs[row % 3], 8)[0] for row, n in enumerate(lengths)] for _ in range(3))
+    stacked, seen = stack(first), list(lengths)
     for begin, end in ((0, 2), (2, 3)):
         logits = extend(model, stacked, more[:, begin:end], seen)
         for row, cache in enumerate(singles):
             alone = extend(model, cache, more[row : row + 1, begin:end], seen[row : row + 1])
             torch.testing.assert_close(logits[row : row + 1], alone, rtol=0, atol=1e-4)
+            extend(model, placed[row], more[row : row + 1, begin:end], seen[row : row + 1])
         seen = [tokens + end - begin for tokens in seen]
     last = logits[:, -1]
     limits = [4 + 3 * row for row in range(len(lengths))]
     expected = [list(greedy(model, cache, last[row : row + 1], limits[row])) for row, cache in enumerate(singles)]
     ends = {tuple(tokens) for tokens in expected}
-    assert greedy_rows(model, stacked, last, seen, 99, lambda tokens: tuple(tokens) in ends) == expected
+    assert greedy_rows(placed, last, 99, lambda tokens: tuple(tokens) in ends) == expected
 
 
 def test_rows_of_a_batch_are_chosen_and_repeated(model: PreTrainedModel) -> None:
@@ -266,6 +267,6 @@ def test_gemma_replays_behind_its_window() -> None:
     live, replayed = wk.CompactCache(model, "snapkv:observe=8", 0.3), recorded.replay("snapkv:observe=8", 0.3)
     prefill(model, ids, live)
     assert len(live.compact_layers) == 3
-    whole = stack([replayed, recorded.replay("full", 1)])
+    whole = [replayed, recorded.replay("full", 1)]
     expected = [list(greedy(model, cache, logits, 8)) for cache in (live, recorded.replay("full", 1))]
-    assert greedy_rows(model, whole, logits.repeat(2, 1), [ids.shape[1]] * 2, 8, lambda _: False) == expected
+    assert greedy_rows(whole, logits.repeat(2, 1), 8, lambda _: False) == expected

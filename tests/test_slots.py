@@ -119,6 +119,19 @@ def test_what_is_held_is_what_was_said(llama: PreTrainedModel, spec: str) -> Non
     assert slots.held_bytes == 0
 
 
+def test_what_is_not_a_number_stays_with_its_request(llama: PreTrainedModel) -> None:
+    """Not even as a column of zero weight does it reach who comes into its slot."""
+    settings, slots = {"policy": "full", "budget": 1}, Slots(llama)
+    slots.place(read(llama, 3, settings), ROOM)
+    broken = read(llama, 0, settings)
+    broken.compact_layers[0].keys[:] = broken.compact_layers[1].values[:] = float("nan")
+    slots.place(broken, ROOM)
+    slots.drop(1)
+    slots.place(read(llama, 1, settings), LENGTHS[0] - LENGTHS[1] + ROOM)  # buffers of the same size
+    (_, logits) = slots.step(torch.cat([more(3)[0, :1], more(1)[0, :1]]))
+    torch.testing.assert_close(logits, alone(llama, 1, settings)[0], rtol=0, atol=1e-4)
+
+
 def test_trim_gives_back_what_a_large_request_took(llama: PreTrainedModel) -> None:
     slots = Slots(llama)
     slots.place(read(llama, 1, {"policy": "full", "budget": 1}), ROOM)

@@ -28,12 +28,11 @@ from winnowkv.plan import LayerShape, Shape, need
 from winnowkv.policies import Policy, policy as make_policy
 from winnowkv.report import Report
 from winnowkv.request import AnyPrompt, Claim, Completion, Event, Reason, Request, end_tokens, token_ids
+from winnowkv.rows import GREEDY, advance, drop_ended
 from winnowkv.sampling import Sampling, check_whole, choose
 from winnowkv.sizes import read_size
 from winnowkv.slots import Slots
 from winnowkv.task import TASKS, TaskProfile
-
-GREEDY = Sampling()
 
 
 class Engine:
@@ -234,11 +233,7 @@ class Engine:
 
     def _sweep(self) -> None:
         """Free what requests that have ended hold. Called with the lock."""
-        for row in reversed(range(len(self._active))):
-            if self._active[row].completion is not None:
-                self._slots.drop(row)
-                self._active[row] = self._active[-1]
-                self._active.pop()
+        drop_ended(self._slots, self._active, lambda request: request.completion is not None)
         if self._current is not None and self._current[0].completion is not None:
             self._current = None
 
@@ -313,8 +308,7 @@ class Engine:
         if not active:
             return []
         try:
-            newest = torch.tensor([request.tokens[-1] for request in active], device=self.model.device)
-            chosen = choose(self._slots.step(newest), [request.sampler for request in active])
+            chosen = advance(self._slots, [request.sampler for request in active])
         except BaseException as error:
             # Some layers may have the new tokens and some not: nothing can go on from there.
             self._fail(active, error)

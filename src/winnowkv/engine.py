@@ -1,9 +1,9 @@
-"""Where the stages meet: the ``compress`` block, and greedy decoding over compact caches, one row or many."""
+"""Where the stages meet: the ``compress`` block, reading into compact caches, and greedy decoding of one request."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -260,47 +260,3 @@ def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: 
     return model(
         input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=last
     ).logits
-
-
-def greedy_rows(
-    model: PreTrainedModel,
-    cache: CompactCache,
-    logits: Tensor,
-    positions: Sequence[int],
-    limit: int,
-    done: Callable[[list[int]], bool],
-) -> list[list[int] | None]:
-    """Most likely tokens of every row of a (stacked) cache, decoded together; rows leave the batch as they end.
-
-    Parameters
-    ----------
-    logits: of each row's latest token, ``[B, vocabulary]``; positions: tokens that each row has seen.
-    limit: most tokens of a row, at least 1.
-    done: told a row's tokens after each new one; True ends the row, the token included.
-
-    Returns
-    -------
-    list
-        Tokens per row; None for a row with a logit that is not a number, which ends it.
-    """
-    rows: list[list[int] | None] = [[] for _ in positions]
-    active, seen = list(range(len(rows))), list(positions)
-    while active:
-        broken = logits.isnan().any(-1).tolist()
-        going = []
-        for at, (row, token) in enumerate(zip(active, logits.argmax(-1).tolist(), strict=True)):
-            tokens = rows[row]
-            if broken[at] or tokens is None:
-                rows[row] = None
-                continue
-            tokens.append(token)
-            if len(tokens) < limit and not done(tokens):
-                going.append(at)
-        if len(going) < len(active) and going:
-            cache.batch_select_indices(torch.tensor(going))
-        active, seen = [active[at] for at in going], [seen[at] for at in going]
-        if active:
-            ids = torch.tensor([[rows[row][-1]] for row in active], device=logits.device)  # type: ignore[index]
-            logits = extend(model, cache, ids, seen)[:, -1]
-            seen = [tokens + 1 for tokens in seen]
-    return rows

@@ -87,10 +87,23 @@ class SlotLayer(CacheLayerMixin):
         heads = 1 if valid is None else valid.shape[1]
         if heads > self.valid.shape[1]:
             self.valid = self.valid.repeat(1, heads, 1)
-        self.valid[row] = False
+        for buffer in (self.keys, self.values, self.valid):
+            buffer[row] = 0  # what a request before it left may be no number, and that times zero is none either
         place = slice(0, keys.shape[2]) if columns is None else columns
         self.keys[row, :, place], self.values[row, :, place] = keys[0], values[0]
         self.valid[row, :, place] = True if valid is None else valid[0]
+
+    def take(self, row: int, layer: Any, seen: int) -> None:
+        """Put a cache's layer of one request, which has seen so many tokens, into a row; it is empty after."""
+        if self.window is None:
+            keys, values = layer.entries_in_use()
+            self.write(row, keys, values, None if layer.valid is None else layer.valid[..., : layer.length])
+            layer.reset()
+            return
+        keys, values = layer.keys[:, :, 1 - self.window :], layer.values[:, :, 1 - self.window :]
+        self.write(row, keys, values, None, torch.arange(seen - keys.shape[2], seen, device=keys.device) % self.window)
+        layer.keys = layer.values = None  # the framework's reset would write zeros into what others may share
+        layer.is_initialized = False
 
     def move(self, source: int, target: int) -> None:
         """Put one row over another."""
@@ -144,6 +157,8 @@ class Slots(Cache):
     compile: run the step through ``torch.compile``. All full-attention layers get equally many columns, from a short list
         of sizes, and the rows are a power of two, so that few graphs serve all. Where the model cannot be compiled one
         warning names the cause, and steps are eager from then on.
+    like: a cache of the model that a prompt was read into, which shows what its layers are made of. Without one a run
+        of two tokens shows it.
 
     Attributes
     ----------
@@ -155,13 +170,13 @@ class Slots(Cache):
         For a model that compact caches cannot serve, or with layers of another kind.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, compile: bool = False, like: CompactCache | None = None) -> None:
         acquire(model)
         weakref.finalize(self, release, model).atexit = False
-        # What the layers are made of is seen on a run of two tokens, as config fields differ from model to model.
-        probe = CompactCache(model, "full", 1)
-        prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), probe)
-        known, made = [*probe.compact_layers, *probe.sliding_layers], list[Any](probe.layers)
+        if like is None:  # config fields differ from model to model
+            like = CompactCache(model, "full", 1)
+            prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), like)
+        known, made = [*like.compact_layers, *like.sliding_layers], list[Any](like.layers)
         for index, layer in enumerate(made):
             if layer not in known:
                 raise UnsupportedModelError(
@@ -210,31 +225,32 @@ class Slots(Cache):
 
         Raises CacheError for a cache of another model, of several rows, or with a decode budget.
         """
-        layers = cache.compact_layers
+        self.place_all([cache], room)
+
+    def place_all(self, caches: Sequence[CompactCache], room: int) -> None:
+        """The same for several, whose rows the buffers grow by only once; where one is refused none is taken."""
+        for cache in caches:
+            self._check(cache)
+        first = self.rows
+        for cache in caches:
+            layers = cache.compact_layers
+            self._requests.append(_Request([layer.length for layer in layers], room, layers[0].seen - layers[0].pads[0]))
+        for index, (mine, shape) in enumerate(zip(self._each, self._shapes(self._requests), strict=True)):
+            mine.resize(*shape)
+            for row, cache in enumerate(caches, first):
+                mine.take(row, cache.layers[index], self._requests[row].seen)
+        self._point()
+
+    def _check(self, cache: CompactCache) -> None:
+        rows = len(cache.compact_layers[0].pads)
         if cache.model is not self.model:
             raise CacheError("the cache belongs to another model than these slots")
-        if len(layers[0].pads) != 1:
-            raise CacheError(f"a slot takes one request, the cache has {len(layers[0].pads)} rows: read prompts one by one")
+        if rows != 1:
+            raise CacheError(f"a slot takes one request, the cache has {rows} rows: read prompts one by one")
         if cache.decode_budget is not None:
             raise CacheError(
                 f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without"
             )
-        seen = layers[0].seen - layers[0].pads[0]
-        self._requests.append(_Request([layer.length for layer in layers], room, seen))
-        sources: list[Any] = cache.layers
-        for mine, theirs, shape in zip(self._each, sources, self._shapes(self._requests), strict=True):
-            mine.resize(*shape)
-            if mine.window is None:
-                keys, values = theirs.entries_in_use()
-                mine.write(self.rows - 1, keys, values, None if theirs.valid is None else theirs.valid[..., : theirs.length])
-                theirs.reset()
-            else:
-                keys, values = theirs.keys[:, :, 1 - mine.window :], theirs.values[:, :, 1 - mine.window :]
-                columns = torch.arange(seen - keys.shape[2], seen, device=keys.device) % mine.window
-                mine.write(self.rows - 1, keys, values, None, columns)
-                theirs.keys = theirs.values = None  # the framework's reset would write zeros into what others may share
-                theirs.is_initialized = False
-        self._point()
 
     def drop(self, row: int) -> None:
         """Free a row at once; the last row moves into its place."""

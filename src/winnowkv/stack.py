@@ -1,4 +1,4 @@
-"""Several caches as one batch, so that requests, or settings of one request, decode together.
+"""Several caches as one batch, so that the same forward pass reads several tokens into each of them.
 
 Rows keep their own logical lengths: whoever goes on with a stacked cache passes ``position_ids``,
 and :func:`row_mask` as ``attention_mask`` (:func:`winnowkv.engine.extend` does both).

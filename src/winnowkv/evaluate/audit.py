@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from winnowkv.budget import Asked
 from winnowkv.cache import CompactCache
 from winnowkv.classify import task_profile
-from winnowkv.engine import extend, greedy_rows
+from winnowkv.engine import extend
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.evaluate.machine import revision, versions
 from winnowkv.evaluate.needle import stop_tokens
@@ -34,6 +34,7 @@ from winnowkv.evaluate.store import ResultStore
 from winnowkv.evaluate.tasks import find_tasks
 from winnowkv.layout import read_layout
 from winnowkv.models import dtype_name, encode, position_limit, prompt_limit
+from winnowkv.rows import greedy_rows
 from winnowkv.stack import stack
 from winnowkv.task import TaskProfile
 
@@ -202,7 +203,7 @@ def compare(
     ``logits`` ``[1, V]`` are the prompt's. Raises InputError where the full cache's logits are not numbers.
     """
     seen = recorded.report.prompt_tokens[0]
-    (tokens,) = greedy_rows(model, recorded.replay("full", 1), logits, [seen], limit, lambda made: made[-1] in stop)
+    (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
     if tokens is None:
         raise InputError(NOT_A_NUMBER)
     found: dict[Setting, Line] = {one.setting: {"failed": one.failed, "compared_tokens": len(tokens) - 1} for one in kept}

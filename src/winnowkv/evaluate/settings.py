@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from winnowkv.budget import Asked
 from winnowkv.cache import CompactCache
-from winnowkv.engine import extend, greedy_rows, prefill
+from winnowkv.engine import extend, prefill
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies import Policy, policy as make_policy
-from winnowkv.stack import stack
+from winnowkv.rows import greedy_rows
 from winnowkv.task import TaskProfile
 
 PADDED = 3.0  # a batch holds at most so many times its shortest cache's entries a row; a step costs little more for them
@@ -145,23 +145,20 @@ def decode_together(
     for batch in batches(kept):
         begin = time.perf_counter()
         caches = [one.cache for one in batch if one.cache is not None]
-        seen = [cache.report.prompt_tokens[0] for cache in caches]
-        first = [read_question(model, one, tokens) for one, tokens in zip(batch, seen, strict=True)]
-        together = caches[0] if len(caches) == 1 else stack(caches)
-        positions = [tokens + len(one.question) for one, tokens in zip(batch, seen, strict=True)]
-        rows = greedy_rows(model, together, torch.cat(first), positions, limit, done)
+        first = [read_question(model, one) for one in batch]
+        rows = greedy_rows(caches, torch.cat(first), limit, done)
         seconds, steps = time.perf_counter() - begin, max(len(tokens or ()) for tokens in rows)
         for one, tokens in zip(batch, rows, strict=True):
             found[id(one)] = Answer(tokens, seconds, steps, len(batch))
     return [found.get(id(one)) for one in kept]
 
 
-def read_question(model: PreTrainedModel, kept: Kept, seen: int) -> torch.Tensor:
+def read_question(model: PreTrainedModel, kept: Kept) -> torch.Tensor:
     """The logits ``[1, V]`` that an answer begins from."""
-    if not kept.question:
+    if not kept.question or kept.cache is None:
         return kept.logits  # type: ignore[return-value]  # whoever decodes has given them
     ids = torch.tensor([kept.question], device=model.device)
-    return extend(model, kept.cache, ids, [seen], last=1)[:, -1]  # type: ignore[arg-type]
+    return extend(model, kept.cache, ids, kept.cache.report.prompt_tokens, last=1)[:, -1]
 
 
 def peak_memory() -> int | None:
