@@ -301,7 +301,7 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Ca
     import typer
 
     from winnowkv.cli import audit as command
-    from winnowkv.cli.main import _fail
+    from winnowkv.cli.main import one_sentence
 
     def call(*arguments: str) -> tuple[int, str, str]:
         app = typer.Typer(pretty_exceptions_enable=False)
@@ -309,9 +309,8 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Ca
         monkeypatch.setattr(sys, "argv", ["audit", *arguments])
         code = 0
         try:
-            app()
-        except wk.WinnowError as error:
-            code = _fail(str(error), 2)
+            with one_sentence("winnow"):
+                app()
         except SystemExit as stop:
             code = stop.code or 0
         return code, *capsys.readouterr()

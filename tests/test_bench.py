@@ -326,7 +326,7 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     import typer
 
     from winnowkv.cli import bench as command
-    from winnowkv.cli.main import _fail
+    from winnowkv.cli.main import one_sentence
 
     monkeypatch.setattr(command, "load_model", lambda name: (llama, Letters()))
 
@@ -336,9 +336,8 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
         code: Any = 0
         try:
-            app()
-        except wk.WinnowError as error:
-            code = _fail(str(error), 2)
+            with one_sentence("winnow"):
+                app()
         except SystemExit as stop:
             code = stop.code or 0
         return code, *capsys.readouterr()
