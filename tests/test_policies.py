@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import winnowkv as wk
 from winnowkv.budget import Budget
 from winnowkv.errors import BudgetError, PolicyError
-from winnowkv.policies import Policy, Prompt, names, policy, policy_class, split_policies
+from winnowkv.policies import Policy, Prompt, names, policy, policy_class, registry, split_policies
 from winnowkv.prefill import PrefillPlan
 from winnowkv.task import TaskProfile
 
@@ -225,6 +226,19 @@ def test_a_policy_of_another_package_is_found(tmp_path: Path, monkeypatch: pytes
     plan = PrefillPlan(made, Prompt(tokens=10, layers=1, budget=5))
     plan.observe(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 10, 4), 1.0)
     assert plan.kept[0].tolist() == [[[0, 3, 6, 8, 9]]]
+
+
+def test_installed_packages_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every prompt: it takes as long as a layer of prefill. Only a name that is not there is looked for again."""
+    looked = []
+    monkeypatch.setattr(registry, "entry_points", lambda **of: looked.append(of) or entry_points(**of))
+    names()
+    for _ in range(3):
+        policy("snapkv"), policy_class("windowkv")
+    assert len(looked) == 1
+    with pytest.raises(PolicyError, match="is unknown"):
+        policy("stranger-than-that")
+    assert len(looked) == 2
 
 
 def test_an_entry_point_that_is_no_policy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

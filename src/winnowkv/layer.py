@@ -16,7 +16,7 @@ from winnowkv.attention import COMPACT_OFFSET
 from winnowkv.decode import BLOCK, OBSERVE, RECENT, received_attention, staying
 from winnowkv.errors import CacheError, InputError
 from winnowkv.quantize import Quantization, Quantized, quantize, stored_bytes
-from winnowkv.select import columns_of, gather_entries, occupied
+from winnowkv.select import columns_of, gather_entries, side_by_side
 from winnowkv.types import Entries, Padding
 
 GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
@@ -151,14 +151,22 @@ class CompactLayer(CacheLayerMixin):
 
     def keep(self, positions: list[Tensor | None]) -> None:
         """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole."""
-        columns = [
-            columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device)
-            for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
-        ]
+        columns = side_by_side(
+            [
+                columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device)
+                for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
+            ]
+        )
+        valid = columns >= 0
+        self.valid = None if bool(valid.all()) else valid
+        if self.valid is not None:
+            columns = columns.clamp(min=0)
         self.keys, self.values = gather_entries(self.keys, columns), gather_entries(self.values, columns)
+        if self.valid is not None:  # not a number there would pass every mask
+            for states in (self.keys, self.values):
+                states.masked_fill_(~self.valid[..., None], 0)
         self.length = self.keys.shape[2]
         self.positions = [None if p is None else p.to(torch.int32) for p in positions]
-        self.valid = occupied(columns, self.keys.shape[1])
 
     def drop(self, stays: Tensor) -> None:
         """Between the chunks of one prompt: evict all entries but these, ascending ``[n]`` counted from the first; in place."""

@@ -33,6 +33,7 @@ class PrefillPlan:
     kept: per layer seen, the positions that stay, ``[1, H, n]``; None where everything stays.
     mass: share of the importance scores behind the sinks that stays, mean over layers and heads; 1 where everything stays.
     note: why nothing is evicted, or None.
+    wanted: prompt positions of the queries that the policy wants to see of each layer.
 
     Raises
     ------
@@ -43,6 +44,7 @@ class PrefillPlan:
     def __init__(self, policy: Policy, prompt: Prompt) -> None:
         self.policy = policy
         self.prompt = prompt
+        self.wanted = policy.wanted(prompt.tokens)
         self.kept: list[Indices | None] = []
         self.mass = 1.0
         self.note: str | None = None
@@ -158,6 +160,7 @@ class AutoPlan:
     def __init__(self, policy: Policy, prompt: Prompt, curve: Curve, target: float) -> None:
         self.policy = policy
         self.prompt = prompt
+        self.wanted = policy.wanted(prompt.tokens)
         self.mass, self.note = 1.0, policy.hint
         self.kept: Sequence[Indices | None] = []
         self._needed, self._target = curve.needed(target), target

@@ -29,8 +29,7 @@ def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor
 
 def hide_future(logits: Tensor, window: int, begin: int) -> Tensor:
     """Logits ``[..., w, S]`` of the last ``window`` queries from the ``begin``-th on; later keys get the least, in place."""
-    place = torch.arange(window, device=logits.device)
-    future = place > place[begin : begin + logits.shape[-2], None]
+    future = torch.ones(logits.shape[-2], window, dtype=torch.bool, device=logits.device).triu(begin + 1)
     logits[..., logits.shape[-1] - window :].masked_fill_(future, torch.finfo(logits.dtype).min)
     return logits
 
@@ -79,7 +78,7 @@ def received(queries: Queries, keys: Keys, scale: float) -> HeadScores:
     total = torch.zeros(*queries.shape[:2], keys.shape[2], device=keys.device)
     for row, heads, begin, logits in tiles(queries, keys, scale):
         hide_future(logits, queries.shape[2], begin)
-        total[row, heads] += torch.softmax(logits, -1, out=logits).sum(-2)
+        total[row, heads].add_(torch.softmax(logits, -1, out=logits).sum(-2))
     return total
 
 

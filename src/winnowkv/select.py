@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from winnowkv.types import Indices, Scores, Valid, WindowScores
+from winnowkv.types import Indices, Scores, WindowScores
 
 
 def top_tokens(scores: Scores, n: int) -> Indices:
@@ -81,42 +81,24 @@ def columns_of(wanted: Tensor | None, held: Tensor | None, tokens: int, length: 
     if held is None:
         columns = wanted + (length - tokens)
     else:
-        held = held.to(wanted.dtype).expand(max(len(held), len(wanted)), -1).contiguous()
-        wanted = wanted.expand(len(held), -1).contiguous() if len(held) > len(wanted) else wanted.contiguous()
-        columns = torch.searchsorted(held, wanted) + (length - held.shape[1])
+        heads, entries = max(len(held), len(wanted)), held.shape[1]
+        held, wanted = held.long().expand(heads, -1), wanted.expand(heads, -1)
+        # A table of every position's column; a missing entry, -1, goes behind all.
+        table = held.new_zeros(heads, tokens + 1)
+        table.scatter_(1, held.remainder(tokens + 1), torch.arange(length - entries, length, device=device).expand(heads, -1))
+        columns = table.gather(1, wanted.long().clamp(min=0))
     return columns.masked_fill(wanted < 0, -1)
 
 
-def occupied(columns: Sequence[Tensor], heads: int) -> Valid | None:
-    """Which entries of rows gathered at these columns count, ``[B, H, longest n]``; None where all do."""
-    width = max(index.shape[1] for index in columns)
-    if all(index.shape[1] == width for index in columns) and not any(bool((index < 0).any()) for index in columns):
-        return None
-    rows = [F.pad(index >= 0, (width - index.shape[1], 0)) for index in columns]
-    several = any(len(row) > 1 for row in rows)
-    return torch.stack([row.expand(heads if several else 1, -1) for row in rows])
+def side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Each row's columns ``[H, n]`` in one tensor ``[B, H, longest n]``, right-aligned, with -1 in front of shorter rows."""
+    width, heads = (max(index.shape[axis] for index in columns) for axis in (1, 0))
+    return torch.stack([F.pad(row.expand(heads, -1), (width - row.shape[1], 0), value=-1) for row in columns])
 
 
-def gather_entries(states: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    """Keys or values ``[B, Hkv, K, D]`` at each row's columns ``[H, n]``, as ``[B, Hkv, longest n, D]``.
-
-    Rows with fewer columns are right-aligned and zero in front, as is every column -1: not a
-    number there would pass every mask.
-    """
-    heads, size = states.shape[1], states.shape[3]
-    rows = []
-    for row, index in enumerate(columns):
-        if index.shape[0] == 1:  # one selection for all heads
-            rows.append(states[row].index_select(1, index[0]))
-        else:
-            # Row by row of memory: gather() on single numbers is 16 times slower.
-            each = zip(states[row], index.clamp(min=0), strict=True)
-            picked = torch.stack([entries.index_select(0, wanted) for entries, wanted in each])
-            rows.append(picked.masked_fill_((index < 0)[..., None], 0) if bool((index < 0).any()) else picked)
-    if len(rows) == 1:
-        return rows[0][None]
-    width = max(picked.shape[1] for picked in rows)
-    out = states.new_zeros(len(rows), heads, width, size)
-    for row, picked in enumerate(rows):
-        out[row, :, width - picked.shape[1] :] = picked
-    return out
+def gather_entries(states: Tensor, columns: Tensor) -> Tensor:
+    """Keys or values ``[B, Hkv, K, D]`` at these columns ``[B, 1 or Hkv, n]``, none of them -1, as ``[B, Hkv, n, D]``."""
+    batch, heads, held, size = states.shape
+    begins = torch.arange(0, batch * heads * held, held, device=states.device).view(batch, heads, 1)
+    # Row by row of memory: gather() on single numbers is 16 times slower.
+    return states.flatten(0, 2).index_select(0, (columns + begins).flatten()).view(batch, heads, -1, size)

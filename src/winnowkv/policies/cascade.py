@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from winnowkv.policies.base import Prompt
 from winnowkv.types import Entries, Scores
 
-SLACK = 8  # so much of the budget, its eighth, the layers seen may hold more before all of them shrink
+SLACK = 2  # so much of the budget, its half, the layers seen may hold more before all of them shrink
 
 
 class Cascade:
@@ -19,7 +19,7 @@ class Cascade:
         """What the layers seen so far share of the whole budget."""
 
     def bound(self, prompt: Prompt) -> int:
-        """Entries over all layers that the layers seen may hold while prefill runs: an eighth more than the budget."""
+        """Entries over all layers that the layers seen may hold while prefill runs: half more than the budget."""
         return prompt.total + prompt.total // SLACK
 
     def peak_entries(self, prompt: Prompt) -> int:

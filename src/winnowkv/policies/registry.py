@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,17 +25,21 @@ Tasks = TaskProfile | str | None | Sequence[TaskProfile | str | None]
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+@cache
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def names() -> list[str]:
     """Names of all registered policies, sorted."""
+    _entries.cache_clear()
     return sorted(_entries())
 
 
 def policy_class(name: str) -> type[Policy]:
     """The class registered under a name. Raises PolicyError and suggests the nearest name."""
+    if name not in _entries():
+        _entries.cache_clear()  # it may have been installed since; to look for every prompt takes 5 ms each
     entries = _entries()
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1, cutoff=0.4)

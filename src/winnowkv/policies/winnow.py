@@ -16,7 +16,7 @@ from winnowkv.profile import Profile, find_profile
 from winnowkv.task import Task, TaskProfile
 from winnowkv.types import Entries, HeadScores, Indices, Scores
 
-STEP = 1.25  # layers that wait for the heads shrink to make room for so many times themselves
+STEP = 2.0  # layers that wait for the heads shrink to make room for so many times themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,16 @@ class Winnow(Sentences):
         while layers <= layer:
             layers = math.ceil(layers * STEP)
         layers = min(layers, max(waited.stop, layer + 1))
-        # One layer is whole while it is read; the others share what is left of the peak.
-        room = int((self.peak * prompt.layers - 1) * prompt.tokens) // layers
+        # Twice the budget each for the layers behind the last head, so that nothing shrinks for them before the end.
+        behind = 2 * prompt.budget * (prompt.layers - 1 - waited.stop)
+        room = (self.bound(prompt) - behind) // layers
         return max(min(room, prompt.tokens), prompt.budget)
+
+    def bound(self, prompt: Prompt) -> int:
+        """What the peak leaves beside the layer that is being read, at least an eighth more than the budget."""
+        if self.scattered:
+            return super().bound(prompt)
+        return max(prompt.total * 9 // 8, int((self.peak * prompt.layers - 1) * prompt.tokens))
 
     def peak_entries(self, prompt: Prompt) -> int:
         """The layers seen at their limits, and the layer that is being read."""
