@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from winnowkv import scores as under_test
+from winnowkv.layout import MOST
+from winnowkv.policies.expected import Expected
 from winnowkv.scores import (
+    HALF,
     accumulated_attention,
     causal_attention,
     expected_attention,
     group_reduce,
     moments,
     pool,
+    tiles,
     window_attention,
     window_reduce,
 )
@@ -117,14 +124,50 @@ def test_queries_that_want_a_gradient_are_scored_without_one() -> None:
 
 def test_half_precision_is_multiplied_in_half_precision_only_where_it_was_asked_for() -> None:
     """Of bfloat16 keys; the scores of expected then move by a percent, and those of float32 keys not at all."""
-    queries, keys = rand(1, 4, 64, 16), rand(1, 2, 300, 16, seed=1).bfloat16()
-    rough, exact = expected_attention(queries, keys, 0.25, 290), expected_attention(queries, keys.float(), 0.25, 290)
+    queries, keys = rand(1, 4, 64, 16), rand(1, 2, 700, 16, seed=1).bfloat16()
+    rough, exact = expected_attention(queries, keys, 0.25, 690), expected_attention(queries, keys.float(), 0.25, 690)
     assert not torch.equal(rough[0], exact[0])
     torch.testing.assert_close(rough[0], exact[0], rtol=0.03, atol=1e-4)
     torch.testing.assert_close(rough[1], exact[1], rtol=0.01, atol=0)
-    found = moments(queries, keys, 0.25, 236, causal=True)
-    for half, single in zip(found, moments(queries, keys.float(), 0.25, 236, causal=True), strict=True):
+    found = moments(queries, keys, 0.25, 636, causal=True)
+    for half, single in zip(found, moments(queries, keys.float(), 0.25, 636, causal=True), strict=True):
         assert torch.equal(half, single)
+
+
+@pytest.mark.parametrize(("tokens", "half"), [(HALF - 1, False), (HALF, True)])
+def test_few_keys_are_multiplied_in_float32(tokens: int, half: bool) -> None:
+    """The framework keeps kernels for each shape of a product in bfloat16, and short prompts come in many."""
+    queries, keys = rand(1, 2, 30, 16), rand(1, 1, tokens, 16, seed=1).bfloat16()
+    ((_, _, _, found),) = tiles(queries, keys, 0.25, half=True)
+    assert torch.equal(found, found.bfloat16().float()) == half  # rounded
+    ((_, _, _, exact),) = tiles(queries, keys.float(), 0.25)
+    assert torch.equal(found, exact) != half
+
+
+class Halves(TorchDispatchMode):
+    """Shapes of the products in bfloat16 that are computed meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm and args[0].dtype == torch.bfloat16:
+            self.shapes.add((*args[0].shape, *args[1].shape))
+        return func(*args, **kwargs or {})
+
+
+def test_the_length_of_the_question_makes_no_new_shape_of_a_product_in_half_precision() -> None:
+    """At no length of a prompt; shapes that the framework keeps kernels for come from prompts of other lengths only."""
+    policy = Expected()
+    for tokens in (64, 200, 420, HALF - 1, HALF, 700):
+        queries, keys = rand(1, 6, tokens, 8), rand(1, 2, tokens, 8, seed=1).bfloat16()
+        with Halves() as seen:
+            for question in (8, 31, 50, MOST):
+                if question < tokens // 2:
+                    each = replace(policy, observe=question)
+                    each.score(0, queries[:, :, each.wanted(tokens)], keys, 0.3)
+        assert len(seen.shapes) == (tokens >= HALF)
 
 
 @pytest.mark.parametrize("how", ["mean", "max"])

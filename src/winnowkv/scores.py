@@ -16,6 +16,9 @@ PoolKind = Literal["avg", "max"]
 GroupKind = Literal["mean", "max"]
 TILE = 1 << 20  # logits of a tile, 4 MB in float32: what is done to it next finds it in the cores' caches
 TILE_GPU = 1 << 24  # where starting a kernel costs more than memory
+# Keys from which ``half`` holds. How many queries a shorter prompt has to give hangs on its question, and the framework keeps
+# 0.6 MB of kernels for every shape of a product in bfloat16, none in float32, which is about as fast there.
+HALF = 512
 
 
 def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "B Hq W S"]:
@@ -39,14 +42,14 @@ def tiles(queries: Queries, keys: Keys, scale: float, *, half: bool = False) -> 
 
     A tile is one head's or a few heads' of one KV head, whole or some queries of it: no map of more than :data:`TILE`
     logits (on an accelerator :data:`TILE_GPU`), or of one query, exists at once. The next tile overwrites it.
-    ``half`` multiplies in bfloat16 where the keys are of that kind: twice as fast, logits rounded to 8 bits.
+    ``half`` multiplies in bfloat16 where the keys are of that kind and at least :data:`HALF`; logits have 8 bits then.
     """
     queries, keys = queries.detach(), keys.detach()  # buffers have no gradient
     batch, heads, window, _ = queries.shape
     kv_heads, tokens = keys.shape[1], keys.shape[2]
     group, fit = heads // kv_heads, max((TILE if keys.device.type == "cpu" else TILE_GPU) // max(tokens, 1), 1)
     several, some = min(max(fit // window, 1), group), min(fit, window)
-    kind = keys.dtype if half and keys.dtype == torch.bfloat16 else torch.float32
+    kind = keys.dtype if half and keys.dtype == torch.bfloat16 and tokens >= HALF else torch.float32
     # Buffers, because fresh memory costs more than what is done in it.
     buffer = torch.empty(several * some, tokens, device=keys.device)
     product = buffer if kind == torch.float32 else torch.empty_like(buffer, dtype=kind)
