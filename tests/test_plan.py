@@ -131,7 +131,7 @@ def test_no_plan_is_passed_where_layers_slide(spec: str, tokens: int) -> None:
     assert cache.most - padded <= need(read_shape(model.config, 4), policy, Budget(8), tokens).peak
 
 
-@pytest.mark.parametrize("spec", ["cake", "expected", "winnow", "winnow:task=aggregation"])
+@pytest.mark.parametrize("spec", ["cake", "expected", "winnow:task=aggregation"])
 def test_policies_that_bound_what_they_hold_are_planned_with_less(spec: str) -> None:
     shape = replace(LLAMA, layers=LLAMA.layers * 4)
     (policy,) = resolve(spec, shape.fingerprint)

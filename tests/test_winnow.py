@@ -341,15 +341,20 @@ def test_the_heads_of_a_profile() -> None:
 
 
 def test_heads_of_the_prompt_stand_in() -> None:
-    """Those whose attention falls on one span; what falls on the sinks does not count."""
-    scores = torch.zeros(1, 4, 12)
-    scores[0, 0, :2] = 9.0  # sinks
+    """Those of whose attention most falls on one span; what falls on the sinks or right before the question does not count."""
+    scores = torch.zeros(1, 5, 14)
+    scores[0, 0, 2:12] = 9.0  # all over the text
     scores[0, 1, 4:12] = 0.5  # spread over two spans
-    scores[0, 2, 5] = 2.5
-    scores[0, 3, 8:12] = 0.7
-    owner = span_owner(12, (2, 4, 8), 32)
-    assert torch.equal(concentrated(scores, owner, 2, 2), scores[:, [2, 3]])
-    assert torch.equal(concentrated(scores, owner, 2, 9), scores)
+    scores[0, 2, :2], scores[0, 2, 5] = 9.0, 0.25  # little beside the sinks, but all of it on one token
+    scores[0, 3, 8:12], scores[0, 3, 13] = 0.7, 0.1
+    scores[0, 4, 12:] = 9.0  # right before the question
+    owner = span_owner(14, (2, 4, 8, 12), 32)
+    behind = scores.clone()
+    behind[..., :2] = 0
+    shares = behind / behind.sum(-1, keepdim=True)
+    assert torch.equal(concentrated(scores, owner, 2, 2, 2), shares[:, [2, 3]])
+    assert torch.equal(concentrated(scores, owner, 2, 2, 9), shares)
+    assert torch.equal(concentrated(shares, owner, 2, 2, 2), shares[:, [2, 3]])  # a second choice changes nothing
 
 
 def test_the_report_says_that_heads_are_guessed(model: PreTrainedModel) -> None:

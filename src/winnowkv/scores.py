@@ -207,12 +207,19 @@ def span_reduce(scores: Scores, owner: Tensor, top: int) -> WindowScores:
     return sums / lengths.clamp(max=top)
 
 
-def concentrated(scores: HeadScores, owner: Tensor, sinks: int, count: int) -> HeadScores:
-    """The ``count`` heads whose attention falls most on one span behind the sinks, ``[1, count, C]``, in their order."""
-    context = scores[0].index_fill(-1, torch.arange(min(sinks, scores.shape[-1]), device=scores.device), 0.0)
-    spans = context.new_zeros(len(context), int(owner[-1]) + 1).index_add_(1, owner, context)
+def concentrated(scores: HeadScores, owner: Tensor, sinks: int, near: int, count: int) -> HeadScores:
+    """The ``count`` heads whose attention behind the sinks falls most on one span, as shares of it, ``[1, count, C]``.
+
+    In their order. Shares, because retrieval heads rest on the sinks with nearly all of their attention; what falls on the
+    last ``near`` tokens chooses no head, because many look right before the question, whatever it asks.
+    """
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    shares = scores[0].masked_fill(place < sinks, 0.0)
+    shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)
+    far = shares.masked_fill(place >= len(place) - near, 0.0)
+    spans = far.new_zeros(len(far), int(owner[-1]) + 1).index_add_(1, owner, far)
     best = spans.amax(-1).topk(min(count, len(spans))).indices.sort().values
-    return scores[:, best]
+    return shares[None, best]
 
 
 def window_reduce(scores: Scores, width: int, top: int) -> WindowScores:

@@ -21,6 +21,7 @@ from winnowkv.types import HeadScores, Indices, Keys, Queries, Scores
 
 WIDTH = 16  # tokens of a span where nobody knows the sentences
 UNKNOWN = 16  # heads that stand in for retrieval heads where there is no profile
+NEAR = 64  # tokens before the question that do not choose them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,8 @@ class Sentences(Expected):
 
     def loudest(self, heard: HeadScores, tokens: int) -> HeadScores:
         """The heads that stand in where there is no profile."""
-        return concentrated(heard, self.spans(tokens, heard), self.sinks, self.heads or UNKNOWN)
+        near = min(NEAR, heard.shape[-1] // 8)
+        return concentrated(heard, self.spans(tokens, heard), self.sinks, near, self.heads or UNKNOWN)
 
     def best(self, heard: Sequence[HeadScores], tokens: int, count: int, earlier: Indices | None) -> Indices:
         """So many tokens of the best sentences so far, ``[1, 1, count]``, out of those that won ``earlier``."""

@@ -29,7 +29,8 @@ class Winnow(Sentences):
     behind ``longest`` tokens, scored by their ``top`` best. Until the last of the heads was heard every layer keeps
     candidates, fewer the more layers there are (as DynamicKV, arXiv 2412.14838): never more than ``peak`` of the full
     cache where the first head sits early enough, or all with ``progressive=false``.
-    Without a profile the heads that attend most to one span of this prompt stand in; without a layout
+    Without a profile the heads that attend most to one span of this prompt stand in, and all is held until the last layer
+    was heard; without a layout
     (:func:`winnowkv.layout.read_layout`) spans are 16 tokens and the question is the last ``observe``.
     ``observe="context"``: no question is known yet, so that all goes as ``expected``.
     """
@@ -74,13 +75,16 @@ class Winnow(Sentences):
         """Says that heads are guessed."""
         if isinstance(self.profile, Profile) or self.scattered:
             return None
-        return "no calibration profile of this model: winnow guesses its retrieval heads; winnow calibrate finds them"
+        return (
+            "no calibration profile of this model: winnow guesses its retrieval heads, and holds the whole prompt's cache "
+            "until the last layer was read; winnow calibrate finds them"
+        )
 
     def awaited(self, prompt: Prompt) -> range:
         """The layers from the first to the last head that is heard."""
         if not self.room(prompt, prompt.budget):
             return range(0)
-        layers = [at for at, _ in self.chosen] or [0, prompt.layers - 1]
+        layers = [at for at, _ in self.chosen] or [prompt.layers - 1]  # whoever guesses heads has to compare all of them
         return range(min(layers), max(layers))
 
     def limit(self, layer: int, prompt: Prompt) -> int:
