@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedModel
 
 import winnowkv as wk
-from conftest import PROMPT, Case, prompt
+from conftest import PROMPT, Case, prompt, random_profile
 from test_hybrid import WINDOW, hybrid
 from test_law_architectures import REFUSED, SERVED, build
 from winnowkv.budget import Budget
@@ -19,6 +19,7 @@ from winnowkv.engine import extend, prefill
 from winnowkv.fingerprint import Fingerprint
 from winnowkv.plan import LayerShape, MemoryPlan, Need, Shape, need
 from winnowkv.policies import Policy, resolve
+from winnowkv.policies.winnow import Winnow
 from winnowkv.shape import read_shape
 
 LLAMA = Shape(
@@ -131,10 +132,13 @@ def test_no_plan_is_passed_where_layers_slide(spec: str, tokens: int) -> None:
     assert cache.most - padded <= need(read_shape(model.config, 4), policy, Budget(8), tokens).peak
 
 
-@pytest.mark.parametrize("spec", ["cake", "expected", "winnow:task=aggregation"])
+@pytest.mark.parametrize("spec", ["cake", "expected", "winnow", "winnow:task=aggregation"])
 def test_policies_that_bound_what_they_hold_are_planned_with_less(spec: str) -> None:
-    shape = replace(LLAMA, layers=LLAMA.layers * 4)
-    (policy,) = resolve(spec, shape.fingerprint)
+    shape = replace(LLAMA, layers=LLAMA.layers * 4, fingerprint=replace(LLAMA.fingerprint, layers=20))
+    made = wk.policy(spec)
+    if isinstance(made, Winnow):  # without a profile it holds all
+        made = replace(made, profile=random_profile(shape.fingerprint, 20))
+    (policy,) = resolve(made, shape.fingerprint)
     one = need(shape, policy, Budget(0.12), 4000)
     asked = wk.policies.Prompt(4000, 20, 480)
     assert one.peak == policy.peak_entries(asked) * shape.full_bytes(1) // 20

@@ -31,7 +31,7 @@ def main() -> None:
 
 @contextmanager
 def one_sentence(name: str) -> Iterator[None]:
-    """The end of a command or script: bad values exit with 2 and one sentence, an interrupt with 130."""
+    """The end of a command or script: bad values exit with 2 and one sentence, an interrupt with 130, a lost reader with 1."""
     try:
         yield
     except WinnowError as error:
