@@ -15,6 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+DEVICE = os.environ.get("WINNOW_TEST_DEVICE", "cpu")  # of tiny models and prompts: cuda runs the laws on a GPU
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do
+
 import pytest
 import torch
 from torch import Tensor
@@ -145,12 +149,12 @@ def tiny_model(family: str) -> PreTrainedModel:
     # Logits of about 1 and not 5: float32 noise is relative (the framework's own cache is 1.2e-5 off at 5),
     # and the laws say 1e-5.
     model.lm_head.weight.data *= 0.25
-    return model
+    return model.to(DEVICE)
 
 
 def prompt(tokens: int, seed: int = 0) -> Tensor:
     """A random prompt ``[1, tokens]`` that hangs on its seed only."""
-    return torch.randint(1, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1000 + seed))
+    return torch.randint(1, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1000 + seed)).to(DEVICE)
 
 
 def random_profile(fingerprint: Fingerprint, layers: int, seed: int = 0) -> wk.Profile:

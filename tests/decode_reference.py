@@ -45,7 +45,7 @@ def watched(model: PreTrainedModel, masks: Sequence[Tensor], seen: dict[int, tup
 
 def best(queries: Tensor, keys: Tensor, held: list[int], budget: int, choose: Callable[[Tensor], Tensor]) -> list[int]:
     """Of the positions that a KV head holds, its queries ``[G, all, D]``: the most recent and the best others."""
-    places, received = torch.tensor(held), torch.zeros(len(held))
+    places, received, queries, keys = torch.tensor(held), torch.zeros(len(held)), queries.cpu(), keys.cpu()
     for head in range(len(queries)):
         most = torch.zeros(len(held))
         for query in held[-OBSERVE:]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from conftest import DEVICE
 from winnowkv import CompactCache
 
 NAME = "law_reference"
@@ -37,7 +38,7 @@ def same_positions(left: Kept, right: Kept) -> bool:
 
 def visible(kept: Tensor | None, prompt: int, tokens: int, heads: int, kv_heads: int) -> Tensor:
     """Which key each query may see, ``[heads, tokens, tokens]``."""
-    mask = torch.ones(tokens, tokens).tril().bool().repeat(heads, 1, 1)
+    mask = torch.ones(tokens, tokens, device=DEVICE).tril().bool().repeat(heads, 1, 1)
     if kept is not None:
         mask[:, prompt:, :prompt] = False
         for head in range(heads):

@@ -12,7 +12,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import winnowkv as wk
-from conftest import CASES, PROFILES, PROMPT, TINY, Case, prompt, random_profile
+from conftest import CASES, DEVICE, PROFILES, PROMPT, TINY, Case, prompt, random_profile
 from test_calibrate import tokenizer
 from winnowkv import models
 from winnowkv.calibrate import run as calibration
@@ -41,7 +41,7 @@ def hybrid(vocabulary: int = TINY["vocab_size"]) -> PreTrainedModel:
         config = Gemma3TextConfig(**{**TINY, **sizes, "vocab_size": vocabulary, "max_position_embeddings": 2048})
         # Tied embeddings would make a random model say its last token for ever.
         config.tie_word_embeddings = False
-        return Gemma3ForCausalLM(config).eval()
+        return Gemma3ForCausalLM(config).eval().to(DEVICE)
 
 
 @pytest.fixture(scope="module")

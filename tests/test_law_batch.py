@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import winnowkv as wk
-from conftest import VOCABULARY, Case, prompt
+from conftest import DEVICE, VOCABULARY, Case, prompt
 from reference import generate, positions, same_positions
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -20,7 +20,7 @@ LENGTHS = (72, 57, 44)
 def padded(rows: list[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
     """Prompts ``[1, n]`` as one left-padded batch, and its 2D mask."""
     width = max(row.shape[1] for row in rows)
-    ids = torch.full((len(rows), width), filler)
+    ids = torch.full((len(rows), width), filler, device=DEVICE)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, width - row.shape[1] :] = row[0]
@@ -39,7 +39,7 @@ def batch_logits(
         added = chunk.shape[1]
         mask = torch.cat([mask, mask.new_ones(len(mask), added)], dim=1)
         options = {"attention_mask": mask} if tell else {}
-        places = places[:, -1:] + torch.arange(1, added + 1)
+        places = places[:, -1:] + torch.arange(1, added + 1, device=DEVICE)
         logits.append(model(input_ids=chunk, position_ids=places, past_key_values=cache, **options).logits)
     return torch.cat(logits, dim=1)
 
@@ -87,7 +87,7 @@ def same_storage(batch: wk.CompactCache, row: int, single: wk.CompactCache, whol
 def valid_columns(layer: Any, row: int, head: int) -> Tensor:
     """Columns of a layer that a row's KV head really holds."""
     if layer.valid is None:
-        return torch.arange(layer.length)
+        return torch.arange(layer.length, device=DEVICE)
     return layer.valid[row, head % layer.valid.shape[1], : layer.length].nonzero()[:, 0]
 
 
@@ -129,7 +129,7 @@ def test_replay_of_a_batch_equals_the_live_batch(llama: PreTrainedModel, case: C
         logits = llama(
             input_ids=more[:, :2],
             attention_mask=torch.cat([mask, mask.new_ones(3, 2)], dim=1),
-            position_ids=places[:, -1:] + torch.arange(1, 3),
+            position_ids=places[:, -1:] + torch.arange(1, 3, device=DEVICE),
             past_key_values=replayed,
         ).logits
     assert all(same_positions(positions(replayed, i), positions(live, i)) for i in range(3))
@@ -156,7 +156,7 @@ def test_other_padding_is_refused(model: PreTrainedModel, hidden: slice, message
 
 
 def test_a_ready_made_mask_is_refused(model: PreTrainedModel) -> None:
-    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool, device=DEVICE).tril()
     with pytest.raises(wk.InputError, match="2D"), torch.no_grad():
         model(input_ids=prompt(40), attention_mask=mask, past_key_values=wk.CompactCache(model, "snapkv:observe=4", 10))
 

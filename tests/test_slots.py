@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import winnowkv as wk
-from conftest import TINY, Case, prompt
+from conftest import DEVICE, TINY, Case, prompt
 from winnowkv.engine import extend, prefill
 from winnowkv.errors import CacheError
 from winnowkv.slots import Slots, bucket
@@ -28,7 +28,7 @@ def hybrid() -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         config = Gemma3TextConfig(**TINY, num_hidden_layers=4, head_dim=8, sliding_window=16, layer_types=kinds)
-        return Gemma3ForCausalLM(config).eval()
+        return Gemma3ForCausalLM(config).eval().to(DEVICE)
 
 
 def read(model: PreTrainedModel, row: int, settings: dict[str, object]) -> wk.CompactCache:
@@ -57,7 +57,7 @@ def together(model: PreTrainedModel, slots: Slots, settings: dict[str, object], 
         if waiting and len(active) < rows:
             active.append(waiting.pop(0))
             slots.place(read(model, active[-1], settings), ROOM)
-        tokens = torch.tensor([int(more(row)[0, len(logits[row])]) for row in active])
+        tokens = torch.tensor([int(more(row)[0, len(logits[row])]) for row in active], device=DEVICE)
         for row, line in zip(active, slots.step(tokens), strict=True):
             logits[row].append(line)
         for at in reversed(range(len(active))):
@@ -148,9 +148,9 @@ def test_nothing_is_copied_while_there_is_room(llama: PreTrainedModel) -> None:
     slots.place(read(llama, 1, {"policy": "streaming", "budget": 10}), 8)
     buffers = [layer.keys.data_ptr() for layer in slots.layers]
     for _ in range(8):
-        slots.step(torch.tensor([5]))
+        slots.step(torch.tensor([5], device=DEVICE))
         assert [layer.keys.data_ptr() for layer in slots.layers] == buffers
-    slots.step(torch.tensor([5]))
+    slots.step(torch.tensor([5], device=DEVICE))
     assert [layer.keys.data_ptr() for layer in slots.layers] != buffers
 
 

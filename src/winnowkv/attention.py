@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
@@ -40,6 +42,8 @@ BYPASSED = (
     "the keys that the cache returned did not reach our attention function: the model's attention does not go "
     "through transformers' AttentionInterface, or it rebuilds keys behind the cache (latent attention)"
 )
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # for any number of entries
 
 _lock = threading.Lock()
 
@@ -125,8 +129,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid
     packed = query.reshape(batch, kv_heads, group * queries, size)
     if mask is not None and queries > 1:
         mask = mask.repeat(1, 1, group, 1)
-    output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+    with any_length(key):
+        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return output.reshape(batch, heads, queries, value.shape[-1])
+
+
+def any_length(key: Tensor) -> AbstractContextManager[None]:
+    """On CUDA, leave cuDNN's attention out: it plans anew for every number of entries, for 6 ms, and each step has one more.
+
+    Measured on an H200 with torch 2.11, which asks cuDNN first (docs/log.md). Compiled steps have few shapes.
+    """
+    if not key.is_cuda or torch.compiler.is_compiling():
+        return nullcontext()
+    return sdpa_kernel(KERNELS)
 
 
 def output_projections(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -30,6 +30,7 @@ from winnowkv.prefill import AutoPlan, PrefillPlan
 from winnowkv.profile import find_profile
 from winnowkv.quantize import Quantization, quanto
 from winnowkv.report import Report
+from winnowkv.stopwatch import Stopwatch
 from winnowkv.types import Padding, Valid
 
 SLACK = 2  # a sliding layer's view is copied out of storage that is larger than so many times itself
@@ -113,6 +114,7 @@ class CompactCache(Cache):
         self._awaiting: int | None = None
         self._recorded: list[tuple[Tensor, float]] = []
         self._started = self._resumed = 0.0
+        self._compressing = Stopwatch()
 
     def reset(self) -> None:
         """Forget the prompt and what came after it; the next one is compressed afresh, with a report of its own."""
@@ -231,12 +233,11 @@ class CompactCache(Cache):
         self.check_used()
         if self._chunks is None:
             return
-        begin = time.perf_counter()
-        self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
-        if (stays := self._chunks.end()) is not None:
-            for layer in self.compact_layers:
-                layer.drop(stays)
-        self.report.compress_seconds += time.perf_counter() - begin
+        with self._compressing.running(self.compact_layers[0].keys.device):
+            self.report.peak_bytes = max(self.report.peak_bytes, self.held_bytes)
+            if (stays := self._chunks.end()) is not None:
+                for layer in self.compact_layers:
+                    layer.drop(stays)
 
     def check_used(self) -> None:
         """After a forward pass: raise UnsupportedModelError where the model used the cache in part or not at all."""
@@ -272,13 +273,12 @@ class CompactCache(Cache):
             return
         if self._record:
             self._remember(slot, queries, scale)
-        begin = time.perf_counter()
         heard: Tensor | None = queries
-        if self._chunks is not None:
-            heard = self._chunks.hear(slot, queries, self.layers[layer_idx].entries_in_use()[0], scale)
-        if heard is not None:
-            self._evict(slot, heard, scale)
-        self.report.compress_seconds += time.perf_counter() - begin
+        with self._compressing.running(queries.device):
+            if self._chunks is not None:
+                heard = self._chunks.hear(slot, queries, self.layers[layer_idx].entries_in_use()[0], scale)
+            if heard is not None:
+                self._evict(slot, heard, scale)
         if slot == last and heard is not None:
             if queries.is_cuda:
                 torch.cuda.synchronize(queries.device)  # else the clock stops before the work does
@@ -300,11 +300,12 @@ class CompactCache(Cache):
         for row, plan in enumerate(self._plans):
             keys = layer.keys[row : row + 1, :, layer.pads[row] : layer.length]
             changed.update(plan.observe(self._wanted(plan, queries[row : row + 1], keys.shape[2]), keys, scale))
+        dense = len(self._plans) == 1 and not self._plans[0].policy.per_head
         for index in changed:
             kept = [plan.kept[index] for plan in self._plans]
             if self._chunks is not None:
                 kept = [None if positions is None else self._chunks.text(positions) for positions in kept]
-            layers[index].keep([None if positions is None else positions[0] for positions in kept])
+            layers[index].keep([None if positions is None else positions[0] for positions in kept], dense=dense)
         if slot not in changed:
             layer.own()
         if self._stored is not None and layer is layers[-1]:
@@ -319,7 +320,7 @@ class CompactCache(Cache):
         if places.numel() and int(places[-1] - places[0]) == len(places) - 1:  # side by side: a view
             return queries[:, :, int(places[0]) : int(places[-1]) + 1]
         # Token by token, as models hand them over: half the time of picking from each head.
-        return queries.transpose(1, 2).index_select(1, places.to(queries.device)).transpose(1, 2)
+        return queries.transpose(1, 2).index_select(1, places.to(queries.device, non_blocking=True)).transpose(1, 2)
 
     def _each_policy(self, rows: int) -> list[Policy]:
         if len(self.policies) not in (1, rows):
@@ -349,6 +350,7 @@ class CompactCache(Cache):
         report.full_bytes = sum(tokens * layer.entry_bytes for tokens in report.prompt_tokens for layer in layers)
         report.held_bytes = self.held_bytes
         report.prefill_seconds = now - self._started
+        report.compress_seconds = self._compressing.seconds
         report.kept_mass = [plan.mass for plan in self._plans or []]
         notes = {plan.note for plan in self._plans or []} | {self._chunks.size.note if self._chunks else None}
         report.notes = sorted(note for note in notes if note)
@@ -386,12 +388,12 @@ class CompactCache(Cache):
                 other.layers[index] = copy(layer)
             elif not isinstance(layer, CompactLayer):
                 raise CacheError(f"replay works on full attention and sliding windows, not on a {type(layer).__name__}")
-        begin = other._started = time.perf_counter()
-        for slot, (mine, theirs) in enumerate(zip(layers, other.compact_layers, strict=True)):
-            theirs.update(mine.keys, mine.values)
-            theirs.pads, theirs.valid = list(mine.pads), mine.valid
-            other._evict(slot, *self._recorded[slot])
-        other.report.compress_seconds = time.perf_counter() - begin
+        other._started = time.perf_counter()
+        with other._compressing.running(layers[0].keys.device):
+            for slot, (mine, theirs) in enumerate(zip(layers, other.compact_layers, strict=True)):
+                theirs.update(mine.keys, mine.values)
+                theirs.pads, theirs.valid = list(mine.pads), mine.valid
+                other._evict(slot, *self._recorded[slot])
         other._settle(time.perf_counter())
         other.report.prefill_seconds = self.report.prefill_seconds + other.report.compress_seconds
         return other

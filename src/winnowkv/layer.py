@@ -149,19 +149,21 @@ class CompactLayer(CacheLayerMixin):
                 raise InputError("a row of the batch is padding only: every prompt needs at least one token")
             self.pads = [added - n for n in lengths.tolist()]
 
-    def keep(self, positions: list[Tensor | None]) -> None:
-        """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole."""
-        columns = side_by_side(
-            [
-                columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device)
-                for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
-            ]
-        )
-        valid = columns >= 0
-        self.valid = None if bool(valid.all()) else valid
-        if self.valid is not None:
-            columns = columns.clamp(min=0)
-        self.keys, self.values = gather_entries(self.keys, columns), gather_entries(self.values, columns)
+    def keep(self, positions: list[Tensor | None], *, dense: bool = False) -> None:
+        """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole.
+
+        ``dense``: one row, whose heads keep equally many; to find that out the host would have to wait for an accelerator.
+        """
+        rows = [
+            columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device, dense=dense)
+            for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
+        ]
+        self.valid, columns = None, rows[0][None]
+        if not dense:
+            columns = side_by_side(rows)
+            valid = columns >= 0
+            self.valid, columns = None if bool(valid.all()) else valid, columns.clamp(min=0)
+        self.keys, self.values = gather_entries((self.keys, self.values), columns)
         if self.valid is not None:  # not a number there would pass every mask
             for states in (self.keys, self.values):
                 states.masked_fill_(~self.valid[..., None], 0)
@@ -225,6 +227,8 @@ class CompactLayer(CacheLayerMixin):
         kept, heads = self.positions[row], self.keys.shape[1]
         if kept is None:
             return [self.prompt - self.pads[row]] * heads
+        if self.valid is None:
+            return [kept.shape[1]] * heads
         held = (kept >= 0).sum(-1).tolist()
         return held if len(held) == heads else held * heads
 

@@ -129,11 +129,10 @@ class PrefillPlan:
             if kept is None or not behind.numel():
                 shares.append(torch.ones((), device=scores.device))
                 continue
-            heads = max(len(behind), kept.shape[1])
-            stays = torch.zeros(heads, self.prompt.tokens + 1, device=scores.device)
-            stays.scatter_(
-                1, kept[0].long().remainder(self.prompt.tokens + 1).expand(heads, -1), 1.0
-            )  # a missing entry, -1, goes into the column behind all
+            heads, place = max(len(behind), kept.shape[1]), kept[0].long()
+            if self.policy.per_head:  # a missing entry, -1, goes into the column behind all
+                place = place.remainder(self.prompt.tokens + 1)
+            stays = torch.zeros(heads, self.prompt.tokens + 1, device=scores.device).scatter_(1, place.expand(heads, -1), 1.0)
             stays = stays[:, self.policy.sinks : self.policy.sinks + behind.shape[1]]
             total = behind.sum(-1)
             shares.append(((behind * stays).sum(-1) / total.clamp(min=1e-30)).where(total > 0, 1.0).mean())

@@ -28,7 +28,7 @@ class Report:
         batch, and heads, are padded to the longest of the layer).
     peak_bytes: the most storage that keys and values occupied at any layer of prefill, which quantizes at its end.
     prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
-    compress_seconds: the part of it spent on scoring, eviction and quantization (on CUDA: launching it).
+    compress_seconds: the part of it spent on scoring, eviction and quantization (on CUDA by the device's clock).
     decode_tokens: tokens read after the prompt; decode_seconds: from the first layer of the
         first of them to the last layer of the last; decode_entries: entries held of them per layer and KV head,
         fewer where a decode budget evicts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ class Rotation:
 
     def turn(self, states: Float[Tensor, "B H k D"], by: Float[Tensor, " k"]) -> Float[Tensor, "B H k D"]:
         """Queries or keys that were turned for their own positions, moved ``by`` so many positions; float32."""
-        angle = by.float()[:, None] * torch.tensor(self.frequencies, device=states.device)
+        angle = by.float()[:, None] * _table(self.frequencies, states.device)
         cos, sin = angle.cos(), angle.sin()
         size = 2 * len(self.frequencies)
         turned, rest = states[..., :size].float(), states[..., size:].float()
@@ -35,3 +36,9 @@ class Rotation:
         pair = (first * cos - second * sin, second * cos + first * sin)
         turned = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
         return torch.cat([turned, rest], -1)
+
+
+@lru_cache(maxsize=16)  # copied to an accelerator once and not for every layer, which would wait for it
+@torch.inference_mode(False)  # or the next prompt, which may be read outside of it, could not use it
+def _table(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(frequencies, device=device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -19,6 +21,17 @@ TILE_GPU = 1 << 24  # where starting a kernel costs more than memory
 # Keys from which ``half`` holds. How many queries a shorter prompt has to give hangs on its question, and the framework keeps
 # 0.6 MB of kernels for every shape of a product in bfloat16, none in float32, which is about as fast there.
 HALF = 512
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled: the package comes with torch for CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fused(keys: Keys) -> bool:
+    """Whether :mod:`winnowkv.kernels` serves these keys: on CUDA, in 16 bits. In 32 the functions here are as exact."""
+    return keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "B Hq W S"]:
@@ -78,6 +91,10 @@ def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
 
 def received(queries: Queries, keys: Keys, scale: float) -> HeadScores:
     """Attention that each token gets from the last ``W`` queries, causal, summed over them, ``[B, Hq, S]``."""
+    if fused(keys):
+        from winnowkv import kernels
+
+        return kernels.received(queries, keys, scale)
     total = torch.zeros(*queries.shape[:2], keys.shape[2], device=keys.device)
     for row, heads, begin, logits in tiles(queries, keys, scale):
         hide_future(logits, queries.shape[2], begin)
@@ -92,7 +109,7 @@ def accumulated_attention(queries: Queries, keys: Keys, scale: float, block: int
     """
     batch, heads, tokens, _ = queries.shape
     total = torch.zeros(batch, heads, tokens, device=keys.device)
-    keys = keys.float()  # once, not for every block
+    keys = keys if fused(keys) else keys.float()  # once, not for every block
     for begin in range(0, tokens, block):
         end = min(begin + block, tokens)
         total[..., :end] += received(queries[:, :, begin:end], keys[:, :, :end], scale)
@@ -140,6 +157,13 @@ def moments(
     queries are the last ones, else they stand behind all keys. A tile at a time (:func:`tiles`, whose ``half`` this is).
     """
     count = queries.shape[2]
+    share = len(range(0, count, every)) / count
+    if fused(keys):
+        from winnowkv import kernels
+
+        mean, square, spread = kernels.moments(queries, keys, scale, causal=causal, every=every)
+        entropy = spread[..., :context].sum()
+        return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0) / share
     mean, square = torch.zeros(2, *queries.shape[:2], keys.shape[2], device=keys.device)
     entropy, buffer = torch.zeros((), device=keys.device), torch.empty(0, device=keys.device)
     for row, heads, begin, logits in tiles(queries, keys, scale, half=half):
@@ -155,7 +179,6 @@ def moments(
         ones = attention.new_ones(attention.shape[-2])
         mean[row, heads] += ones @ attention
         square[row, heads] += ones @ attention.square_()
-    share = len(range(0, count, every)) / count
     return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0) / share
 
 
@@ -217,7 +240,9 @@ def concentrated(scores: HeadScores, owner: Tensor, sinks: int, near: int, count
     shares = scores[0].masked_fill(place < sinks, 0.0)
     shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)
     far = shares.masked_fill(place >= len(place) - near, 0.0)
-    spans = far.new_zeros(len(far), int(owner[-1]) + 1).index_add_(1, owner, far)
+    spans = torch.zeros_like(far).index_add_(
+        1, owner, far
+    )  # as many spans as tokens at the most: how many, a GPU would have to say
     best = spans.amax(-1).topk(min(count, len(spans))).indices.sort().values
     return shares[None, best]
 

@@ -23,7 +23,10 @@ def top_tokens(scores: Scores, n: int) -> Indices:
     least = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     better, equal = scores > least, scores == least
     stays = better | (equal & (equal.cumsum(-1) <= n - better.sum(-1, keepdim=True)))
-    return stays.nonzero()[:, -1].view(*scores.shape[:-1], n)
+    # Each goes to its place, what leaves behind all of them: nonzero() would make the host wait for an accelerator.
+    places = torch.where(stays, stays.cumsum(-1) - 1, n)
+    found = torch.empty(*scores.shape[:-1], n + 1, dtype=torch.long, device=scores.device)
+    return found.scatter_(-1, places, torch.arange(scores.shape[-1], device=scores.device).expand_as(places))[..., :n]
 
 
 def top_windows(windows: WindowScores, tokens: Scores, n: int, width: int) -> Indices:
@@ -60,8 +63,9 @@ def with_sinks(scores: Scores, sinks: int) -> Scores:
     """Scores in which the first ``sinks`` tokens win against everything."""
     if not sinks:
         return scores
-    first = torch.arange(scores.shape[-1], device=scores.device) < sinks
-    return scores.masked_fill(first, float("inf"))
+    scores = scores.clone()
+    scores[..., :sinks] = float("inf")
+    return scores
 
 
 def with_recent(context: Indices, prompt_tokens: int, window: int) -> Indices:
@@ -70,16 +74,18 @@ def with_recent(context: Indices, prompt_tokens: int, window: int) -> Indices:
     return torch.cat([context, recent.expand(*context.shape[:-1], window)], dim=-1)
 
 
-def columns_of(wanted: Tensor | None, held: Tensor | None, tokens: int, length: int, device: torch.device) -> Tensor:
+def columns_of(
+    wanted: Tensor | None, held: Tensor | None, tokens: int, length: int, device: torch.device, *, dense: bool = False
+) -> Tensor:
     """Columns of a right-aligned row at which wanted prompt positions lie, ``[H, n]``; padding stays -1.
 
     ``wanted`` and ``held`` are positions ``[H, n]``, None for all ``tokens`` of the row's prompt;
-    what is wanted is a part of what is held. ``length`` counts the row's columns.
+    what is wanted is a part of what is held. ``length`` counts the row's columns. ``dense``: there is no padding.
     """
     if wanted is None:
         wanted = torch.arange(tokens, device=device)[None] if held is None else held
     if held is None:
-        columns = wanted + (length - tokens)
+        columns = wanted + (length - tokens) if length > tokens else wanted
     else:
         heads, entries = max(len(held), len(wanted)), held.shape[1]
         held, wanted = held.long().expand(heads, -1), wanted.expand(heads, -1)
@@ -87,7 +93,7 @@ def columns_of(wanted: Tensor | None, held: Tensor | None, tokens: int, length: 
         table = held.new_zeros(heads, tokens + 1)
         table.scatter_(1, held.remainder(tokens + 1), torch.arange(length - entries, length, device=device).expand(heads, -1))
         columns = table.gather(1, wanted.long().clamp(min=0))
-    return columns.masked_fill(wanted < 0, -1)
+    return columns if dense else columns.masked_fill(wanted < 0, -1)
 
 
 def side_by_side(columns: Sequence[Tensor]) -> Tensor:
@@ -96,9 +102,10 @@ def side_by_side(columns: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(row.expand(heads, -1), (width - row.shape[1], 0), value=-1) for row in columns])
 
 
-def gather_entries(states: Tensor, columns: Tensor) -> Tensor:
-    """Keys or values ``[B, Hkv, K, D]`` at these columns ``[B, 1 or Hkv, n]``, none of them -1, as ``[B, Hkv, n, D]``."""
-    batch, heads, held, size = states.shape
-    begins = torch.arange(0, batch * heads * held, held, device=states.device).view(batch, heads, 1)
+def gather_entries(states: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
+    """Keys and values ``[B, Hkv, K, D]`` at these columns ``[B, 1 or Hkv, n]``, none of them -1, each ``[B, Hkv, n, D]``."""
+    batch, heads, held, _ = states[0].shape
+    begins = torch.arange(0, batch * heads * held, held, device=columns.device).view(batch, heads, 1)
+    rows = (columns + begins).flatten()
     # Row by row of memory: gather() on single numbers is 16 times slower.
-    return states.flatten(0, 2).index_select(0, (columns + begins).flatten()).view(batch, heads, -1, size)
+    return [part.flatten(0, 2).index_select(0, rows).view(batch, heads, -1, part.shape[3]) for part in states]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from winnowkv.attention import SLOT_OFFSET, TAG, acquire, release
 from winnowkv.cache import CompactCache
 from winnowkv.engine import prefill
 from winnowkv.errors import CacheError, UnsupportedModelError
+from winnowkv.graphs import Recorded, unrecorded
 from winnowkv.types import Padding, Valid
 
 BLOCK = 64  # columns added where generation outlives its room
@@ -154,9 +156,9 @@ class Slots(Cache):
     Parameters
     ----------
     model: the model of all caches that will be placed.
-    compile: run the step through ``torch.compile``. All full-attention layers get equally many columns, from a short list
-        of sizes, and the rows are a power of two, so that few graphs serve all. Where the model cannot be compiled one
-        warning names the cause, and steps are eager from then on.
+    compile: run the step through ``torch.compile``, on a GPU recorded as a CUDA graph. All full-attention layers get
+        equally many columns, from a short list of sizes, and the rows are a power of two, so that few graphs serve all.
+        Where the model cannot be compiled one warning names the cause, and steps are eager from then on.
     like: a cache of the model that a prompt was read into, which shows what its layers are made of. Without one a run
         of two tokens shows it.
 
@@ -192,6 +194,7 @@ class Slots(Cache):
         self._requests: list[_Request] = []
         self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
         self._compiled = compiled(model) if compile else None
+        self._recorded: Callable[..., Tensor] = Recorded() if model.device.type == "cuda" else unrecorded
 
     @property
     def rows(self) -> int:
@@ -348,22 +351,30 @@ class Slots(Cache):
                 layer.cut([min(seen, layer.window - 1) for seen in positions])
             columns.append(at)
         beyond = self._columns.shape[1] - self.rows  # rows of a compiled step that nobody reads
-        self._columns.copy_(torch.tensor([at + [0] * beyond for at in columns]))
+        self._columns.copy_(torch.tensor([at + [0] * beyond for at in columns]), non_blocking=True)
 
     def _run(self, tokens: Tensor) -> Tensor:
         """One forward pass, compiled where that works."""
         beyond = self._columns.shape[1] - self.rows
-        places = torch.tensor([*self.positions, *[0] * beyond], device=tokens.device)
+        places = torch.tensor([*self.positions, *[0] * beyond]).to(tokens.device, non_blocking=True)
         inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, beyond))[:, None], "position_ids": places[:, None]}
-        options = {"past_key_values": self, "use_cache": True, "logits_to_keep": 1}
-        if self._compiled is not None:
+        if (compiled := self._compiled) is not None:
             try:
-                return self._compiled(**inputs, **options).logits[:, -1]
+                return self._recorded(partial(self._forward, compiled), self._where(), inputs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 cause = str(error).strip().splitlines()[0]
                 warnings.warn(f"{type(self.model).__name__} cannot be compiled ({cause}): decode steps are eager", stacklevel=3)
                 self._compiled = None
-        return self.model(**inputs, **options).logits[:, -1]
+        return self._forward(self.model, **inputs)
+
+    def _forward(self, model: Callable[..., Any], **inputs: Tensor) -> Tensor:
+        return model(**inputs, past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _where(self) -> Hashable:
+        """Where the buffers lie, and their shapes: what a recorded step must find again."""
+        buffers = (part for layer in self._each for part in (layer.keys, layer.values, layer.valid))
+        pointers = (self._columns, self._each[0].rows)
+        return tuple((part.data_ptr(), part.shape) for part in (*pointers, *buffers))
 
 
 @dataclass
@@ -388,9 +399,8 @@ def bucket(columns: int) -> int:
 
 
 def compiled(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward pass through ``torch.compile``: static shapes, on a GPU as CUDA graphs."""
-    mode = "reduce-overhead" if model.device.type == "cuda" else None
-    run = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+    """The model's forward pass through ``torch.compile``: static shapes."""
+    run = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
     def forward(**inputs: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS):

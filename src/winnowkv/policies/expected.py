@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -57,13 +58,7 @@ class Expected(Cascade, Policy):
 
     def places(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Where each sampled query stands, and where it is moved to."""
-        context = max(tokens - self.window(tokens), 0)
-        late = min(self.samples // 4, context)
-        early = min(self.samples - late, context)
-        first = min(self.sinks, context - 1)
-        here = torch.cat([torch.linspace(first, context - 1, early).long(), torch.arange(context - late, context)])
-        there = torch.cat([torch.linspace(0, self.ahead - 1, early).long(), torch.arange(late)]) + tokens
-        return here, there
+        return sampled(tokens, max(tokens - self.window(tokens), 0), self.sinks, self.samples, self.ahead)
 
     def wanted(self, tokens: int) -> Tensor:
         """The sampled ones."""
@@ -97,10 +92,10 @@ class Expected(Cascade, Policy):
         """Attention of the moved queries, ``[1, Hkv, C]``; scaled so that its sum is the layer's preference."""
         tokens = keys.shape[2]
         context = tokens - self.window(tokens)
-        here, there = self.places(tokens)
-        moved = queries.index_select(2, torch.searchsorted(self.wanted(tokens), here).to(queries.device))
+        columns, by = moves(tokens, context, self.sinks, self.samples, self.ahead, queries.device)
+        moved = queries.index_select(2, columns)
         if self.rotation is not None:
-            moved = self.rotation.turn(moved, (there - here).to(queries.device))
+            moved = self.rotation.turn(moved, by)
         scores, preference = expected_attention(moved, keys, scale, context)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
@@ -110,10 +105,30 @@ class Expected(Cascade, Policy):
         always = min(self.always(prompt), prompt.budget)
         caps = [int(entries) - always for entries in held]
         total = min((prompt.budget - always) * prompt.layers, sum(caps))
-        return [always + more for more in apportion([float(layer.sum()) for layer in scores], total, caps)]
+        weights = torch.stack([layer.sum() for layer in scores]).tolist()  # at once: the host waits for an accelerator here
+        return [always + more for more in apportion(weights, total, caps)]
 
     def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
         """Sinks, the best tokens, the recent ones."""
         recent = max(self.recent(prompt), int(entries) - scores.shape[-1])
         best = top_tokens(with_sinks(scores, self.sinks), int(entries) - recent)
         return with_recent(best, prompt.tokens, recent)
+
+
+def sampled(tokens: int, context: int, sinks: int, samples: int, ahead: int) -> tuple[Tensor, Tensor]:
+    """Where each sampled query of the first ``context`` tokens stands, ascending but for repeats, and where it is moved to."""
+    late = min(samples // 4, context)
+    early = min(samples - late, context)
+    first = min(sinks, context - 1)
+    here = torch.cat([torch.linspace(first, context - 1, early).long(), torch.arange(context - late, context)])
+    there = torch.cat([torch.linspace(0, ahead - 1, early).long(), torch.arange(late)]) + tokens
+    return here, there
+
+
+@lru_cache(maxsize=16)  # every layer of a prompt asks for the same
+@torch.inference_mode(False)  # or the next prompt, which may be read outside of it, could not use it
+def moves(tokens: int, context: int, sinks: int, samples: int, ahead: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The columns of the sampled queries among the wanted ones, and how far each is moved; on the device."""
+    here, there = sampled(tokens, context, sinks, samples, ahead)
+    columns = torch.searchsorted(here.unique(), here)
+    return columns.to(device), (there - here).to(device)

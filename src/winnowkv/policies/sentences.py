@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -88,7 +88,7 @@ class Sentences(Expected):
     def spans(self, tokens: int, scores: Scores) -> Tensor:
         """The span of each token that ``scores`` are of, in a prompt of ``tokens``; the sinks are one."""
         _, _, ends, longest = self.place(tokens)
-        return span_owner(scores.shape[-1], (self.sinks, *ends), longest).to(scores.device)
+        return owners(scores.shape[-1], (self.sinks, *ends), longest, scores.device)
 
     @cached_property  # every layer asks, and the heads of a model never change
     def chosen(self) -> Sequence[tuple[int, int]]:
@@ -109,7 +109,7 @@ class Sentences(Expected):
         mine = [head for at, head in self.chosen if at == layer]
         if not mine:
             return keys.new_zeros(1, 0, tokens - window, dtype=torch.float32)
-        weights = torch.tensor([self.profile.semantic[layer][head] for head in mine], device=keys.device)
+        weights = torch.tensor([self.profile.semantic[layer][head] for head in mine]).to(keys.device, non_blocking=True)
         return some_heads_attention(queries, keys, scale, mine) * weights[:, None]
 
     def loudest(self, heard: HeadScores, tokens: int) -> HeadScores:
@@ -129,3 +129,10 @@ class Sentences(Expected):
         owner, scores = self.spans(tokens, scores), scores.masked_fill(gone, -1.0)
         count = min(count, scores.shape[-1] - self.sinks)
         return top_spans(span_reduce(scores.clamp(min=0), owner, self.top), scores, owner, count)
+
+
+@lru_cache(maxsize=16)  # every layer of a prompt asks for the same
+@torch.inference_mode(False)  # or the next prompt, which may be read outside of it, could not use it
+def owners(tokens: int, ends: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
+    """:func:`winnowkv.scores.span_owner` on the device."""
+    return span_owner(tokens, ends, longest).to(device)
