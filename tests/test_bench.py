@@ -328,7 +328,7 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     from winnowkv.cli import bench as command
     from winnowkv.cli.main import one_sentence
 
-    monkeypatch.setattr(command, "load_model", lambda name: (llama, Letters()))
+    monkeypatch.setattr(command, "load_model", lambda name, random: (llama, Letters()))
 
     def call(*arguments: object) -> tuple[int, str, str]:
         app = typer.Typer(pretty_exceptions_enable=False)

@@ -100,6 +100,32 @@ def test_a_saved_folder_loads(tmp_path, embedded):
     assert len(tokenizer("Hello world").input_ids) >= 2
 
 
+def small_config(folder, vocabulary):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes).save_pretrained(folder)
+    return str(folder / "config.json")
+
+
+def test_random_weights_need_a_config_only(tmp_path, embedded):
+    file = small_config(tmp_path, 49152)
+    state = torch.random.get_rng_state()
+    model, tokenizer = models.load_random(file, dtype=torch.float32, device="cpu")
+    again, _ = models.load_random(str(tmp_path), dtype=torch.float32, device="cpu")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert not model.training
+    assert tokenizer("Hello world, the quick brown").input_ids == [19556, 905, 28, 260, 2365, 6354]  # the embedded model's
+
+
+def test_random_weights_with_fewer_tokens_than_the_tokenizer(tmp_path, embedded):
+    with pytest.raises(
+        wk.InputError, match="has 300 tokens and no tokenizer beside its config, the embedded model's has 49152"
+    ):
+        models.load_random(small_config(tmp_path, 300), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("flags", "has"), [("flags: avx2 avx512f", False), ("flags: avx512_bf16", True), ("Features : asimd bf16", True)]
 )

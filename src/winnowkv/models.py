@@ -91,6 +91,33 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
     return model.to(device).eval(), tokenizer
 
 
+def load_random(
+    name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """A model of this shape with random weights, to measure speed and memory without a download of gigabytes.
+
+    ``name`` as for :func:`load_config`, the others as for :func:`load`. The tokenizer is the model's own where it lies beside
+    its config or on the hub, else the embedded model's. Raises ModelNotFoundError as these do, and InputError where the
+    embedded model's tokens are more than the model has.
+    """
+    device = device or best_device()
+    config, source = load_config(name), Path(name).parent if Path(name).is_file() else name
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or best_dtype(device))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder(EMBEDDED, best_dtype(device)))
+        known: Any = model.get_input_embeddings()
+        if known.num_embeddings < len(tokenizer):
+            raise InputError(
+                f"model {name!r} has {known.num_embeddings} tokens and no tokenizer beside its config, the embedded model's "
+                f"has {len(tokenizer)}: put its tokenizer.json beside it"
+            ) from None
+    return model.eval(), tokenizer
+
+
 def load_config(name: str = EMBEDDED) -> PreTrainedConfig:
     """A model's config, without its weights. ``name`` as for :func:`load`, or a ``config.json`` file.
 

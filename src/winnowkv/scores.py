@@ -194,6 +194,13 @@ def expected_attention(queries: Queries, keys: Keys, scale: float, context: int)
     return group_reduce(square.sqrt(), keys.shape[1]), entropy * variance
 
 
+def totals(scores: Sequence[Scores]) -> list[float]:
+    """The sum of each layer's scores."""
+    if scores[0].is_cuda and len({layer.shape for layer in scores}) == 1:  # one wait and two kernels for all of them
+        return torch.stack(list(scores)).flatten(1).sum(1).tolist()
+    return [float(layer.sum()) for layer in scores]
+
+
 def pool(scores: Scores, kernel: int, kind: PoolKind) -> Scores:
     """Smooth along the tokens so that neighbours of a peak stay too. ``kernel`` is odd; 1 changes nothing.
 

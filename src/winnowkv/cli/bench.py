@@ -34,6 +34,10 @@ def bench(
     ] = 500,
     compile: Annotated[bool, typer.Option("--compile", help="Measure compiled decode steps, too.")] = False,
     model: Model = "embedded",
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Only the config of --model, a config.json will do: speed without a download."),
+    ] = False,
     chat: Chat = None,
     haystack: Annotated[
         Path | None, typer.Option(help="Text that prompts are made of: a file or a folder. Default: the package's essays.")
@@ -52,6 +56,7 @@ def bench(
 
     measure(
         model=model,
+        random_weights=random_weights,
         chat=chat,
         haystack=haystack,
         out=out,
@@ -73,6 +78,7 @@ def bench(
 def measure(
     *,
     model: str,
+    random_weights: bool,
     chat: bool | None,
     haystack: Path | None,
     out: Path,
@@ -93,7 +99,9 @@ def measure(
     text = read_haystack(haystack)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, random=random_weights)
+    if random_weights:
+        model += ", random weights"
     builder = PromptBuilder(tokenizer, text, chat=wants_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = runner.open_store(out, loaded, model, builder, test)

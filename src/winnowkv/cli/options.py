@@ -58,14 +58,14 @@ def budgets(text: str) -> list[Asked]:
     return list(values.values())
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, Any]:
-    """Load quietly: the library's own progress bars would break ours and standard output."""
+def load_model(name: str, *, random: bool = False) -> tuple[PreTrainedModel, Any]:
+    """Load quietly: the library's own progress bars would break ours and standard output. ``random``: its shape only."""
     import transformers
 
-    from winnowkv.models import load
+    from winnowkv.models import load, load_random
 
     transformers.utils.logging.disable_progress_bar()
-    return load(name)
+    return load_random(name) if random else load(name)
 
 
 def wants_chat(chat: bool | None, tokenizer: Any) -> bool:

@@ -10,7 +10,7 @@ from winnowkv.budget import apportion
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.cascade import Cascade
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.scores import GroupKind, PoolKind, group_reduce, moments, pool
+from winnowkv.scores import GroupKind, PoolKind, group_reduce, moments, pool, totals
 from winnowkv.types import Entries, Keys, Queries, Scores
 
 
@@ -58,5 +58,5 @@ class CAKE(Cascade, SnapKV):
         """In proportion to the preferences; the sum is exact once all layers are there."""
         caps = [int(entries) - self.observe for entries in held]
         total = min((prompt.budget - self.observe) * prompt.layers, sum(caps))
-        context = apportion([float(layer.sum()) for layer in scores], total, caps, [self.sinks] * len(caps))
+        context = apportion(totals(scores), total, caps, [self.sinks] * len(caps))
         return [entries + self.observe for entries in context]

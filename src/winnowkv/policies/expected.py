@@ -16,7 +16,7 @@ from winnowkv.fingerprint import Fingerprint
 from winnowkv.policies.base import GIVEN, Policy, Prompt
 from winnowkv.policies.cascade import Cascade
 from winnowkv.rotation import Rotation
-from winnowkv.scores import expected_attention
+from winnowkv.scores import expected_attention, totals
 from winnowkv.select import top_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
@@ -105,8 +105,7 @@ class Expected(Cascade, Policy):
         always = min(self.always(prompt), prompt.budget)
         caps = [int(entries) - always for entries in held]
         total = min((prompt.budget - always) * prompt.layers, sum(caps))
-        weights = torch.stack([layer.sum() for layer in scores]).tolist()  # at once: the host waits for an accelerator here
-        return [always + more for more in apportion(weights, total, caps)]
+        return [always + more for more in apportion(totals(scores), total, caps)]
 
     def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
         """Sinks, the best tokens, the recent ones."""
