@@ -606,18 +606,23 @@ def test_prompts_in_chunks(llama: PreTrainedModel, spec: str, monkeypatch: pytes
 
 def test_warming_up_leaves_the_engine_empty(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled steps have tests of their own: here their shapes are counted."""
-    engine = Engine(llama, words(), max_rows=8, **SNAP)
+    engine = Engine(llama, words(), max_rows=9, **SNAP)
     sizes, step = [], engine._slots.step
     monkeypatch.setattr(engine._slots, "step", lambda tokens: sizes.append((len(tokens), engine.held_bytes)) or step(tokens))
     assert engine.warm_up(60, 10) > 0
-    assert [rows for rows, _ in sizes] == [1, 2, 4, 8]
+    assert [rows for rows, _ in sizes] == [1, 2, 4, 8, 12]
     assert (engine.active, engine.held_bytes) == (0, 0)
     engine.kv_memory = 5 * sizes[0][1]
     sizes.clear()
     engine.warm_up(60, 10)
     assert [rows for rows, _ in sizes] == [1, 2, 4]
     assert max(held for _, held in sizes) <= engine.kv_memory
-    engine.kv_memory = None
+    engine._slots._flexible = True  # as compiled on the CPU: one row, and several
+    sizes.clear()
+    engine.warm_up(60, 10)
+    assert sizes[0][0] == 1
+    assert engine.kv_memory - sizes[0][1] < max(held for _, held in sizes) <= engine.kv_memory
+    engine._slots._flexible, engine.kv_memory = False, None
     request = engine.submit(ids(60))
     engine.step()
     with pytest.raises(wk.CacheError, match="1 requests are placed"):

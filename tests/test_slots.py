@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import winnowkv as wk
 from conftest import DEVICE, TINY, Case, prompt
+from winnowkv import onerow
 from winnowkv.engine import extend, prefill
 from winnowkv.errors import CacheError
-from winnowkv.slots import Slots, bucket
+from winnowkv.slots import Slots, _Request, bucket, row_bucket
 
 LENGTHS = (72, 19, 46, 60)
 STEPS = (9, 14, 3, 11)  # tokens that each request goes on for
@@ -174,25 +175,115 @@ def test_the_model_is_put_back(llama: PreTrainedModel) -> None:
     assert llama.config._attn_implementation == "sdpa"
 
 
-def test_buckets_are_few_and_waste_no_more_than_a_third() -> None:
-    sizes = {bucket(columns) for columns in range(1, 40_000)}
-    assert len(sizes) == 18
-    assert all(bucket(size) == size for size in sizes)
-    assert all(columns <= bucket(columns) <= max(128, 1.51 * columns) for columns in range(1, 40_000))
+@pytest.mark.parametrize(
+    ("size", "most", "count", "waste", "share"), [(bucket, 40_000, 32, 128, 0.25), (row_bucket, 1_000, 18, 4, 0.5)]
+)
+def test_sizes_are_few_cover_what_is_asked_and_waste_little(
+    size: Callable[[int], int], most: int, count: int, waste: int, share: float
+) -> None:
+    sizes = [size(wanted) for wanted in range(most)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes[1:])) == count
+    assert all(size(each) == each for each in sizes)
+    assert all(wanted <= each < wanted + max(waste, share * wanted) for wanted, each in enumerate(sizes[1:], 1))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel) -> None:
-    llama.model.layers = llama.model.layers[:2]  # compiling takes seconds a layer
-    llama.config.num_hidden_layers = 2
+def test_row_counts_that_need_a_graph_are_those_of_the_buffers(llama: PreTrainedModel) -> None:
+    """Whatever is placed, its rows are among the graphs that were made for so many requests."""
+    slots = Slots(llama, compile=True)
+    slots._flexible = True  # as on the CPU
+    assert [slots.graph_rows(rows) for rows in (1, 2, 18)] == [[1], [1, 2], [1, 18]]
+    slots._flexible = False  # as on a GPU
+    assert slots.graph_rows(1) == [1]
+    assert slots.graph_rows(18) == [1, 2, 4, 8, 12, 16, 24]
+    for rows in range(1, 19):
+        assert slots._shapes([_Request([40] * slots._full, ROOM)] * rows)[0] == (row_bucket(rows), 128)
+
+
+def test_compiled_slots_hold_as_many_requests_as_eager_ones(llama: PreTrainedModel) -> None:
+    """492 entries, 127 new tokens: what 12% of 4,096 tokens takes."""
+    eager, compiled, fixed = Slots(llama), Slots(llama, compile=True), Slots(llama, compile=True)
+    compiled._flexible, fixed._flexible = True, False  # as on the CPU, as on a GPU
+    entries, room = [492] * eager._full, 127
+    memory = 18 * eager.bytes_alone(entries, room)
+
+    def fits(slots: Slots) -> int:
+        return max(rows for rows in range(1, 40) if slots._bytes([_Request(entries, room)] * rows) <= 1.02 * memory)
+
+    assert [fits(slots) for slots in (eager, compiled, fixed)] == [18, 18, 16]
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"
+)
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="only on the CPU")
+
+
+def shallow(model: PreTrainedModel) -> PreTrainedModel:
+    """Its first two layers, since compiling takes seconds a layer; graphs of tests before are forgotten."""
+    torch._dynamo.reset()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
+
+
+@needs_compiler
+@pytest.mark.parametrize("flexible", [True, False])
+def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel, flexible: bool) -> None:
+    shallow(llama)
     settings = {"policy": "adakv:observe=4:floor=0", "budget": 0.5}
     expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
     slots = Slots(llama, compile=True)
+    slots._flexible = flexible  # False as on a GPU
     assert slots.warm_up(2, 40, ROOM) > 0
     assert slots.rows == slots.held_bytes == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(together(llama, slots, settings, 2), expected)
+
+
+@cpu_only
+@needs_compiler
+def test_two_graphs_serve_any_rows_and_columns(llama: PreTrainedModel) -> None:
+    """Buffers grow and shrink, and other slots of the model come after these: nothing is compiled again."""
+    shallow(llama)
+    settings = {"policy": "full", "budget": 1}
+    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+    counters, first, shapes = torch._dynamo.utils.counters["stats"], Slots(llama, compile=True), set[tuple[int, ...]]()
+    before = counters["unique_graphs"]
+    first.warm_up(3, 200, ROOM)
+    for slots, rows in ((first, 2), (Slots(llama, compile=True), 4)):
+        step = slots.step
+        slots.step = lambda tokens, slots=slots, step=step: (step(tokens), shapes.add(slots.layers[0].keys.shape))[0]
+        assert_same(together(llama, slots, settings, rows), expected)
+    assert {rows for rows, *_ in shapes} == {1, 2, 3, 4}
+    assert len({columns for _, _, columns, _ in shapes}) >= 3
+    assert counters["unique_graphs"] == before + 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_row_of_a_linear_layer(dtype: torch.dtype, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, given, more = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((24, 40), (3, 1, 40), (24,)))
+    added = more if bias else None
+    for rows in (given[:1], given[0, 0], given):
+        exact = torch.nn.functional.linear(rows.double(), weight.double(), None if added is None else added.double())
+        got = onerow.linear(rows, weight, added)
+        assert (got.dtype, got.shape) == (dtype, exact.shape)
+        torch.testing.assert_close(got.double(), exact, rtol=2e-2 if dtype is torch.bfloat16 else 2e-3, atol=2e-2)
+
+
+@cpu_only
+@needs_compiler
+def test_compiled_steps_of_one_row_use_it(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow(llama).to(torch.bfloat16)
+    settings, replaced, linear = {"policy": "full", "budget": 1}, list[tuple[int, ...]](), onerow.linear
+    monkeypatch.setattr(onerow, "linear", lambda given, *args: replaced.append(given.shape) or linear(given, *args))
+    (expected, got) = (together(llama, Slots(llama, compile=compile), settings, 1) for compile in (False, True))
+    assert len(replaced) >= 2 * 7 + 1  # each projection, and the logits
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
 
 
 def test_a_model_that_cannot_be_compiled_goes_on_eagerly(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

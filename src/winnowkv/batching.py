@@ -120,8 +120,9 @@ class Engine:
         """Compile the steps of up to ``max_rows`` prompts of that length, as many as fit; returns the seconds it took."""
         entries, room = [self.budget.entries(prompt_tokens)] * len(self._shape.compressed), new_tokens - 1
         rows = self.max_rows
-        if self.kv_memory is not None and (most := self.kv_memory // self._slots.bytes_alone(entries, room)) < rows:
-            rows = 1 << max(most.bit_length() - 1, 0)  # compiled rows are a power of two
+        if self.kv_memory is not None:
+            most = max(self.kv_memory // self._slots.bytes_alone(entries, room), 1)
+            rows = max(size for size in self._slots.graph_rows(min(rows, most)) if size <= most)
         with self._step():
             return self._slots.warm_up(rows, entries[0], room)
 

@@ -25,10 +25,12 @@ from winnowkv.cache import CompactCache
 from winnowkv.engine import prefill
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.graphs import Recorded, unrecorded
+from winnowkv.onerow import one_row
 from winnowkv.types import Padding, Valid
 
 BLOCK = 64  # columns added where generation outlives its room
-BUCKET = 128  # fewest columns of a compiled step; above it doubles, with a step between
+BUCKET = 128  # fewest columns of a graph of one shape; see bucket()
+STEP = 16  # columns of a graph of any shape are a multiple: whole vectors
 GRAPHS = 64  # shapes that a process may compile; torch stops at 8 and goes on slowly
 
 
@@ -85,6 +87,14 @@ class SlotLayer(CacheLayerMixin):
         if self.keys.shape[0] == rows and self.keys.shape[2] == columns:
             return
         self.keys, self.values, self.valid = resized(self.keys), resized(self.values), resized(self.valid)
+
+    def any_size(self) -> None:
+        """Tell ``torch.compile`` that rows, where there are several, and columns may change."""
+        for buffer in (self.keys, self.values, self.valid):
+            any_size(buffer)
+            if self.window is None:
+                torch._dynamo.maybe_mark_dynamic(buffer, 2)
+        any_size(self.rows, self.at)
 
     def write(self, row: int, keys: Tensor, values: Tensor, valid: Valid | None, columns: Tensor | None = None) -> None:
         """Put entries ``[1, Hkv, n, D]`` into a row, from the left or at these columns; nothing else in it counts."""
@@ -180,8 +190,9 @@ class Slots(Cache):
     ----------
     model: the model of all caches that will be placed.
     compile: run the step through ``torch.compile``, on a GPU recorded as a CUDA graph. All full-attention layers get
-        equally many columns, from a short list of sizes, and the rows are a power of two, so that few graphs serve all.
-        Where the model cannot be compiled one warning names the cause, and steps are eager from then on.
+        equally many columns. On the CPU two graphs serve all sizes; elsewhere columns and rows come from short lists, so
+        that few graphs serve all. Where the model cannot be compiled one warning names the cause, and steps are eager
+        from then on.
     like: a cache of the model that a prompt was read into, which shows what its layers are made of. Without one a run
         of two tokens shows it.
 
@@ -218,6 +229,8 @@ class Slots(Cache):
         self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
         self._compiled = compiled(model) if compile else None
         self._recorded: Callable[..., Tensor] = Recorded() if model.device.type == "cuda" else unrecorded
+        # On the CPU a graph of one row and one of several serve any sizes, as fast; a CUDA graph is of one shape.
+        self._flexible = compile and model.device.type == "cpu"
 
     @property
     def rows(self) -> int:
@@ -312,20 +325,24 @@ class Slots(Cache):
         return logits
 
     def warm_up(self, rows: int, entries: int, room: int) -> float:
-        """Compile the steps of 1, 2, 4, ... up to ``rows`` requests with so many entries and new tokens; returns the seconds.
+        """Compile the steps of up to ``rows`` requests with so many entries and new tokens; returns the seconds.
 
         Raises CacheError while requests are placed.
         """
         if self._requests:
             raise CacheError(f"{self.rows} requests are placed: warm up before the first, or when all are done")
-        begin, sizes = time.perf_counter(), [2**power for power in range((rows - 1).bit_length() + 1)]
-        for size in sizes:
+        begin = time.perf_counter()
+        for size in self.graph_rows(rows):
             self._requests = [_Request([entries] * self._full, room, entries) for _ in range(size)]
             self.trim()
             self.step(torch.zeros(size, dtype=torch.long, device=self.model.device))
         self._requests = []
         self.trim()
         return time.perf_counter() - begin
+
+    def graph_rows(self, rows: int) -> list[int]:
+        """Row counts, ascending, whose graphs serve up to ``rows`` requests of equal columns."""
+        return sorted({1, rows} if self._flexible else {row_bucket(count) for count in range(1, rows + 1)})
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -346,9 +363,10 @@ class Slots(Cache):
         """Rows and columns of each layer's buffers."""
         rows, full = len(requests), range(self._full)
         columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
-        if self._each[0].static:
-            rows = 1 << (rows - 1).bit_length() if rows else 0
-            columns = [bucket(max(columns))] * self._full
+        if self._flexible:
+            columns = [-(-max(columns) // STEP) * STEP] * self._full
+        elif self._each[0].static:
+            rows, columns = row_bucket(rows), [bucket(max(columns))] * self._full
         each = iter(columns)
         return [(rows, next(each) if layer.window is None else layer.window) for layer in self._each]
 
@@ -360,6 +378,9 @@ class Slots(Cache):
             numbers = torch.arange(rows, device=self._columns.device)
             for layer, columns in zip(self._each, self._columns, strict=True):
                 layer.rows, layer.at = numbers, columns
+        if self._flexible:
+            for layer in self._each:
+                layer.any_size()
 
     def _prepare(self) -> None:
         """Say where each row's coming entry goes."""
@@ -383,6 +404,8 @@ class Slots(Cache):
         beyond = self._columns.shape[1] - self.rows
         places = torch.tensor([*self.positions, *[0] * beyond]).to(tokens.device, non_blocking=True)
         inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, beyond))[:, None], "position_ids": places[:, None]}
+        if self._flexible:
+            any_size(*inputs.values())
         if (compiled := self._compiled) is not None:
             try:
                 return self._recorded(partial(self._forward, compiled), self._where(), inputs)
@@ -416,19 +439,36 @@ class _Request:
 
 
 def bucket(columns: int) -> int:
-    """The smallest of 128, 192, 256, 384, 512, 768, ... that is no smaller; 0 for none."""
+    """The smallest of 128, 192, 256, 320, ... 512, 640, ... 1024, 1280, ... that is no smaller; 0 for none."""
     if columns <= BUCKET:
         return BUCKET if columns else 0
-    power = 1 << (columns - 1).bit_length()
-    return power * 3 // 4 if columns <= power * 3 // 4 else power
+    step = max(BLOCK, 1 << (columns - 1).bit_length() - 3)  # a quarter of the power of two below
+    return -(-columns // step) * step
+
+
+def row_bucket(rows: int) -> int:
+    """The smallest of 1, 2, 4, 8, 12, 16, 24, 32, 48, ... that is no smaller; 0 for none."""
+    if not rows:
+        return 0
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power > 8 and rows <= power * 3 // 4 else power
+
+
+def any_size(*tensors: Tensor) -> None:
+    """Tell ``torch.compile`` that the first dimension of these may change, where it is more than one."""
+    for tensor in tensors:
+        if len(tensor) > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def compiled(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward pass through ``torch.compile``: static shapes."""
-    run = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    """The model's forward pass through ``torch.compile``: shapes static unless marked."""
+    backend = one_row if model.device.type == "cpu" else "inductor"
+    run = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # its older name
 
     def forward(**inputs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        with torch._dynamo.config.patch({limit: GRAPHS}):
             return run(**inputs)
 
     return forward
