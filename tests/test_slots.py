@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import winnowkv as wk
 from conftest import DEVICE, TINY, Case, prompt
-from winnowkv import onerow
+from winnowkv import compiling
 from winnowkv.engine import extend, prefill
 from winnowkv.errors import CacheError
 from winnowkv.slots import Slots, _Request, bucket, row_bucket
@@ -269,7 +269,7 @@ def test_one_row_of_a_linear_layer(dtype: torch.dtype, bias: bool) -> None:
     added = more if bias else None
     for rows in (given[:1], given[0, 0], given):
         exact = torch.nn.functional.linear(rows.double(), weight.double(), None if added is None else added.double())
-        got = onerow.linear(rows, weight, added)
+        got = compiling.linear(rows, weight, added)
         assert (got.dtype, got.shape) == (dtype, exact.shape)
         torch.testing.assert_close(got.double(), exact, rtol=2e-2 if dtype is torch.bfloat16 else 2e-3, atol=2e-2)
 
@@ -278,8 +278,8 @@ def test_one_row_of_a_linear_layer(dtype: torch.dtype, bias: bool) -> None:
 @needs_compiler
 def test_compiled_steps_of_one_row_use_it(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     shallow(llama).to(torch.bfloat16)
-    settings, replaced, linear = {"policy": "full", "budget": 1}, list[tuple[int, ...]](), onerow.linear
-    monkeypatch.setattr(onerow, "linear", lambda given, *args: replaced.append(given.shape) or linear(given, *args))
+    settings, replaced, linear = {"policy": "full", "budget": 1}, list[tuple[int, ...]](), compiling.linear
+    monkeypatch.setattr(compiling, "linear", lambda given, *args: replaced.append(given.shape) or linear(given, *args))
     (expected, got) = (together(llama, Slots(llama, compile=compile), settings, 1) for compile in (False, True))
     assert len(replaced) >= 2 * 7 + 1  # each projection, and the logits
     for mine, theirs in zip(got, expected, strict=True):

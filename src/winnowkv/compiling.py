@@ -1,4 +1,7 @@
-"""A compiled step of one row on the CPU: each weight is read once, as it lies."""
+"""A model's decode step through ``torch.compile``.
+
+On the CPU a step of one row reads each weight once, as it lies, and few graphs serve all sizes.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
+
+GRAPHS = 64  # shapes that a process may compile; torch stops at 8 and goes on slowly
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward pass through ``torch.compile``: shapes static unless marked."""
+    backend = one_row if next(model.parameters()).device.type == "cpu" else "inductor"
+    run = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # its older name
+
+    def forward(**inputs: Any) -> Any:
+        with torch._dynamo.config.patch({limit: GRAPHS}):
+            return run(**inputs)
+
+    return forward
+
+
+def any_size(*tensors: Tensor) -> None:
+    """Tell ``torch.compile`` that the first dimension of these may change, where it is more than one."""
+    for tensor in tensors:
+        if len(tensor) > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def one_row(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
