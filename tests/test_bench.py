@@ -276,6 +276,26 @@ def test_targets_are_told_apart(values: dict[str, float], compress: float, met: 
     assert summary["slopes"][0]["slope"] == pytest.approx(compress)
 
 
+@pytest.mark.parametrize(("speed", "met"), [(2.5, True), (1.5, False)])
+def test_compiled_steps_have_targets_of_their_own(speed: float, met: bool) -> None:
+    over = {"native": spread_of(1.5 / speed), "dynamic": spread_of(1 / speed)}
+    line = {
+        "kind": "decode",
+        "policy": SNAP,
+        "budget": 0.12,
+        "context": 8192,
+        "batch": 1,
+        "compiled": True,
+        "over": over,
+        "git": "a",
+    }
+    bars = {bar["name"]: bar for bar in bench_bars.summarize(replace(FULL, compile=True), [line], "m")["bars"]}
+    compiled = f"compiled decode over eager transformers on the same kept length, {SNAP} at 12%"
+    faster = f"decode speed-up over the full dynamic cache at 8k, batch 1, compiled, {SNAP} at 12%"
+    assert bars[compiled]["met"] is met
+    assert (bars[faster]["value"], bars[faster]["met"]) == (pytest.approx(speed), met)
+
+
 def test_what_was_not_measured_is_not_met_either() -> None:
     summary = bench_bars.summarize(FULL, [], "m")
     assert summary["lines"] == 0

@@ -135,7 +135,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid
 
 
 def any_length(key: Tensor) -> AbstractContextManager[None]:
-    """On CUDA, leave cuDNN's attention out: it plans anew for every number of entries, for 6 ms, and each step has one more.
+    """On CUDA, leave cuDNN's attention out: it plans anew for every number of entries, for 3 ms, and each step has one more.
 
     Measured on an H200 with torch 2.11, which asks cuDNN first (docs/log.md). Compiled steps have few shapes.
     """

@@ -30,8 +30,13 @@ def has_triton() -> bool:
 
 
 def fused(keys: Keys) -> bool:
-    """Whether :mod:`winnowkv.kernels` serves these keys: on CUDA, in 16 bits. In 32 the functions here are as exact."""
-    return keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16) and has_triton()
+    """Whether :mod:`winnowkv.kernels` serves these keys: on CUDA, in 16 bits. In 32 the functions here are as exact.
+
+    Triton wants a card that multiplies bfloat16 (compute capability 8); older ones do without.
+    """
+    if not keys.is_cuda or keys.dtype not in (torch.bfloat16, torch.float16) or not has_triton():
+        return False
+    return torch.cuda.get_device_capability(keys.device)[0] >= 8
 
 
 def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "B Hq W S"]:

@@ -104,8 +104,7 @@ def decode(bed: Bed, cell: Cell, steps: int) -> dict[str, Any]:
     }
     if compiled:
         makers["slots"] = lambda: source.slots(policy, budget, rows, room)
-    else:
-        makers["dynamic"] = lambda: source.dynamic(rows)
+    makers["dynamic"] = lambda: source.dynamic(rows)
     if rows == 1 and not compiled:
         makers |= {"static": lambda: source.static(room), "quantized": source.quantized}
     skipped = too_large(bed, cell, makers)
