@@ -211,6 +211,9 @@ def test_compiled_slots_hold_as_many_requests_as_eager_ones(llama: PreTrainedMod
         return max(rows for rows in range(1, 40) if slots._bytes([_Request(entries, room)] * rows) <= 1.02 * memory)
 
     assert [fits(slots) for slots in (eager, compiled, fixed)] == [18, 18, 16]
+    uneven = [16 * count for count in (9, 50, 31, 3, 20)]
+    held = [slots.bytes_alone(uneven, 64) for slots in (eager, compiled, fixed)]
+    assert held[0] == held[1] < held[2] / 2  # a graph of one shape has the columns of the largest layer everywhere
 
 
 needs_compiler = pytest.mark.skipif(
@@ -245,19 +248,20 @@ def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel, flexible
 @cpu_only
 @needs_compiler
 def test_two_graphs_serve_any_rows_and_columns(llama: PreTrainedModel) -> None:
-    """Buffers grow and shrink, and other slots of the model come after these: nothing is compiled again."""
+    """Buffers grow and shrink, layers come to differ, other slots of the model come after these: nothing is compiled again."""
     shallow(llama)
-    settings = {"policy": "full", "budget": 1}
-    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+    full, uneven = {"policy": "full", "budget": 1}, {"policy": "pyramidkv:observe=4:slope=5", "budget": 30}
     counters, first, shapes = torch._dynamo.utils.counters["stats"], Slots(llama, compile=True), set[tuple[int, ...]]()
     before = counters["unique_graphs"]
     first.warm_up(3, 200, ROOM)
-    for slots, rows in ((first, 2), (Slots(llama, compile=True), 4)):
+    for slots, rows, settings in ((first, 2, full), (Slots(llama, compile=True), 4, full), (first, 3, uneven)):
+        expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
         step = slots.step
         slots.step = lambda tokens, slots=slots, step=step: (step(tokens), shapes.add(slots.layers[0].keys.shape))[0]
         assert_same(together(llama, slots, settings, rows), expected)
     assert {rows for rows, *_ in shapes} == {1, 2, 3, 4}
     assert len({columns for _, _, columns, _ in shapes}) >= 3
+    assert len({layer.keys.shape[2] for layer in read(llama, 0, uneven).layers}) == 2
     assert counters["unique_graphs"] == before + 2
 
 

@@ -42,9 +42,9 @@ class Slots(Cache):
     Parameters
     ----------
     model: the model of all caches that will be placed.
-    compile: run the step through ``torch.compile``, on a GPU recorded as a CUDA graph. All full-attention layers get
-        equally many columns. On the CPU two graphs serve all sizes; elsewhere columns and rows come from short lists, so
-        that few graphs serve all. Where the model cannot be compiled one warning names the cause, and steps are eager
+    compile: run the step through ``torch.compile``, on a GPU recorded as a CUDA graph. On the CPU two graphs serve all
+        sizes; elsewhere rows and columns, equally many for all full-attention layers, come from short lists, so that few
+        graphs serve all. Where the model cannot be compiled one warning names the cause, and steps are eager
         from then on.
     like: a cache of the model that a prompt was read into, which shows what its layers are made of. Without one a run
         of two tokens shows it.
@@ -217,7 +217,7 @@ class Slots(Cache):
         rows, full = len(requests), range(self._full)
         columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
         if self._flexible:
-            columns = [-(-max(columns) // STEP) * STEP] * self._full
+            columns = [-(-count // STEP) * STEP for count in columns]
         elif self._each[0].static:
             rows, columns = row_bucket(rows), [bucket(max(columns))] * self._full
         each = iter(columns)
