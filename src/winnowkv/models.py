@@ -101,12 +101,14 @@ def load_random(
     embedded model's tokens are more than the model has.
     """
     device = device or best_device()
-    config, source = load_config(name), Path(name).parent if Path(name).is_file() else name
+    config, source = load_config(name), Path(name).parent if Path(name).is_file() else Path(name)
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or best_dtype(device))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        if source.is_dir() and not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in source.glob(kind)):
+            raise OSError(f"{source} has no tokenizer")  # older releases would make an empty one
+        tokenizer = AutoTokenizer.from_pretrained(source if source.is_dir() else name)
     except (OSError, ValueError, ImportError):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder(EMBEDDED, best_dtype(device)))
         known: Any = model.get_input_embeddings()
