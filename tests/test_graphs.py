@@ -22,7 +22,6 @@ def test_a_step_is_recorded_at_its_second_call_and_again_for_other_buffers() -> 
     calls = Recorded(record)
 
     def step(tokens: Tensor) -> Tensor:
-
         return tokens * 2
 
     outputs = [calls(step, key, {"tokens": torch.tensor([number])}) for number, key in enumerate("aaabbba")]

@@ -58,11 +58,6 @@ class Recorded:
         return self._output.clone()  # the next playing writes over it
 
 
-def unrecorded(step: Step, key: Hashable, inputs: Inputs) -> Tensor:
-    """The step as it is, where nothing can be recorded."""
-    return step(**inputs)
-
-
 def record_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of a function that has run before; other threads may go on with the device meanwhile."""
     graph = torch.cuda.CUDAGraph()

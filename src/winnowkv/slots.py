@@ -25,7 +25,7 @@ from winnowkv.cache import CompactCache
 from winnowkv.compiling import any_size, compiled
 from winnowkv.engine import prefill
 from winnowkv.errors import CacheError, UnsupportedModelError
-from winnowkv.graphs import Recorded, unrecorded
+from winnowkv.graphs import Recorded
 from winnowkv.slotlayer import SlotLayer
 from winnowkv.types import Padding, Valid
 
@@ -81,7 +81,7 @@ class Slots(Cache):
         self._requests: list[_Request] = []
         self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
         self._compiled = compiled(model) if compile else None
-        self._recorded: Callable[..., Tensor] = Recorded() if model.device.type == "cuda" else unrecorded
+        self._recorded = Recorded() if compile and model.device.type == "cuda" else None
         # On the CPU a graph of one row and one of several serve any sizes, as fast; a CUDA graph is of one shape.
         self._flexible = compile and model.device.type == "cpu"
 
@@ -261,7 +261,8 @@ class Slots(Cache):
             any_size(*inputs.values())
         if (compiled := self._compiled) is not None:
             try:
-                return self._recorded(partial(self._forward, compiled), self._where(), inputs)
+                step = partial(self._forward, compiled)
+                return step(**inputs) if self._recorded is None else self._recorded(step, self._where(), inputs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 cause = str(error).strip().splitlines()[0]
                 warnings.warn(f"{type(self.model).__name__} cannot be compiled ({cause}): decode steps are eager", stacklevel=3)
