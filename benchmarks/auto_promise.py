@@ -17,8 +17,8 @@ from typing import Any
 from winnowkv.budget import Budget
 from winnowkv.cli.main import one_sentence
 from winnowkv.errors import InputError
-from winnowkv.evaluate.stats import mean_interval
-from winnowkv.evaluate.store import parse_lines
+from winnowkv.evaluate.report.stats import mean_interval
+from winnowkv.evaluate.report.store import parse_lines
 
 
 def promises(folder: Path) -> list[dict[str, Any]]:

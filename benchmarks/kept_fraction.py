@@ -18,10 +18,10 @@ from typing import Any
 
 from winnowkv.cli.main import one_sentence
 from winnowkv.errors import InputError
-from winnowkv.evaluate.needle import answer_text
-from winnowkv.evaluate.plot import distinct, draw_line, tokens_label
+from winnowkv.evaluate.needle.needle import answer_text
+from winnowkv.evaluate.report.plot import distinct, draw_line, tokens_label
+from winnowkv.evaluate.report.store import parse_lines, read_config
 from winnowkv.evaluate.settings import Setting
-from winnowkv.evaluate.store import parse_lines, read_config
 
 SAME = ("model", "dtype", "chat", "task", "variant", "max_new_tokens", "haystack_sha256")  # makes prompts and answers one's own
 FULL = "full"

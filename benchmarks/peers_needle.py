@@ -37,11 +37,11 @@ import winnowkv as wk
 from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets, numbers
 from winnowkv.errors import InputError
-from winnowkv.evaluate import needle as runner
-from winnowkv.evaluate.machine import machine, versions
-from winnowkv.evaluate.prompts import PromptBuilder, read_haystack, read_needles
-from winnowkv.evaluate.store import ResultStore, write_json
-from winnowkv.models import EMBEDDED, PACKAGED, dtype_name, model_folder
+from winnowkv.evaluate.needle import needle as runner
+from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack, read_needles
+from winnowkv.evaluate.report.machine import machine, versions
+from winnowkv.evaluate.report.store import ResultStore, write_json
+from winnowkv.models.load import EMBEDDED, PACKAGED, dtype_name, model_folder
 from winnowkv.policies import split_policies
 from winnowkv.report import MIB
 

@@ -29,14 +29,14 @@ from rich.table import Table
 import winnowkv as wk
 from winnowkv.cli.main import one_sentence
 from winnowkv.errors import InputError
-from winnowkv.evaluate.bench_cells import SHARE, build
-from winnowkv.evaluate.bench_clock import free_memory
-from winnowkv.evaluate.machine import machine, versions
-from winnowkv.evaluate.prompts import PromptBuilder, read_haystack
-from winnowkv.evaluate.store import ResultStore, read_config, write_json
-from winnowkv.models import PACKAGED, model_folder
+from winnowkv.evaluate.bench.cells import SHARE, build
+from winnowkv.evaluate.bench.clock import free_memory
+from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
+from winnowkv.evaluate.report.machine import machine, versions
+from winnowkv.evaluate.report.store import ResultStore, read_config, write_json
+from winnowkv.memory.shape import read_shape
+from winnowkv.models.load import PACKAGED, model_folder
 from winnowkv.report import MIB
-from winnowkv.shape import read_shape
 
 PRESSES = ("SnapKVPress(window_size=32, kernel_size=7)", "ExpectedAttentionPress()", "KnormPress()")
 SIDES = {side: Path(__file__).with_name(f"peers_speed_{side}.py") for side in ("kvpress", "vllm")}

@@ -33,33 +33,34 @@ from rich.table import Table
 from torch import Tensor
 
 import winnowkv as wk
-from winnowkv.budget import Asked, uniform
-from winnowkv.classify import task_profile
+from winnowkv.budget import Asked
+from winnowkv.cache.reading import extend, prefill
 from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets, load_model, numbers
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
-from winnowkv.engine import extend, prefill
+from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.evaluate import needle as runner
-from winnowkv.evaluate.audit import agreement, fidelity
-from winnowkv.evaluate.machine import machine, revision, versions
-from winnowkv.evaluate.plot import same
-from winnowkv.evaluate.prompts import Needle, PromptBuilder, read_haystack, read_needles
-from winnowkv.evaluate.protocol import encode_row
+from winnowkv.evaluate.audit.audit import agreement, fidelity
+from winnowkv.evaluate.needle import needle as runner
+from winnowkv.evaluate.needle.prompts import Needle, PromptBuilder, read_haystack, read_needles
+from winnowkv.evaluate.report.machine import machine, revision, versions
+from winnowkv.evaluate.report.plot import same
+from winnowkv.evaluate.report.stats import mean_interval, paired
+from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Kept, Setting, batches, read_prompt
-from winnowkv.evaluate.stats import mean_interval, paired
-from winnowkv.evaluate.store import ResultStore, write_json
-from winnowkv.evaluate.tasks import find_tasks
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.layout import read_layout
-from winnowkv.models import EMBEDDED, dtype_name, prompt_limit
+from winnowkv.evaluate.tasks.protocol import encode_row
+from winnowkv.evaluate.tasks.tasks import find_tasks
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.load import EMBEDDED, dtype_name, prompt_limit
 from winnowkv.policies import Policy, Prompt, expected, policy as make_policy
 from winnowkv.policies.expected import Expected
 from winnowkv.policies.winnow import Winnow
-from winnowkv.rows import greedy_rows
-from winnowkv.scores import attention_preference, causal_attention, expected_attention, group_reduce
-from winnowkv.task import Task, TaskProfile
+from winnowkv.prompt.classifier import task_profile
+from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.task import Task, TaskProfile
+from winnowkv.scoring.allocate import uniform
+from winnowkv.scoring.attention import attention_preference, causal_attention, expected_attention, group_reduce
 from winnowkv.types import Entries, Keys, Queries, Scores
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import winnowkv as wk
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies.registry import policy_class
 
 ROOT = Path(__file__).resolve().parents[1]

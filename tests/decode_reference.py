@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reference import Kept, visible
-from winnowkv.decode import BLOCK, OBSERVE, RECENT
+from winnowkv.cache.generated import BLOCK, OBSERVE, RECENT
 
 
 @contextmanager

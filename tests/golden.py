@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from winnowkv.budget import global_top_k
+from winnowkv.cache.session import PrefillPlan
 from winnowkv.policies import Policy, Prompt
-from winnowkv.prefill import PrefillPlan
-from winnowkv.scores import window_reduce
+from winnowkv.scoring.allocate import global_top_k
+from winnowkv.scoring.spans import window_reduce
 
 
 def folder() -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from winnowkv import attention
+from winnowkv.attention import hooks as attention
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from conftest import EVICTING, Case, tiny_model
-from winnowkv import models
-from winnowkv.classify import task_profile
-from winnowkv.engine import greedy, prefill
-from winnowkv.evaluate import audit as auditor, settings as settings_module
-from winnowkv.evaluate.audit import Audit, AuditPrompt
-from winnowkv.evaluate.recommend import summarize
-from winnowkv.evaluate.store import ResultStore
-from winnowkv.layout import read_layout
+from winnowkv.cache.reading import greedy, prefill
+from winnowkv.evaluate import settings as settings_module
+from winnowkv.evaluate.audit import audit as auditor
+from winnowkv.evaluate.audit.audit import Audit, AuditPrompt
+from winnowkv.evaluate.audit.recommend import summarize
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.models import load as models
+from winnowkv.prompt.classifier import task_profile
+from winnowkv.prompt.structure import read_layout
 
 WORDS = "The wind went round the old mill and nobody at the long table said a word before the lamp was lit again. "
 TEXTS = [WORDS[at:] + WORDS[:at] for at in (31, 77, 9)]

@@ -16,11 +16,11 @@ import winnowkv as wk
 from conftest import PROMPT, ROOT, prompt, random_profile
 from reference import positions, same_positions
 from winnowkv.budget import Budget, spoken
-from winnowkv.curve import Curve, fit_curve
-from winnowkv.engine import prefill
-from winnowkv.evaluate.auto import check_curves, curves_of, write_curves
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.profile import read_profile
+from winnowkv.cache.reading import prefill
+from winnowkv.evaluate.audit.auto import check_curves, curves_of, write_curves
+from winnowkv.models.calibration import read_profile
+from winnowkv.models.curve import Curve, fit_curve
+from winnowkv.models.info import Fingerprint
 
 SHARES = st.floats(0, 1)
 SPECS = [

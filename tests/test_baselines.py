@@ -10,10 +10,10 @@ from torch import Tensor
 
 import winnowkv as wk
 from conftest import random_profile
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.cache.session import PrefillPlan
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies import policy
-from winnowkv.prefill import PrefillPlan
-from winnowkv.scores import accumulated_attention
+from winnowkv.scoring.attention import accumulated_attention
 
 HEADS, KV_HEADS, SIZE, TOKENS, LAYERS = 4, 2, 8, 50, 4
 SCALE = SIZE**-0.5

@@ -21,10 +21,10 @@ import winnowkv as wk
 from conftest import CASES, PROFILES, TINY, VOCABULARY, Case, prompt
 from test_calibrate import tokenizer
 from test_hybrid import hybrid
-from winnowkv.batching import Engine
-from winnowkv.engine import prefill
-from winnowkv.request import Claim, Completion, Event, Request
-from winnowkv.sampling import Sampling
+from winnowkv.cache.reading import prefill
+from winnowkv.engine.engine import Engine
+from winnowkv.engine.request import Claim, Completion, Event, Request
+from winnowkv.engine.sampling import Sampling
 
 LENGTHS = (72, 45, 60, 91, 50, 72, 47)
 NEW = (9, 4, 1, 7, 12, 2, 9)

@@ -16,9 +16,16 @@ import winnowkv as wk
 from conftest import PROMPT, prompt
 from test_hybrid import hybrid
 from test_needle import Letters
-from winnowkv.attention import is_routed
-from winnowkv.evaluate import bench as runner, bench_bars, bench_caches, bench_cells, bench_clock, bench_plots
-from winnowkv.evaluate.prompts import PromptBuilder, read_haystack
+from winnowkv.attention.hooks import is_routed
+from winnowkv.evaluate.bench import (
+    bars as bench_bars,
+    bench as runner,
+    caches as bench_caches,
+    cells as bench_cells,
+    clock as bench_clock,
+    plots as bench_plots,
+)
+from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
 from winnowkv.evaluate.settings import settings
 
 SNAP = "snapkv:observe=8:kernel=3"

@@ -12,14 +12,14 @@ from matplotlib.image import imread
 import winnowkv as wk
 from conftest import PROFILES, prompt
 from tiny_eval import write_model, write_rows
-from winnowkv import models
-from winnowkv.engine import extend, prefill
+from winnowkv.cache.reading import extend, prefill
 from winnowkv.errors import InputError
-from winnowkv.evaluate.store import ResultStore
-from winnowkv.layout import Layout
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.models import load as models
 from winnowkv.policies.winnow import Winnow
-from winnowkv.scores import causal_attention, expected_attention
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.scoring.attention import causal_attention, expected_attention
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = runpy.run_path(str(BENCHMARKS / "winnow_parts.py"))

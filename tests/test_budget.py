@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from winnowkv.budget import WAY_OUT, Budget, apportion, arithmetic_groups, global_top_k, pyramid, uniform
+from winnowkv.budget import WAY_OUT, Budget
 from winnowkv.errors import BudgetError
+from winnowkv.scoring.allocate import apportion, arithmetic_groups, global_top_k, pyramid, uniform
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

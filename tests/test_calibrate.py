@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import winnowkv as wk
 from conftest import prompt
 from reference import masked_attention
-from winnowkv.attention import output_projections
+from winnowkv.attention.hooks import output_projections
 from winnowkv.calibrate.errors import ErrorWatch
 from winnowkv.calibrate.heads import traditional_scores
 from winnowkv.calibrate.probe import ProbedCache
 from winnowkv.calibrate.prompts import SLACK, build, generate_facts, read_filler, read_prompts, schedule
 from winnowkv.calibrate.run import Calibration, answered_by, calibrate, open_store
-from winnowkv.evaluate.prompts import read_haystack, read_needles
+from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
 
 
 def tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:

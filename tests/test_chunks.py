@@ -15,14 +15,14 @@ import winnowkv as wk
 from conftest import CASES, PROFILES, QUANTIZED, Case, prompt, random_profile
 from reference import generate, positions, reference_logits, same_positions
 from test_hybrid import WINDOW, hybrid
-from winnowkv.chunks import Chunks, Cut, nearest, remaining, staying
-from winnowkv.curve import Curve
-from winnowkv.engine import extend, greedy, prefill
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.layout import Layout
+from winnowkv.cache.chunked import Chunks, Cut, nearest, remaining, staying
+from winnowkv.cache.reading import extend, greedy, prefill
+from winnowkv.cache.stacked import stack
+from winnowkv.models.curve import Curve
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.rope import Rotation
 from winnowkv.policies.expected import Expected
-from winnowkv.rotation import Rotation
-from winnowkv.stack import stack
+from winnowkv.prompt.structure import Layout
 
 TOKENS = 200  # three chunks of 64, behind one of 8
 CHUNK, CEILING = 64, 80

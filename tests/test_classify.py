@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import winnowkv as wk
-from winnowkv.classify import EDGE, FEATURES, WORDS, load_classifier, pieces, vectorizer
-from winnowkv.evaluate.prompts import read_rows
+from winnowkv.evaluate.needle.prompts import read_rows
+from winnowkv.prompt.classifier import EDGE, FEATURES, WORDS, load_classifier, pieces, vectorizer
 
 TEXT = " ".join(f"w{i}" for i in range(5000))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from winnowkv import models
+from winnowkv.models import load as models
 
 needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
 

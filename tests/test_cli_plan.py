@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 import winnowkv as wk
 from conftest import TINY
 from test_hybrid import WINDOW, hybrid
-from winnowkv import models
 from winnowkv.cli.plan import enough, read_size, read_tokens, size_text
-from winnowkv.evaluate.recipes import SMOLLM2_135M
+from winnowkv.evaluate.tasks.recipes import SMOLLM2_135M
+from winnowkv.models import load as models
 
 Winnow = Callable[..., tuple[int, str, str]]
 ENTRY = 5 * 2 * 2 * 8 * 2  # layers, keys and values, KV heads, head size, bytes of the dtype

@@ -17,9 +17,9 @@ from decode_reference import slow_logits
 from reference import chunked, compact_logits, generate, positions
 from test_hybrid import hybrid
 from tiny_eval import write_model
-from winnowkv.decode import BLOCK, LEAST, OBSERVE, check_decode_budget, received_attention, staying
-from winnowkv.engine import extend, greedy, prefill
-from winnowkv.stack import stack
+from winnowkv.cache.generated import BLOCK, LEAST, OBSERVE, check_decode_budget, received_attention, staying
+from winnowkv.cache.reading import extend, greedy, prefill
+from winnowkv.cache.stacked import stack
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BATCH_CLOSE = {"rtol": 0, "atol": 1e-4}

@@ -13,14 +13,14 @@ import torch
 import winnowkv as wk
 from tiny_eval import ROWS, said, tiny_evaluation
 from winnowkv.cli import eval as command, options
-from winnowkv.evaluate import run as runner
+from winnowkv.evaluate.tasks import run as runner
 
 LINES = ROWS * 5  # full once, two other policies at two budgets
 # Dies as by kill -9, in the middle of a row's lines.
 KILLED = """
 import os, signal, sys
 from winnowkv.cli.main import main
-from winnowkv.evaluate.store import ResultStore
+from winnowkv.evaluate.report.store import ResultStore
 real = ResultStore.add
 def add(store, line):
     real(store, line)

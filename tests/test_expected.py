@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import PROMPT, prompt
 from reference import compact_logits
-from winnowkv.attention import known
+from winnowkv.attention.hooks import known
+from winnowkv.cache.session import PrefillPlan
+from winnowkv.models.rope import Rotation
 from winnowkv.policies import resolve
 from winnowkv.policies.expected import Expected
-from winnowkv.prefill import PrefillPlan
-from winnowkv.rotation import Rotation
 
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 6, 0.4
 ROTATION = Rotation((0.9, 0.05))  # the last two of six dimensions are not turned

@@ -11,10 +11,10 @@ import torch
 
 import golden
 from golden import Case, cases, heads, positions, published_pyramidkv_budgets, same
-from winnowkv.budget import pyramid
+from winnowkv.cache.session import PrefillPlan
 from winnowkv.policies import Policy, policy
-from winnowkv.prefill import PrefillPlan
-from winnowkv.scores import group_reduce, pool, window_attention
+from winnowkv.scoring.allocate import pyramid
+from winnowkv.scoring.attention import group_reduce, pool, window_attention
 
 SNAPKV, PYRAMIDKV, STREAMING = cases("snapkv"), cases("pyramidkv"), cases("streamingllm")
 

@@ -17,11 +17,11 @@ from torch import nn
 import golden
 import winnowkv as wk
 from golden import Case, cases, heads, positions, same
-from winnowkv.budget import weighted
 from winnowkv.calibrate.errors import attention_output, layer_shares, project, relative_error
 from winnowkv.calibrate.heads import HeadWatch, last_query_attention, semantic_scores
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies import Policy, policy
+from winnowkv.scoring.allocate import weighted
 
 SELECTION = cases("compresskv")
 ABSENT = golden.missing("compresskv")

@@ -11,9 +11,9 @@ import pytest
 
 import golden
 from golden import Case, cases, heads, positions, published_dynamickv_updates, same
-from winnowkv.budget import apportion
+from winnowkv.cache.session import PrefillPlan
 from winnowkv.policies import Policy, policy
-from winnowkv.prefill import PrefillPlan
+from winnowkv.scoring.allocate import apportion
 
 CASES = cases("dynamickv")
 USABLE = cases("dynamickv", lambda case: case["parity_usable"])

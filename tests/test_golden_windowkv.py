@@ -11,9 +11,9 @@ import pytest
 
 import golden
 from golden import Case, cases, positions, published_windowkv_budgets, published_windowkv_entries, same
-from winnowkv.budget import arithmetic_groups
 from winnowkv.policies import Policy, policy
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.scoring.allocate import arithmetic_groups
 
 CASES = cases("windowkv")
 PARTIAL = cases("windowkv", lambda case: case["partial_last_window"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from winnowkv.graphs import Recorded, record_cuda
+from winnowkv.engine.cuda_graphs import Recorded, record_cuda
 
 
 def test_a_step_is_recorded_at_its_second_call_and_again_for_other_buffers() -> None:

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import winnowkv as wk
 from conftest import TINY
-from winnowkv import models
 from winnowkv.errors import BudgetError, InputError, PolicyError
 from winnowkv.evaluate.__main__ import LOCAL_TASKS, with_local_tasks
-from winnowkv.evaluate.tasks import GROUPS, MAKERS, find_tasks
+from winnowkv.evaluate.tasks.tasks import GROUPS, MAKERS, find_tasks
+from winnowkv.models import load as models
 
 PROMPTS = ["The wine is kept in the north tower. " * n + "Where is the wine?" for n in (8, 5, 3)]
 SNAP = {"policy": "snapkv:observe=8:kernel=3", "budget": 0.3}
@@ -36,7 +36,7 @@ def loaded() -> tuple[PreTrainedModel, Any]:
 
 
 def winnow(loaded: tuple[PreTrainedModel, Any], **settings: Any) -> Any:
-    from winnowkv.evaluate.harness import WinnowLM
+    from winnowkv.integrations.lm_eval import WinnowLM
 
     return WinnowLM(pretrained=loaded[0], tokenizer=loaded[1], **settings)
 

@@ -14,14 +14,14 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 import winnowkv as wk
 from conftest import CASES, DEVICE, PROFILES, PROMPT, TINY, Case, prompt, random_profile
 from test_calibrate import tokenizer
-from winnowkv import models
+from winnowkv.cache.reading import extend, greedy, prefill
+from winnowkv.cache.stacked import stack
 from winnowkv.calibrate import run as calibration
 from winnowkv.calibrate.probe import ProbedCache
-from winnowkv.engine import extend, greedy, prefill
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.profile import read_profile
-from winnowkv.rows import greedy_rows
-from winnowkv.stack import stack
+from winnowkv.engine.step import greedy_rows
+from winnowkv.models import load as models
+from winnowkv.models.calibration import read_profile
+from winnowkv.models.info import Fingerprint
 
 WINDOW = 16
 LENGTHS = (PROMPT, 57, WINDOW + 1, WINDOW, WINDOW - 1, WINDOW - 2, 9)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from conftest import DEVICE
-from winnowkv import scores
+from winnowkv.scoring import attention as scores
 
-kernels = pytest.importorskip("winnowkv.kernels", reason="the package triton is not installed")
+kernels = pytest.importorskip("winnowkv.scoring.kernels", reason="the package triton is not installed")
 CUDA = DEVICE == "cuda"
 # Numpy, which interprets, has no bfloat16.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]

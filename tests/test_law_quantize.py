@@ -24,10 +24,10 @@ from conftest import PROMPT, QUANTIZED, Case, prompt
 from reference import chunked, compact_logits, generate, positions, same_positions
 from test_law_architectures import SERVED, build
 from test_law_batch import LENGTHS, batch_logits, padded, valid_columns
-from winnowkv.engine import extend, greedy, prefill
-from winnowkv.layer import CompactLayer
-from winnowkv.quantize import BITS, Quantization
-from winnowkv.stack import stack
+from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.reading import extend, greedy, prefill
+from winnowkv.cache.stacked import stack
+from winnowkv.types import BITS, Quantization
 
 STORED = ("int8", "int4")
 CLOSE = {"rtol": 0, "atol": 1e-5}

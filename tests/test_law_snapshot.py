@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import PROMPT, Case, prompt, tiny_model
 from reference import positions, same_positions
-from winnowkv.engine import greedy, prefill
+from winnowkv.cache.reading import greedy, prefill
 
 GO_ON = """
 import json, sys, torch, winnowkv as wk
-from winnowkv.engine import greedy
+from winnowkv.cache.reading import greedy
 from transformers import AutoModelForCausalLM
 folder, file, logits = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

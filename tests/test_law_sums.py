@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import CASES, PROMPT, QUANTIZED, Case, prompt, random_profile
 from reference import compact_logits, positions
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.cache.session import PrefillPlan
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.rope import Rotation
 from winnowkv.policies.expected import Expected
-from winnowkv.prefill import PrefillPlan
-from winnowkv.rotation import Rotation
 
 HEADS, KV_HEADS, SIZE = 4, 2, 4
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from winnowkv import models
-from winnowkv.layout import MOST, RAW, read_layout
-from winnowkv.models import encode
+from winnowkv.models import load as models
+from winnowkv.models.load import encode
+from winnowkv.prompt.structure import MOST, RAW, read_layout
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import winnowkv as wk
-from winnowkv import models
+from winnowkv.models import load as models
 
 pytestmark = pytest.mark.skipif(
     models.find_wheel() is None, reason=f"the embedded model's wheel is not installed ({models.INSTALL})"
@@ -54,7 +54,7 @@ def test_missing_wheel_names_the_command(monkeypatch):
 
 def test_two_processes_at_once_make_one_folder(tmp_path):
     code = (
-        "import torch, winnowkv.models as m, transformers;"
+        "import torch, winnowkv.models.load as m, transformers;"
         "transformers.utils.logging.disable_progress_bar(); print(m.model_folder(m.EMBEDDED, torch.bfloat16))"
     )
     env = {"WINNOW_CACHE": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}

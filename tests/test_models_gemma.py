@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import winnowkv as wk
 from test_law_architectures import SERVED, build
-from winnowkv import models
-from winnowkv.gguf_models import CONTROL, GEMMA_NAMES, NORMAL, SPACE, USER_DEFINED, dequantize, sentencepiece_tokenizer
+from winnowkv.models import load as models
+from winnowkv.models.gguf import CONTROL, GEMMA_NAMES, NORMAL, SPACE, USER_DEFINED, dequantize, sentencepiece_tokenizer
 
 installed = pytest.mark.skipif(
     not models.find_parts(models.GEMMA), reason=f"Gemma-3-270M is not installed ({models.PACKAGED[models.GEMMA].install})"

@@ -9,10 +9,11 @@ from transformers import BatchEncoding
 
 import winnowkv as wk
 from conftest import VOCABULARY
-from winnowkv import models
 from winnowkv.cli.needle import found_text, needle as command
-from winnowkv.evaluate import needle as runner, plot
-from winnowkv.evaluate.prompts import PromptBuilder, read_chains, read_haystack, read_needles, read_variant
+from winnowkv.evaluate.needle import needle as runner
+from winnowkv.evaluate.needle.prompts import PromptBuilder, read_chains, read_haystack, read_needles, read_variant
+from winnowkv.evaluate.report import plot
+from winnowkv.models import load as models
 
 FIELDS = {
     "variant", "policy", "budget", "length", "depth", "needle", "question", "answer", "output", "failed", "correct", "found",

@@ -12,9 +12,9 @@ from browser import open_page, start_browser
 from lines import CONFIG, MACHINE, broken, line, write_run
 from winnowkv.cli.report import show
 from winnowkv.errors import InputError
-from winnowkv.evaluate import charts
-from winnowkv.evaluate.page import FAILURES, render, write_page
-from winnowkv.evaluate.summary import OVER_TASKS, summarize
+from winnowkv.evaluate.report import charts
+from winnowkv.evaluate.report.page import FAILURES, render, write_page
+from winnowkv.evaluate.report.summary import OVER_TASKS, summarize
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;"
 POLICIES = {"full": 0.0, "streaming": 0.3, "snapkv:observe=16": 0.1, "int8": 0.01}

@@ -15,12 +15,12 @@ from conftest import PROMPT, Case, prompt, random_profile
 from test_hybrid import WINDOW, hybrid
 from test_law_architectures import REFUSED, SERVED, build
 from winnowkv.budget import Budget
-from winnowkv.engine import extend, prefill
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.plan import LayerShape, MemoryPlan, Need, Shape, need
+from winnowkv.cache.reading import extend, prefill
+from winnowkv.memory.plan import LayerShape, MemoryPlan, Need, Shape, need
+from winnowkv.memory.shape import read_shape
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies import Policy, resolve
 from winnowkv.policies.winnow import Winnow
-from winnowkv.shape import read_shape
 
 LLAMA = Shape(
     (LayerShape(2, 8, 8),) * 5, itemsize=2, parameters=1000, positions=4096, fingerprint=Fingerprint("Tiny", 5, 8, 2, "")

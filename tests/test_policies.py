@@ -12,10 +12,10 @@ import torch
 
 import winnowkv as wk
 from winnowkv.budget import Budget
+from winnowkv.cache.session import PrefillPlan
 from winnowkv.errors import BudgetError, PolicyError
 from winnowkv.policies import Policy, Prompt, names, policy, policy_class, registry, split_policies
-from winnowkv.prefill import PrefillPlan
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.task import TaskProfile
 
 BUILT_IN = ["dynamickv", "full", "pyramidkv", "random", "snapkv", "streaming", "windowkv"]
 LOCALIZATION = TaskProfile("localization")

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import PROFILES, PROMPT, prompt, random_profile
 from reference import compact_logits
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.profile import choose_heads, find_profile
+from winnowkv.models.calibration import choose_heads, find_profile
+from winnowkv.models.info import Fingerprint
 
 SHAPE = Fingerprint("Drawn", 3, 4, 2, "abc")
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from winnowkv import models
 from winnowkv.errors import InputError
-from winnowkv.evaluate.prompts import (
+from winnowkv.evaluate.needle.prompts import (
     Needle,
     NeedleSet,
     PromptBuilder,
@@ -17,6 +16,7 @@ from winnowkv.evaluate.prompts import (
     read_variant,
     spread,
 )
+from winnowkv.models import load as models
 
 NEEDLE = Needle("The wine is kept in Qarth.", "Where is the wine kept?", "Qarth")
 

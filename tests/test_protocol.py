@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from winnowkv import models
 from winnowkv.errors import InputError
-from winnowkv.evaluate.protocol import EncodedRow, encode_row, middle_out, template_ends
-from winnowkv.evaluate.tasks import EvalTask, LongBench, Row, find_tasks
-from winnowkv.models import encode
+from winnowkv.evaluate.tasks.protocol import EncodedRow, encode_row, middle_out, template_ends
+from winnowkv.evaluate.tasks.tasks import EvalTask, LongBench, Row, find_tasks
+from winnowkv.models import load as models
+from winnowkv.models.load import encode
 
 ASKED = LongBench("asked", "", "localization", "", 8)
 FEW_SHOT = LongBench("few_shot", "", "aggregation", "", 8, chat=False)

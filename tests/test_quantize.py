@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import PROMPT, prompt
 from reference import compact_logits
-from winnowkv.quantize import BITS, GROUP, channel_group, quantize, stored_bytes
+from winnowkv.cache.quantized import GROUP, channel_group, quantize, stored_bytes
+from winnowkv.types import BITS
 
 STORED = ("int8", "int4")
 
@@ -176,7 +177,7 @@ def test_without_the_package_the_error_says_what_to_install(llama: PreTrainedMod
 
 def test_what_does_not_quantize_does_not_load_the_package() -> None:
     code = (
-        "import sys, winnowkv.cache, winnowkv.policies as p\n[p.policy(n) for n in p.names()]\n"
+        "import sys, winnowkv.cache.cache, winnowkv.policies as p\n[p.policy(n) for n in p.names()]\n"
         "assert 'optimum' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,8 @@ import yaml
 import winnowkv as wk
 from conftest import ROOT
 from tiny_eval import write_model, write_rows
-from winnowkv import models
-from winnowkv.evaluate.recipes import SMOLLM2_135M, Facts, read_recipe
+from winnowkv.evaluate.tasks.recipes import SMOLLM2_135M, Facts, read_recipe
+from winnowkv.models import load as models
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TINY = {"layers": 5, "heads": 8, "kv_heads": 2, "head_size": 8, "positions": 1024}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from winnowkv.evaluate.recommend import more_prompts, recommend, summarize
+from winnowkv.evaluate.audit.recommend import more_prompts, recommend, summarize
 
 
 def made(policy: str = "snapkv", budget: int | float = 0.5, agreement: float = 1.0, kept: int = 500, prompt: str = "a") -> Any:

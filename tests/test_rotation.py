@@ -14,10 +14,10 @@ import winnowkv as wk
 from conftest import prompt
 from test_hybrid import hybrid
 from test_law_architectures import COMMON, HYBRID, SERVED, build
-from winnowkv.attention import known, read_rotation
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.rotation import Rotation
-from winnowkv.shape import read_shape
+from winnowkv.attention.hooks import known, read_rotation
+from winnowkv.memory.shape import read_shape
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.rope import Rotation
 
 TOKENS, AWAY = 20, 7
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 64}

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import QUANTIZED, Case, prompt, tiny_model
 from test_hybrid import hybrid
-from winnowkv.engine import greedy, prefill
+from winnowkv.cache.reading import greedy, prefill
+from winnowkv.engine.slots import Slots
+from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import CacheError
-from winnowkv.rows import greedy_rows
-from winnowkv.slots import Slots
 
 LENGTHS = (72, 57, 64)
 BUDGETS = (0.7, 48, 1.0)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import winnowkv as wk
 from test_calibrate import tokenizer
-from winnowkv.sampling import Sampler, Sampling, TextStream, choose
+from winnowkv.engine.sampling import Sampler, Sampling, TextStream, choose
 
 CPU = torch.device("cpu")
 TEXTS = (

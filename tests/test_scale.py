@@ -10,9 +10,9 @@ import pytest
 
 import winnowkv as wk
 from tiny_eval import ROWS, said, tiny_evaluation
-from winnowkv.evaluate import run as runner
-from winnowkv.evaluate.run import Evaluation, Worker, identity, missing
-from winnowkv.evaluate.store import ResultStore
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.evaluate.tasks import run as runner
+from winnowkv.evaluate.tasks.run import Evaluation, Worker, identity, missing
 from winnowkv.scale import join, pool
 
 # Ray itself is not imported here: it listens on loopback only where scale/ imports it first.

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from winnowkv import scores as under_test
-from winnowkv.layout import MOST
 from winnowkv.policies.expected import Expected
-from winnowkv.scores import (
+from winnowkv.prompt.structure import MOST
+from winnowkv.scoring import attention as under_test
+from winnowkv.scoring.attention import (
     HALF,
     accumulated_attention,
     causal_attention,
@@ -25,8 +25,8 @@ from winnowkv.scores import (
     pool,
     tiles,
     window_attention,
-    window_reduce,
 )
+from winnowkv.scoring.spans import window_reduce
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

@@ -7,8 +7,8 @@ import math
 import torch
 from hypothesis import given, settings, strategies as st
 
-from winnowkv.scores import window_reduce
-from winnowkv.select import ragged_tokens, top_tokens, top_windows, with_recent, with_sinks
+from winnowkv.scoring.select import ragged_tokens, top_tokens, top_windows, with_recent, with_sinks
+from winnowkv.scoring.spans import window_reduce
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

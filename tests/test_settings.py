@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from conftest import prompt
-from winnowkv.engine import extend, greedy, prefill
+from winnowkv.cache.reading import extend, greedy, prefill
 from winnowkv.evaluate.settings import (
     Setting,
     batches,

@@ -13,10 +13,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import winnowkv as wk
 from conftest import DEVICE, TINY, Case, prompt
-from winnowkv import compiling
-from winnowkv.engine import extend, prefill
+from winnowkv.cache.reading import extend, prefill
+from winnowkv.engine import compiled as compiling
+from winnowkv.engine.slots import Slots, _Request, bucket, row_bucket
 from winnowkv.errors import CacheError
-from winnowkv.slots import Slots, _Request, bucket, row_bucket
 
 LENGTHS = (72, 19, 46, 60)
 STEPS = (9, 14, 3, 11)  # tokens that each request goes on for

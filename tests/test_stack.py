@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from conftest import Case, prompt, tiny_model
-from winnowkv.engine import extend, prefill
-from winnowkv.stack import stack
+from winnowkv.cache.reading import extend, prefill
+from winnowkv.cache.stacked import stack
 
 
 def read(model: PreTrainedModel, spec: str, budget: float, tokens: int, seed: int = 0) -> tuple[wk.CompactCache, torch.Tensor]:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from winnowkv.evaluate import stats
-from winnowkv.evaluate.stats import Paired, mean_interval, paired, small
+from winnowkv.evaluate.report import stats
+from winnowkv.evaluate.report.stats import Paired, mean_interval, paired, small
 
 
 def naive_interval(groups, seed, resamples):

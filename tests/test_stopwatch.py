@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from winnowkv import stopwatch
-from winnowkv.stopwatch import Stopwatch
+from winnowkv.cache import stopwatch
+from winnowkv.cache.stopwatch import Stopwatch
 
 
 def test_stretches_add_up_and_what_lies_between_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from winnowkv.errors import InputError
-from winnowkv.evaluate.store import ResultStore, read_config, write_json
+from winnowkv.evaluate.report.store import ResultStore, read_config, write_json
 
 
 def key(line):

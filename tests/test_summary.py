@@ -7,9 +7,9 @@ import pytest
 
 from lines import CONFIG, MACHINE, VERSIONS, broken, line, write_run
 from winnowkv.errors import InputError
-from winnowkv.evaluate.merge import merge
-from winnowkv.evaluate.stats import mean_interval, paired
-from winnowkv.evaluate.summary import OVER_ROWS, OVER_TASKS, summarize
+from winnowkv.evaluate.report.merge import merge
+from winnowkv.evaluate.report.stats import mean_interval, paired
+from winnowkv.evaluate.report.summary import OVER_ROWS, OVER_TASKS, summarize
 
 FULL = {"a": [0.5, 0.7, 0.9, 0.1], "b": [1.0, 0.0]}
 SNAP = {"a": [0.5, 0.1, 0.8, 0.2], "b": [0.0, 0.0]}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from winnowkv.errors import InputError
-from winnowkv.evaluate import tasks
-from winnowkv.evaluate.tasks import find_tasks
+from winnowkv.evaluate.tasks import tasks
+from winnowkv.evaluate.tasks.tasks import find_tasks
 
 DATASETS = (*tasks.LOCALIZATION, *tasks.AGGREGATION)
 METRICS = {  # official names, and lm-eval's

@@ -15,20 +15,20 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from conftest import PROFILES, PROMPT, prompt, random_profile
-from winnowkv import models
-from winnowkv.attention import known
-from winnowkv.engine import greedy, prefill
-from winnowkv.evaluate.needle import stop_tokens
-from winnowkv.evaluate.prompts import PromptBuilder, read_haystack, read_needles
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.layout import Layout, read_layout
+from winnowkv.attention.hooks import known
+from winnowkv.cache.reading import greedy, prefill
+from winnowkv.cache.session import PrefillPlan
+from winnowkv.evaluate.needle.needle import stop_tokens
+from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack, read_needles
+from winnowkv.models import load as models
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.rope import Rotation
 from winnowkv.policies import Policy, Prompt, resolve
 from winnowkv.policies.expected import Expected
-from winnowkv.prefill import PrefillPlan
-from winnowkv.rotation import Rotation
-from winnowkv.scores import concentrated, span_owner, span_reduce, window_reduce
-from winnowkv.select import top_spans
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.structure import Layout, read_layout
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.scoring.select import top_spans
+from winnowkv.scoring.spans import concentrated, span_owner, span_reduce, window_reduce
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 LAYOUT = Layout(tokens=40, question=10, tail=3, ends=(6, 11, 20, 30))

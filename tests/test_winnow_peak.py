@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from conftest import PROFILES, prompt, random_profile
 from test_winnow import KV_HEADS, SIZE, drawn, in_all, made, profile_of, shape, stages
-from winnowkv.engine import prefill
-from winnowkv.layout import Layout
+from winnowkv.cache.reading import prefill
+from winnowkv.cache.session import PrefillPlan
 from winnowkv.policies import Policy, Prompt, cascade, winnow
-from winnowkv.prefill import PrefillPlan
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.task import TaskProfile
 
 
 @st.composite

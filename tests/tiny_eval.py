@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import VOCABULARY, tiny_model
-from winnowkv.evaluate.run import Evaluation
+from winnowkv.evaluate.tasks.run import Evaluation
 
 ROWS = 8
 # What a line says of its row and setting; the rest are times, memory and versions, which differ from run to run.

@@ -10,11 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from winnowkv.batching import Engine
+    from winnowkv.api import Run, compress
     from winnowkv.budget import Budget
-    from winnowkv.cache import CompactCache
-    from winnowkv.classify import task_profile
-    from winnowkv.engine import Run, compress
+    from winnowkv.cache.cache import CompactCache
+    from winnowkv.cache.snapshot import load_cache, save_cache
+    from winnowkv.engine.engine import Engine
+    from winnowkv.engine.request import Completion, Event, Request
+    from winnowkv.engine.sampling import Sampling
     from winnowkv.errors import (
         BudgetError,
         CacheError,
@@ -25,35 +27,33 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WinnowError,
     )
-    from winnowkv.models import load
+    from winnowkv.models.calibration import Profile, read_profile
+    from winnowkv.models.load import load
     from winnowkv.policies import Policy, Prompt, policy
-    from winnowkv.profile import Profile, read_profile
+    from winnowkv.prompt.classifier import task_profile
+    from winnowkv.prompt.task import TaskProfile
     from winnowkv.report import Report
-    from winnowkv.request import Completion, Event, Request
-    from winnowkv.sampling import Sampling
-    from winnowkv.snapshot import load_cache, save_cache
-    from winnowkv.task import TaskProfile
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "winnowkv.batching": ("Engine",),
+    "winnowkv.engine.engine": ("Engine",),
     "winnowkv.budget": ("Budget",),
-    "winnowkv.cache": ("CompactCache",),
-    "winnowkv.classify": ("task_profile",),
-    "winnowkv.engine": ("Run", "compress"),
+    "winnowkv.cache.cache": ("CompactCache",),
+    "winnowkv.prompt.classifier": ("task_profile",),
+    "winnowkv.api": ("Run", "compress"),
     "winnowkv.errors": (
         "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "ProfileError",
         "UnsupportedModelError", "WinnowError",
     ),
-    "winnowkv.models": ("load",),
+    "winnowkv.models.load": ("load",),
     "winnowkv.policies": ("Policy", "Prompt", "policy"),
-    "winnowkv.profile": ("Profile", "read_profile"),
+    "winnowkv.models.calibration": ("Profile", "read_profile"),
     "winnowkv.report": ("Report",),
-    "winnowkv.request": ("Completion", "Event", "Request"),
-    "winnowkv.sampling": ("Sampling",),
-    "winnowkv.snapshot": ("load_cache", "save_cache"),
-    "winnowkv.task": ("TaskProfile",),
+    "winnowkv.engine.request": ("Completion", "Event", "Request"),
+    "winnowkv.engine.sampling": ("Sampling",),
+    "winnowkv.cache.snapshot": ("load_cache", "save_cache"),
+    "winnowkv.prompt.task": ("TaskProfile",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, public in _HOMES.items() for name in public}
 

@@ -24,6 +24,7 @@ a layer keep different numbers, the shorter ones are padded in front with -1.
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,7 +40,11 @@ Valid = Bool[Tensor, "B H S"]
 Probabilities = Float[Tensor, "B Hq W C"]
 # Entries per KV head of a layer, mean over its heads: a fraction where heads keep different numbers.
 Entries = int | Fraction
+# How the entries that stay are stored, and the bits of a number then.
+Quantization = Literal["int8", "int4"]
+BITS: dict[str, int] = {"int8": 8, "int4": 4}
 
 __all__ = [
-    "Entries", "HeadScores", "Indices", "Keys", "Padding", "Probabilities", "Queries", "Scores", "Valid", "WindowScores",
+    "BITS", "Entries", "HeadScores", "Indices", "Keys", "Padding", "Probabilities", "Quantization", "Queries", "Scores",
+    "Valid", "WindowScores",
 ]  # fmt: skip

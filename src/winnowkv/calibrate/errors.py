@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from winnowkv.policies import Policy, Prompt
-from winnowkv.scores import causal_attention
+from winnowkv.scoring.attention import causal_attention
 from winnowkv.types import Indices, Keys, Queries
 
 EPSILON = 1e-5  # the repository's

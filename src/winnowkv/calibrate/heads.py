@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from winnowkv.scores import causal_attention
+from winnowkv.scoring.attention import causal_attention
 from winnowkv.types import Keys, Queries
 
 Span = tuple[int, int]  # token positions, half open

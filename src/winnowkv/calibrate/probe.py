@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from winnowkv.cache import CompactCache
+from winnowkv.cache.cache import CompactCache
 from winnowkv.types import Keys, Queries
 
 # slot, newest queries [1, Hq, q, D], keys [1, Hkv, K, D], values [1, Hkv, K, D], scale

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from winnowkv.errors import InputError
-from winnowkv.evaluate.prompts import read_needles
-from winnowkv.models import encode
+from winnowkv.evaluate.needle.prompts import read_needles
+from winnowkv.models.load import encode
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 SLACK = 3  # tokens that a prompt may stay below its length: where the text is cut, tokens may merge

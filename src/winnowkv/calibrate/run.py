@@ -15,20 +15,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from winnowkv.attention import output_projections
+from winnowkv.attention.hooks import output_projections
+from winnowkv.cache.reading import greedy, prefill
 from winnowkv.calibrate.errors import ErrorWatch, layer_shares
 from winnowkv.calibrate.heads import HeadWatch, semantic_scores, traditional_scores
 from winnowkv.calibrate.probe import ProbedCache, Watcher
 from winnowkv.calibrate.prompts import CalibrationPrompt, Fact, build, schedule
-from winnowkv.engine import greedy, prefill
 from winnowkv.errors import InputError
-from winnowkv.evaluate.machine import versions
-from winnowkv.evaluate.needle import stop_tokens
-from winnowkv.evaluate.store import ResultStore
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.models import dtype_name, position_limit
+from winnowkv.evaluate.needle.needle import stop_tokens
+from winnowkv.evaluate.report.machine import versions
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.models.calibration import Profile
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.load import dtype_name, position_limit
 from winnowkv.policies import Policy, Prompt, policy as make_policy
-from winnowkv.profile import Profile
 
 Advance = Callable[[str], None]
 RECALLED = 0.6  # share of a long answer's words that must come back; a short one must come back whole

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 
 from winnowkv.calibrate.prompts import read_filler
 from winnowkv.calibrate.task_prompts import AGGREGATION, LOCALIZATION, QUESTIONS, TOPICS
-from winnowkv.classify import FEATURES, FORMAT, LinearClassifier, vectorizer
-from winnowkv.evaluate.machine import versions
-from winnowkv.evaluate.prompts import read_haystack, read_rows
-from winnowkv.evaluate.tasks import AGGREGATION as AGGREGATION_SETS, LOCALIZATION as LOCALIZATION_SETS
-from winnowkv.task import TASKS
+from winnowkv.evaluate.needle.prompts import read_haystack, read_rows
+from winnowkv.evaluate.report.machine import versions
+from winnowkv.evaluate.tasks.tasks import AGGREGATION as AGGREGATION_SETS, LOCALIZATION as LOCALIZATION_SETS
+from winnowkv.prompt.classifier import FEATURES, FORMAT, LinearClassifier, vectorizer
+from winnowkv.prompt.task import TASKS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "task.safetensors"
 COMPOSED = 80  # prompts a family of instructions

@@ -54,7 +54,7 @@ def audit(
     Writes results.jsonl (a line a prompt and setting) and summary.json to --out. A run that was stopped goes on
     where it was.
     """
-    from winnowkv.evaluate.audit import gather_prompts
+    from winnowkv.evaluate.audit.audit import gather_prompts
     from winnowkv.evaluate.settings import settings
     from winnowkv.policies import split_policies
 
@@ -63,7 +63,7 @@ def audit(
     specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
     settings(specs, asked)  # unknown policies are told before the model takes its time to load
     if curves is not None:
-        from winnowkv.evaluate.auto import check_curves
+        from winnowkv.evaluate.audit.auto import check_curves
 
         check_curves(specs, asked)
     measure(
@@ -97,10 +97,10 @@ def measure(
     from rich.console import Console
 
     from winnowkv.cli.options import load_model, wants_chat
-    from winnowkv.evaluate import audit as auditor
-    from winnowkv.evaluate.auto import write_curves
-    from winnowkv.evaluate.recommend import write_summary
-    from winnowkv.evaluate.store import ResultStore
+    from winnowkv.evaluate.audit import audit as auditor
+    from winnowkv.evaluate.audit.auto import write_curves
+    from winnowkv.evaluate.audit.recommend import write_summary
+    from winnowkv.evaluate.report.store import ResultStore
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
@@ -134,7 +134,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     from rich import box
     from rich.table import Table
 
-    from winnowkv.evaluate.recommend import mebibytes, name_of, percent, share_of
+    from winnowkv.evaluate.audit.recommend import mebibytes, name_of, percent, share_of
 
     console = table_console()
     where = summary["machine"]

@@ -14,7 +14,7 @@ from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets
 from winnowkv.cli.plan import read_tokens
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
-from winnowkv.sizes import read_size
+from winnowkv.memory.sizes import read_size
 
 Spread = dict[str, float]
 
@@ -90,9 +90,9 @@ def measure(
     """Run a bench behind a progress bar and show its tables (or its JSON); returns the summary."""
     from rich.console import Console
 
-    from winnowkv.evaluate import bench as runner
-    from winnowkv.evaluate.bench_bars import write_summary
-    from winnowkv.evaluate.prompts import PromptBuilder, read_haystack
+    from winnowkv.evaluate.bench import bench as runner
+    from winnowkv.evaluate.bench.bars import write_summary
+    from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
     from winnowkv.evaluate.settings import settings
 
     test = runner.Bench(settings(policies, budgets), **asked)  # unknown policies are told before the model takes its time

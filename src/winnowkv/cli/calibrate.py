@@ -14,7 +14,7 @@ from winnowkv.cli.progress import resumable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from winnowkv.profile import Profile
+    from winnowkv.models.calibration import Profile
 
 
 def calibrate(
@@ -47,7 +47,7 @@ def calibrate(
 
     from winnowkv.calibrate.prompts import read_prompts
     from winnowkv.calibrate.run import Calibration
-    from winnowkv.profile import read_profile
+    from winnowkv.models.calibration import read_profile
 
     console = Console(stderr=True)
     if show and out.exists():
@@ -65,7 +65,7 @@ def calibrate(
         profile = measure(asked, model, chat, out, console)
     picture = None
     if show:
-        from winnowkv.evaluate.plot import head_map
+        from winnowkv.evaluate.report.plot import head_map
 
         picture = out.with_suffix(".png")
         head_map(profile, picture)

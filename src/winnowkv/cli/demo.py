@@ -18,7 +18,7 @@ def demo(factorial: Factorial = False, out: Out = Path("winnow-out/demo"), as_js
     Runs the embedded SmolLM2-135M-Instruct; `winnow needle` is the same test with everything adjustable.
     """
     from winnowkv.cli.needle import asked_policies, measure
-    from winnowkv.evaluate.prompts import read_haystack, read_needles
+    from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
 
     measure(
         model="embedded",

@@ -24,8 +24,8 @@ from winnowkv.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from winnowkv.evaluate.recipes import Plan, Recipe
-    from winnowkv.evaluate.run import Evaluation
+    from winnowkv.evaluate.tasks.recipes import Plan, Recipe
+    from winnowkv.evaluate.tasks.run import Evaluation
 
 TASKS, POLICIES, BUDGETS = "longbench", "full,winnow,snapkv", "0.12"
 OUT = Path("winnow-out")
@@ -94,7 +94,7 @@ def evaluate(
     stopped, or killed, goes on where it was. A recipe is a paper's claim with its protocol, one folder a model.
     """
     from winnowkv.cli.needle import asked_policies
-    from winnowkv.evaluate.recipes import read_recipe
+    from winnowkv.evaluate.tasks.recipes import read_recipe
 
     if recipe is not None:
         decided = {"--tasks": tasks, "--policies": policies, "--budgets": budgets, "--protocol": protocol, "--chat": chat}
@@ -132,8 +132,8 @@ def plan_of(
     tasks: str | None, policies: str | None, budgets: str | None, protocol: str | None, chat: bool | None, model: str | None
 ) -> Plan:
     """The plan that the options say, with the defaults where they are None, checked."""
-    from winnowkv.evaluate.recipes import Plan, facts_of
-    from winnowkv.models import EMBEDDED
+    from winnowkv.evaluate.tasks.recipes import Plan, facts_of
+    from winnowkv.models.load import EMBEDDED
     from winnowkv.policies import split_policies
 
     asked = {
@@ -153,9 +153,9 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
     """Run an evaluation behind a progress bar; returns its summary."""
     from rich.console import Console
 
-    from winnowkv.evaluate.run import identity, missing, write_summary
+    from winnowkv.evaluate.report.store import ResultStore
     from winnowkv.evaluate.settings import settings
-    from winnowkv.evaluate.store import ResultStore
+    from winnowkv.evaluate.tasks.run import identity, missing, write_summary
 
     asked.check()
     check_folder(out, asked)
@@ -189,7 +189,7 @@ def answering(
     """What lines of the model have in common, and what answers rows: this process, or workers on Ray."""
     if workers is None and address is None:
         from winnowkv.cli.options import load_model
-        from winnowkv.evaluate.run import Worker, run
+        from winnowkv.evaluate.tasks.run import Worker, run
 
         with console.status(f"loading {asked.model}"):
             worker = Worker(asked, load_model(asked.model))
@@ -206,7 +206,7 @@ def answering(
 
 def check_folder(out: Path, asked: Evaluation) -> None:
     """Say before the model takes its time to load that the folder is another run's."""
-    from winnowkv.evaluate.store import CONFIG, read_config
+    from winnowkv.evaluate.report.store import CONFIG, read_config
 
     if not (out / CONFIG).exists():
         return
@@ -223,7 +223,7 @@ def check_folder(out: Path, asked: Evaluation) -> None:
 def hide(plan: Plan, out: Path, data: Path | None, most: int | None, as_json: bool) -> dict[str, Any]:
     """Run a recipe's needle test; returns its summary. Its table goes to standard error where JSON is asked for."""
     from winnowkv.cli.needle import measure as measure_needles
-    from winnowkv.evaluate.prompts import read_haystack
+    from winnowkv.evaluate.needle.prompts import read_haystack
 
     lengths = plan.lengths(most)
     if left_out := [n for n in plan.asked["lengths"] if n not in lengths]:
@@ -254,7 +254,7 @@ def planned(plan: Plan, more: dict[str, Any]) -> dict[str, Any]:
     if plan.command == "needle":
         rows = {"needles": len(plan.lengths(more["max_context"])) * len(plan.asked["depths"]) * len(plan.asked["needles"])}
     else:
-        from winnowkv.evaluate.tasks import find_tasks
+        from winnowkv.evaluate.tasks.tasks import find_tasks
 
         asked = plan.evaluation(**more)
         asked.check()
@@ -307,7 +307,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     from rich.table import Table
 
     from winnowkv.cli.report import between, points
-    from winnowkv.evaluate.summary import OVER_ROWS, budget_text
+    from winnowkv.evaluate.report.summary import OVER_ROWS, budget_text
     from winnowkv.report import MIB
 
     console = table_console(150)

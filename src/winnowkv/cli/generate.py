@@ -44,18 +44,18 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from winnowkv.api import compress
     from winnowkv.budget import Budget
+    from winnowkv.cache.generated import check_decode_budget
     from winnowkv.cli.options import load_model, wants_chat
-    from winnowkv.decode import check_decode_budget
-    from winnowkv.engine import compress
-    from winnowkv.models import encode, position_limit
+    from winnowkv.models.load import encode, position_limit
     from winnowkv.policies import policy as make_policy
-    from winnowkv.task import TaskProfile
+    from winnowkv.prompt.task import TaskProfile
 
     made = make_policy(policy)  # bad options are told before the model takes its time to load
     profile = TaskProfile.of(task)
     if made.by_task and profile.task is None:
-        from winnowkv.classify import task_profile
+        from winnowkv.prompt.classifier import task_profile
 
         profile = task_profile(text)
     made.for_task(profile)

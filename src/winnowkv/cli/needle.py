@@ -68,7 +68,7 @@ def needle(
     policy and budget) and needle_kept.png (the same against the kept fraction). A run that was stopped goes on
     where it was: finished lines are never computed twice.
     """
-    from winnowkv.evaluate.prompts import read_haystack, read_variant
+    from winnowkv.evaluate.needle.prompts import read_haystack, read_variant
 
     hidden = read_variant(variant, needles, count)
     measure(
@@ -97,7 +97,7 @@ def length(text: str) -> int | str:
 
 def asked_policies(text: str, factorial: bool, profile: Path | None = None) -> list[str]:
     """The policies to run: those of the list, or the ablations; with the profile where they need one and name none."""
-    from winnowkv.evaluate.factorial import all_specs
+    from winnowkv.evaluate.needle.factorial import all_specs
     from winnowkv.policies import policy_class, split_policies
 
     specs = all_specs() if factorial else list(dict.fromkeys(split_policies(text)))
@@ -121,8 +121,8 @@ def measure(
 ) -> dict[str, Any]:
     """Run a needle test behind a progress bar and show its table (or its JSON); returns the summary."""
     from winnowkv.cli.options import load_model, wants_chat
-    from winnowkv.evaluate import needle as test_runner
-    from winnowkv.evaluate.prompts import PromptBuilder
+    from winnowkv.evaluate.needle import needle as test_runner
+    from winnowkv.evaluate.needle.prompts import PromptBuilder
 
     test = test_runner.NeedleTest(policies=policies, lengths=[], **asked)
     # Unknown names are told before the model takes its time to load.

@@ -62,7 +62,7 @@ def load_model(name: str, *, random: bool = False) -> tuple[PreTrainedModel, Any
     """Load quietly: the library's own progress bars would break ours and standard output. ``random``: its shape only."""
     import transformers
 
-    from winnowkv.models import load, load_random
+    from winnowkv.models.load import load, load_random
 
     transformers.utils.logging.disable_progress_bar()
     return load_random(name) if random else load(name)

@@ -16,13 +16,13 @@ import typer
 from winnowkv.cli.options import Json, budgets as read_budgets
 from winnowkv.cli.tables import table_console
 from winnowkv.errors import BudgetError, InputError, ProfileError
-from winnowkv.sizes import read_size
+from winnowkv.memory.sizes import read_size
 
 if TYPE_CHECKING:
     import torch
 
     from winnowkv.budget import Asked
-    from winnowkv.plan import Fit, MemoryPlan
+    from winnowkv.memory.plan import Fit, MemoryPlan
     from winnowkv.policies import Policy
 
 TOKENS = {"": 1, "k": 2**10, "m": 2**20}
@@ -70,10 +70,10 @@ def plan(
     tokens, room, asked = read_tokens(context), read_size(memory), read_budgets(budgets)
     if quantize not in QUANTIZATIONS:
         raise InputError(f"--quantize {quantize!r} is unknown: it is one of {', '.join(QUANTIZATIONS)}")
-    from winnowkv.models import dtype_name, load_config
-    from winnowkv.plan import MemoryPlan
+    from winnowkv.memory.plan import MemoryPlan
+    from winnowkv.memory.shape import read_shape
+    from winnowkv.models.load import dtype_name, load_config
     from winnowkv.policies import policy as make_policy, split_policies
-    from winnowkv.shape import read_shape
 
     specs = None if policies is None else list(dict.fromkeys(split_policies(policies)))
     for spec in specs or []:

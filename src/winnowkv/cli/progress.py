@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from winnowkv.evaluate.store import ResultStore
+    from winnowkv.evaluate.report.store import ResultStore
 
 
 @contextmanager

@@ -23,9 +23,9 @@ def report(
     Protocols, models and dtypes stay apart: nothing is averaged or paired across them. A measurement that
     several runs hold is taken from the last.
     """
-    from winnowkv.evaluate.merge import merge
-    from winnowkv.evaluate.page import write_page
-    from winnowkv.evaluate.summary import summarize
+    from winnowkv.evaluate.report.merge import merge
+    from winnowkv.evaluate.report.page import write_page
+    from winnowkv.evaluate.report.summary import summarize
 
     lines, config = merge(runs)
     summary = summarize(lines, config)
@@ -43,7 +43,7 @@ def show(summary: dict[str, Any], page: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from winnowkv.evaluate.summary import OVER_TASKS, budget_text
+    from winnowkv.evaluate.report.summary import OVER_TASKS, budget_text
     from winnowkv.report import MIB
 
     console = table_console()

@@ -23,8 +23,8 @@ def task(
     """Tell localization (QA, retrieval) from aggregation (summaries, few-shot, code), with a probability for each prompt."""
     if (text is None) == (file is None):
         raise InputError("give one prompt as an argument, or many with --file FILE.jsonl")
-    from winnowkv.classify import load_classifier
-    from winnowkv.evaluate.prompts import read_rows
+    from winnowkv.evaluate.needle.prompts import read_rows
+    from winnowkv.prompt.classifier import load_classifier
 
     texts = [text] if text is not None else [row["text"] for row in read_rows(file, "prompt", ("text",))]
     profiles = load_classifier(classifier)([str(text) for text in texts])

@@ -16,7 +16,7 @@ from pathlib import Path
 from winnowkv.errors import InputError, WinnowError
 
 OPTION = "--include_path"
-LOCAL_TASKS = Path(__file__).parent / "local_tasks"
+LOCAL_TASKS = Path(__file__).parent / "tasks" / "local_tasks"
 
 
 def with_local_tasks(arguments: Sequence[str]) -> list[str]:

@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from winnowkv.budget import Asked
-from winnowkv.cache import CompactCache
-from winnowkv.engine import extend, prefill
+from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.reading import extend, prefill
+from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies import Policy, policy as make_policy
-from winnowkv.rows import greedy_rows
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.task import TaskProfile
 
 PADDED = 3.0  # a batch holds at most so many times its shortest cache's entries a row; a step costs little more for them
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.budget import global_top_k, weighted
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.select import ragged_tokens, with_recent, with_sinks
+from winnowkv.scoring.allocate import global_top_k, weighted
+from winnowkv.scoring.select import ragged_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Scores
 
 

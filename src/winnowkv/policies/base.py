@@ -18,13 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from winnowkv.budget import uniform
 from winnowkv.errors import BudgetError, PolicyError
-from winnowkv.fingerprint import Fingerprint
-from winnowkv.quantize import BITS, Quantization
-from winnowkv.select import top_tokens, with_recent, with_sinks
-from winnowkv.task import TaskProfile
-from winnowkv.types import Entries, HeadScores, Indices, Keys, Queries, Scores
+from winnowkv.models.info import Fingerprint
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.scoring.allocate import uniform
+from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
+from winnowkv.types import BITS, Entries, HeadScores, Indices, Keys, Quantization, Queries, Scores
 
 GIVEN = {"given": True}  # metadata of a field that for_model() or for_task() fills in, and no user
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.budget import apportion
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.cascade import Cascade
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.scores import GroupKind, PoolKind, group_reduce, moments, pool, totals
+from winnowkv.scoring.allocate import apportion
+from winnowkv.scoring.attention import GroupKind, PoolKind, group_reduce, moments, pool, totals
 from winnowkv.types import Entries, Keys, Queries, Scores
 
 

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from winnowkv.budget import uniform, weighted
 from winnowkv.errors import PolicyError
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.calibration import Profile, choose_heads, find_profile
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.profile import Profile, choose_heads, find_profile
-from winnowkv.scores import PoolKind, group_members, pool, some_heads_attention
+from winnowkv.scoring.allocate import uniform, weighted
+from winnowkv.scoring.attention import PoolKind, group_members, pool, some_heads_attention
 from winnowkv.types import Keys, Queries, Scores
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.budget import apportion, global_top_k
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.scores import PoolKind
+from winnowkv.scoring.allocate import apportion, global_top_k
+from winnowkv.scoring.attention import PoolKind
 from winnowkv.types import Entries, Scores
 
 

@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from winnowkv.budget import apportion
 from winnowkv.errors import BudgetError
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.rope import Rotation
 from winnowkv.policies.base import GIVEN, Policy, Prompt
 from winnowkv.policies.cascade import Cascade
-from winnowkv.rotation import Rotation
-from winnowkv.scores import expected_attention, totals
-from winnowkv.select import top_tokens, with_recent, with_sinks
+from winnowkv.scoring.allocate import apportion
+from winnowkv.scoring.attention import expected_attention, totals
+from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 

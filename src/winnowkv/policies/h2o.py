@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from winnowkv.policies.base import Policy, Prompt
-from winnowkv.scores import GroupKind, accumulated_attention, group_reduce
-from winnowkv.select import top_tokens, with_recent, with_sinks
+from winnowkv.scoring.attention import GroupKind, accumulated_attention, group_reduce
+from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 

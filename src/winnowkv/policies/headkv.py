@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from winnowkv.budget import weighted
 from winnowkv.errors import PolicyError
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.calibration import HeadKind, Profile, find_profile
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.profile import HeadKind, Profile, find_profile
-from winnowkv.select import ragged_tokens, with_recent, with_sinks
+from winnowkv.scoring.allocate import weighted
+from winnowkv.scoring.select import ragged_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Scores
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.budget import pyramid
 from winnowkv.policies.base import Prompt
 from winnowkv.policies.snapkv import SnapKV
+from winnowkv.scoring.allocate import pyramid
 
 
 @dataclass(frozen=True, kw_only=True)

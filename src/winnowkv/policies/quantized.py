@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from winnowkv.errors import PolicyError
 from winnowkv.policies.full import Full
-from winnowkv.quantize import Quantization
+from winnowkv.types import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from winnowkv.errors import PolicyError
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies.base import Policy, options as options_of
-from winnowkv.task import TaskProfile
+from winnowkv.prompt.task import TaskProfile
 
 GROUP = "winnowkv.policies"
 Tasks = TaskProfile | str | None | Sequence[TaskProfile | str | None]

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from winnowkv.layout import Layout
+from winnowkv.models.calibration import Profile
 from winnowkv.policies.base import GIVEN, Prompt
 from winnowkv.policies.expected import Expected
-from winnowkv.profile import Profile
-from winnowkv.scores import concentrated, some_heads_attention, span_owner, span_reduce, window_attention
-from winnowkv.select import top_spans
-from winnowkv.task import Task
+from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.task import Task
+from winnowkv.scoring.attention import some_heads_attention, window_attention
+from winnowkv.scoring.select import top_spans
+from winnowkv.scoring.spans import concentrated, span_owner, span_reduce
 from winnowkv.types import HeadScores, Indices, Keys, Queries, Scores
 
 WIDTH = 16  # tokens of a span where nobody knows the sentences
@@ -134,5 +135,5 @@ class Sentences(Expected):
 @lru_cache(maxsize=16)  # every layer of a prompt asks for the same
 @torch.inference_mode(False)  # or the next prompt, which may be read outside of it, could not use it
 def owners(tokens: int, ends: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
-    """:func:`winnowkv.scores.span_owner` on the device."""
+    """:func:`winnowkv.scoring.spans.span_owner` on the device."""
     return span_owner(tokens, ends, longest).to(device)

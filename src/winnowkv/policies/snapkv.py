@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from winnowkv.policies.base import Policy
-from winnowkv.scores import GroupKind, PoolKind, group_reduce, pool, window_attention
+from winnowkv.scoring.attention import GroupKind, PoolKind, group_reduce, pool, window_attention
 from winnowkv.types import Keys, Queries, Scores
 
 

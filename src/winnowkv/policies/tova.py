@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from winnowkv.policies.base import Policy
-from winnowkv.scores import window_attention
+from winnowkv.scoring.attention import window_attention
 from winnowkv.types import Keys, Queries, Scores
 
 

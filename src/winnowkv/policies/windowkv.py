@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from winnowkv.budget import arithmetic_groups
 from winnowkv.policies.base import Policy, Prompt
-from winnowkv.scores import window_attention, window_reduce
-from winnowkv.select import top_windows, with_recent, with_sinks
-from winnowkv.task import Task, TaskProfile
+from winnowkv.prompt.task import Task, TaskProfile
+from winnowkv.scoring.allocate import arithmetic_groups
+from winnowkv.scoring.attention import window_attention
+from winnowkv.scoring.select import top_windows, with_recent, with_sinks
+from winnowkv.scoring.spans import window_reduce
 from winnowkv.types import Entries, Indices, Keys, Queries, Scores
 
 # (observe, window, top) for each task. Paper and repository disagree, see the class.

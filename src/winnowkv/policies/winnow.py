@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from winnowkv.errors import ProfileError
-from winnowkv.fingerprint import Fingerprint
+from winnowkv.models.calibration import Profile, find_profile
+from winnowkv.models.info import Fingerprint
 from winnowkv.policies.base import Policy, Prompt
 from winnowkv.policies.expected import Expected
 from winnowkv.policies.sentences import Sentences
-from winnowkv.profile import Profile, find_profile
-from winnowkv.task import Task, TaskProfile
+from winnowkv.prompt.task import Task, TaskProfile
 from winnowkv.types import Entries, HeadScores, Indices, Scores
 
 STEP = 2.0  # layers that wait for the heads shrink to make room for so many times themselves
@@ -31,7 +31,7 @@ class Winnow(Sentences):
     cache where the first head sits early enough, or all with ``progressive=false``.
     Without a profile the heads that attend most to one span of this prompt stand in, and all is held until the last layer
     was heard; without a layout
-    (:func:`winnowkv.layout.read_layout`) spans are 16 tokens and the question is the last ``observe``.
+    (:func:`winnowkv.prompt.structure.read_layout`) spans are 16 tokens and the question is the last ``observe``.
     ``observe="context"``: no question is known yet, so that all goes as ``expected``.
     """
 

@@ -1,4 +1,4 @@
-"""The evaluation of :mod:`winnowkv.evaluate.run` on more than one process."""
+"""The evaluation of :mod:`winnowkv.evaluate.tasks.run` on more than one process."""
 
 from winnowkv.scale.rayrun import Pool, join, pool
 

@@ -21,9 +21,9 @@ import torch
 import transformers
 
 from winnowkv.errors import InputError
-from winnowkv.evaluate.machine import revision, versions
-from winnowkv.evaluate.run import Advance, Evaluation, Work, Worker, failed_lines, shards
-from winnowkv.evaluate.store import ResultStore
+from winnowkv.evaluate.report.machine import revision, versions
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.evaluate.tasks.run import Advance, Evaluation, Work, Worker, failed_lines, shards
 
 INSTALL = "pip install 'winnowkv[scale]'"
 RETRIES = 2  # of a shard whose worker died; then its lines say so and the run goes on

@@ -1,0 +1,1 @@
+"""The attention and mask functions that a routed model calls."""

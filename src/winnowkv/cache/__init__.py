@@ -1,0 +1,1 @@
+"""The compact cache and the way of a prompt into it."""

@@ -1,0 +1,1 @@
+"""The engine: many requests that decode together in compact slots."""

@@ -1,0 +1,179 @@
+"""One request of an engine: its way from a prompt to a completion, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from winnowkv.engine.sampling import Logprob, Sampler, Sampling, TextStream
+from winnowkv.errors import InputError
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.report import Report
+
+AnyPrompt = str | Sequence[int] | Sequence[dict[str, Any]] | Tensor
+Reason = Literal["stop", "length", "cancelled", "error"]
+BROKEN = "the model's largest logit is not a finite number: load it in bfloat16 or float32"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How a request ended.
+
+    Attributes
+    ----------
+    tokens: as they were chosen, an end token and those of a stop string included; ``text`` is without.
+    finish_reason: ``stop`` for an end token or a stop string, ``length`` for the most tokens asked, ``cancelled``, or
+        ``error``, which ``error`` names.
+    logprobs: of each token, where they were asked for.
+    report: what the prompt left in the cache.
+    queue_seconds, first_token_seconds: from submission until the prompt was begun and until the first token was there;
+        None where it never came to that.
+    """
+
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    finish_reason: Reason
+    logprobs: list[Logprob] | None
+    report: Report
+    queue_seconds: float | None
+    first_token_seconds: float | None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A new token of a request, or its end, or both.
+
+    ``text`` is what is final now and was not before: the pieces of a request make its text. ``token`` is None where
+    a request ends without one.
+    """
+
+    request: Request
+    token: int | None
+    text: str
+    logprob: Logprob | None
+    finished: Completion | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The memory of one request: ``peak`` bytes while its prompt is read, then ``entries`` a layer, ``room`` for new tokens."""
+
+    peak: int
+    entries: list[int]
+    room: int
+
+
+class Request:
+    """One prompt on its way through an engine.
+
+    Attributes
+    ----------
+    prompt: its token ids. sampling: as asked. completion: None until the request has ended.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        task: TaskProfile,
+        claim: Claim,
+        report: Report,
+        *,
+        tokenizer: Any,
+        ends: frozenset[int],
+        device: torch.device,
+        inbox: deque[Event] | None = None,
+    ) -> None:
+        self.prompt, self.sampling, self.task, self.claim, self.report = prompt, sampling, task, claim, report
+        self.completion: Completion | None = None
+        self.submitted, self.started, self.first = time.perf_counter(), 0.0, 0.0
+        self.ends = frozenset[int]() if sampling.ignore_eos else ends
+        self.sampler = Sampler(sampling, self.ends, device)
+        self._text = TextStream(tokenizer, sampling.stop, sampling.min_new_tokens)
+        self._logprobs: list[Logprob] = []
+        self._inbox = inbox
+
+    @property
+    def tokens(self) -> list[int]:
+        """Chosen so far."""
+        return self.sampler.tokens
+
+    def take(self, chosen: tuple[int, Logprob | None] | None) -> Event:
+        """Go on with a token that the request's sampler chose; None ends it with an error."""
+        if chosen is None:
+            return self.end("error", InputError(BROKEN))
+        token, logprob = chosen
+        self.first = self.first or time.perf_counter()
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        ended = token in self.ends
+        piece = self._text.flush() if ended else self._text.push(token)
+        if ended or self._text.stopped:
+            return self._event(token, piece, logprob, self._complete("stop"))
+        if len(self.tokens) < self.sampling.max_new_tokens:
+            return self._event(token, piece, logprob, None)
+        piece += self._text.flush()
+        return self._event(token, piece, logprob, self._complete("length"))
+
+    def end(self, reason: Reason, error: BaseException | None = None) -> Event:
+        """End it without a token; what was held back of its text never comes."""
+        return self._event(None, "", None, self._complete(reason, error))
+
+    def _complete(self, reason: Reason, error: BaseException | None = None) -> Completion:
+        now, steps = time.perf_counter(), max(len(self.tokens) - 1, 0)
+        self.report.decode_tokens = self.report.decode_entries = steps
+        self.report.decode_seconds = now - self.first if steps else 0.0
+        self.completion = Completion(
+            prompt_tokens=len(self.prompt),
+            tokens=self.tokens,
+            text=self._text.text,
+            finish_reason=reason,
+            logprobs=None if self.sampling.logprobs is None else self._logprobs,
+            report=self.report,
+            queue_seconds=self.started - self.submitted if self.started else None,
+            first_token_seconds=self.first - self.submitted if self.first else None,
+            error=error,
+        )
+        return self.completion
+
+    def _event(self, token: int | None, text: str, logprob: Logprob | None, finished: Completion | None) -> Event:
+        event = Event(self, token, text, logprob, finished)
+        if self._inbox is not None:
+            self._inbox.append(event)
+        return event
+
+
+def token_ids(tokenizer: Any, prompt: AnyPrompt) -> list[int]:
+    """Token ids of text as it is, of chat messages through the model's template, or of token ids."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    if all(isinstance(part, int) and not isinstance(part, bool) for part in parts):
+        return parts
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(prompt, Sequence):
+        raise InputError(f"a prompt is text, chat messages or token ids, not {type(parts[0]).__name__}s")
+    if not tokenizer.chat_template:
+        raise InputError("this model's tokenizer has no chat template: give the prompt as text")
+    try:
+        return tokenizer.apply_chat_template(parts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # what a template raises is its own affair
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model's chat template does not take these messages: {reason}") from error
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a generation, by the model's generation config and the tokenizer."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    every = found if isinstance(found, list | tuple) else [found]
+    return frozenset(token for token in (*every, tokenizer.eos_token_id) if token is not None)

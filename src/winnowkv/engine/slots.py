@@ -1,0 +1,308 @@
+"""Compact slots: the caches of several requests side by side, in place; one forward pass is one decode step of all.
+
+Nothing is concatenated and nothing gathered while tokens are generated: a new entry is written into its column, and
+the mask is what the columns say. With cache.py, layer.py, slotlayer.py and attention.py the only files that know the
+internals of transformers.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from winnowkv.attention.hooks import TAG, acquire, release
+from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.reading import prefill
+from winnowkv.engine.compiled import any_size, compiled
+from winnowkv.engine.cuda_graphs import Recorded
+from winnowkv.engine.slot_layer import SlotLayer
+from winnowkv.errors import CacheError, UnsupportedModelError
+from winnowkv.types import Padding, Valid
+
+BLOCK = 64  # columns added where generation outlives its room
+BUCKET = 128  # fewest columns of a graph of one shape; see bucket()
+STEP = 16  # columns of a graph of any shape are a multiple: whole vectors
+
+
+class Slots(Cache):
+    """The compact caches of several requests side by side; one forward pass is one decode step of all of them.
+
+    While it lives the model's attention goes through ours. Not thread-safe.
+
+    Parameters
+    ----------
+    model: the model of all caches that will be placed.
+    compile: run the step through ``torch.compile``, on a GPU recorded as a CUDA graph. On the CPU two graphs serve all
+        sizes; elsewhere rows and columns, equally many for all full-attention layers, come from short lists, so that few
+        graphs serve all. Where the model cannot be compiled one warning names the cause, and steps are eager
+        from then on.
+    like: a cache of the model that a prompt was read into, which shows what its layers are made of. Without one a run
+        of two tokens shows it.
+
+    Attributes
+    ----------
+    rows: requests placed now. positions: tokens that each has seen.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For a model that compact caches cannot serve, or with layers of another kind.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compile: bool = False, like: CompactCache | None = None) -> None:
+        acquire(model)
+        weakref.finalize(self, release, model).atexit = False
+        if like is None:  # config fields differ from model to model
+            like = CompactCache(model, "full", 1)
+            prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), like)
+        known, made = [*like.compact_layers, *like.sliding_layers], list[Any](like.layers)
+        for index, layer in enumerate(made):
+            if layer not in known:
+                raise UnsupportedModelError(
+                    f"slots serve full attention and sliding windows, layer {index} is a {type(layer).__name__}"
+                )
+        self._each = [SlotLayer(getattr(layer, "sliding_window", None)) for layer in made]
+        super().__init__(layers=list(self._each))
+        for mine, theirs in zip(self._each, made, strict=True):
+            mine.lazy_initialization(theirs.keys, theirs.values)
+            mine.static = compile
+        self.model = model
+        self._full = sum(layer.window is None for layer in self._each)
+        self._requests: list[_Request] = []
+        self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
+        self._compiled = compiled(model) if compile else None
+        self._recorded = Recorded() if compile and model.device.type == "cuda" else None
+        # On the CPU a graph of one row and one of several serve any sizes, as fast; a CUDA graph is of one shape.
+        self._flexible = compile and model.device.type == "cpu"
+
+    @property
+    def rows(self) -> int:
+        """Requests placed now."""
+        return len(self._requests)
+
+    @property
+    def positions(self) -> list[int]:
+        """Tokens that each request has seen."""
+        return [request.seen + request.generated for request in self._requests]
+
+    @property
+    def held_bytes(self) -> int:
+        """Storage behind all buffers."""
+        return sum(layer.held_bytes for layer in self._each)
+
+    def bytes_with(self, entries: Sequence[int], room: int) -> int:
+        """Most that is held with one request more: its ``entries`` of each full-attention layer, ``room`` for more."""
+        return self._bytes([*self._requests, _Request(list(entries), room)])
+
+    def bytes_alone(self, entries: Sequence[int], room: int) -> int:
+        """The same for that request by itself."""
+        return self._bytes([_Request(list(entries), room)])
+
+    def _bytes(self, requests: Sequence[_Request]) -> int:
+        shapes = self._shapes(requests)
+        return sum(rows * columns * layer.column_bytes for layer, (rows, columns) in zip(self._each, shapes, strict=True))
+
+    def place(self, cache: CompactCache, room: int) -> None:
+        """Take over a request whose prompt was read, as the last row, layer by layer; the cache's layers are empty after.
+
+        Raises CacheError for a cache of another model, of several rows, or with a decode budget.
+        """
+        self.place_all([cache], room)
+
+    def place_all(self, caches: Sequence[CompactCache], room: int) -> None:
+        """The same for several, whose rows the buffers grow by only once; where one is refused none is taken."""
+        for cache in caches:
+            self._check(cache)
+        first = self.rows
+        for cache in caches:
+            layers = cache.compact_layers
+            self._requests.append(_Request([layer.length for layer in layers], room, layers[0].seen - layers[0].pads[0]))
+        for index, (mine, shape) in enumerate(zip(self._each, self._shapes(self._requests), strict=True)):
+            mine.resize(*shape)
+            for row, cache in enumerate(caches, first):
+                mine.take(row, cache.layers[index], self._requests[row].seen)
+        self._point()
+
+    def _check(self, cache: CompactCache) -> None:
+        rows = len(cache.compact_layers[0].pads)
+        if cache.model is not self.model:
+            raise CacheError("the cache belongs to another model than these slots")
+        if rows != 1:
+            raise CacheError(f"a slot takes one request, the cache has {rows} rows: read prompts one by one")
+        if cache.decode_budget is not None:
+            raise CacheError(
+                f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without"
+            )
+
+    def drop(self, row: int) -> None:
+        """Free a row at once; the last row moves into its place."""
+        last = self.rows - 1
+        if row != last:
+            for layer in self._each:
+                layer.move(last, row)
+            self._requests[row] = self._requests[last]
+        self._requests.pop()
+        if self._requests:
+            self._point()
+        else:
+            self.trim()
+
+    def trim(self) -> None:
+        """Give back the storage of rows and columns that no request needs."""
+        for layer, shape in zip(self._each, self._shapes(self._requests), strict=True):
+            layer.resize(*shape)
+        self._point()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read each row's newest token ``[rows]``; the logits of what follows, ``[rows, vocabulary]``."""
+        full = [request for request in self._requests if request.generated == request.room]
+        for request in full:
+            request.room += BLOCK
+        if full:
+            self.trim()
+        self._prepare()
+        logits = self._run(tokens)[: self.rows]
+        for request in self._requests:
+            request.generated += 1
+        return logits
+
+    def warm_up(self, rows: int, entries: int, room: int) -> float:
+        """Compile the steps of up to ``rows`` requests with so many entries and new tokens; returns the seconds.
+
+        Raises CacheError while requests are placed.
+        """
+        if self._requests:
+            raise CacheError(f"{self.rows} requests are placed: warm up before the first, or when all are done")
+        begin = time.perf_counter()
+        for size in self.graph_rows(rows):
+            self._requests = [_Request([entries] * self._full, room, entries) for _ in range(size)]
+            self.trim()
+            self.step(torch.zeros(size, dtype=torch.long, device=self.model.device))
+        self._requests = []
+        self.trim()
+        return time.perf_counter() - begin
+
+    def graph_rows(self, rows: int) -> list[int]:
+        """Row counts, ascending, whose graphs serve up to ``rows`` requests of equal columns."""
+        return sorted({1, rows} if self._flexible else {row_bucket(count) for count in range(1, rows + 1)})
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; the keys returned carry a tag by which attention finds its way back here."""
+        keys, values = self._each[layer_idx].update(key_states, value_states)
+        setattr(keys, TAG, (self, layer_idx))
+        return keys, values
+
+    def validity(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
+        """Which entries of a layer count, ``[rows, 1 or Hkv, columns]``, None where all do. Called before attention."""
+        return self._each[layer_idx].counting()
+
+    def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
+        """Nothing is scored while tokens are generated. Called after attention."""
+
+    def _shapes(self, requests: Sequence[_Request]) -> list[tuple[int, int]]:
+        """Rows and columns of each layer's buffers."""
+        rows, full = len(requests), range(self._full)
+        columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
+        if self._flexible:
+            columns = [-(-count // STEP) * STEP for count in columns]
+        elif self._each[0].static:
+            rows, columns = row_bucket(rows), [bucket(max(columns))] * self._full
+        each = iter(columns)
+        return [(rows, next(each) if layer.window is None else layer.window) for layer in self._each]
+
+    def _point(self) -> None:
+        """Give the layers the tensors that say where new entries go; compiled steps need the same ones each time."""
+        rows = self._each[0].keys.shape[0] if self._each[0].static else self.rows
+        if self._columns.shape[1] != rows:
+            self._columns = self._columns.new_zeros(len(self._each), rows)
+            numbers = torch.arange(rows, device=self._columns.device)
+            for layer, columns in zip(self._each, self._columns, strict=True):
+                layer.rows, layer.at = numbers, columns
+        if self._flexible:
+            for layer in self._each:
+                layer.any_size()
+
+    def _prepare(self) -> None:
+        """Say where each row's coming entry goes."""
+        columns, compact, positions = [], 0, self.positions
+        for layer in self._each:
+            if layer.window is None:
+                at = [request.entries[compact] + request.generated for request in self._requests]
+                compact += 1
+                layer.cut(at)
+            else:
+                at = [seen % layer.window for seen in positions]
+                layer.cut(positions)
+            columns.append(at)
+        if all(layer.column is not None for layer in self._each):
+            return
+        beyond = self._columns.shape[1] - self.rows  # rows of a compiled step that nobody reads
+        self._columns.copy_(torch.tensor([at + [0] * beyond for at in columns]), non_blocking=True)
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        """One forward pass, compiled where that works."""
+        beyond = self._columns.shape[1] - self.rows
+        places = torch.tensor([*self.positions, *[0] * beyond]).to(tokens.device, non_blocking=True)
+        inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, beyond))[:, None], "position_ids": places[:, None]}
+        if self._flexible:
+            any_size(*inputs.values())
+        if (compiled := self._compiled) is not None:
+            try:
+                step = partial(self._forward, compiled)
+                return step(**inputs) if self._recorded is None else self._recorded(step, self._where(), inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                cause = str(error).strip().splitlines()[0]
+                warnings.warn(f"{type(self.model).__name__} cannot be compiled ({cause}): decode steps are eager", stacklevel=3)
+                self._compiled = None
+        return self._forward(self.model, **inputs)
+
+    def _forward(self, model: Callable[..., Any], **inputs: Tensor) -> Tensor:
+        return model(**inputs, past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _where(self) -> Hashable:
+        """Where the buffers lie, and their shapes: what a recorded step must find again."""
+        buffers = (part for layer in self._each for part in (layer.keys, layer.values, layer.valid))
+        pointers = (self._columns, self._each[0].rows)
+        return tuple((part.data_ptr(), part.shape) for part in (*pointers, *buffers))
+
+
+@dataclass
+class _Request:
+    """What a row needs: its prompt's ``entries`` of each full-attention layer, ``room`` for new tokens.
+
+    ``seen``: tokens that it had seen when it was placed; ``generated``: those since.
+    """
+
+    entries: list[int]
+    room: int
+    seen: int = 0
+    generated: int = 0
+
+
+def bucket(columns: int) -> int:
+    """The smallest of 128, 192, 256, 320, ... 512, 640, ... 1024, 1280, ... that is no smaller; 0 for none."""
+    if columns <= BUCKET:
+        return BUCKET if columns else 0
+    step = max(BLOCK, 1 << (columns - 1).bit_length() - 3)  # a quarter of the power of two below
+    return -(-columns // step) * step
+
+
+def row_bucket(rows: int) -> int:
+    """The smallest of 1, 2, 4, 8, 12, 16, 24, 32, 48, ... that is no smaller; 0 for none."""
+    if not rows:
+        return 0
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power > 8 and rows <= power * 3 // 4 else power

@@ -1,0 +1,75 @@
+"""Rows that decode together in slots: what the engine and evaluation share, and greedy answers of many caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from winnowkv.cache.cache import CompactCache
+from winnowkv.engine.sampling import Logprob, Sampler, Sampling, choose
+from winnowkv.engine.slots import BLOCK, Slots
+
+GREEDY = Sampling()
+Row = TypeVar("Row")
+
+
+def advance(slots: Slots, samplers: Sequence[Sampler]) -> list[tuple[int, Logprob | None] | None]:
+    """One decode step of all rows: what each row's sampler chooses behind its newest token, as :func:`choose` says it."""
+    newest = torch.tensor([sampler.tokens[-1] for sampler in samplers], device=slots.model.device)
+    return choose(slots.step(newest), samplers)
+
+
+def drop_ended(slots: Slots, rows: list[Row], ended: Callable[[Row], bool]) -> None:
+    """Free the slots of rows that have ended. ``rows`` are in the order of the slots, and stay so."""
+    for at in reversed(range(len(rows))):
+        if ended(rows[at]):
+            slots.drop(at)
+            rows[at] = rows[-1]
+            rows.pop()
+
+
+@torch.no_grad()
+def greedy_rows(
+    caches: Sequence[CompactCache], logits: Tensor, limit: int, done: Callable[[list[int]], bool]
+) -> list[list[int] | None]:
+    """Most likely tokens behind every cache, decoded together; a row that ends leaves its slot at once.
+
+    Parameters
+    ----------
+    caches: at least one, of one model and one request each. Those that go on are empty after.
+    logits: of each request's latest token, ``[B, vocabulary]``.
+    limit: most tokens of a row, at least 1.
+    done: told a row's tokens after each new one; True ends the row, the token included.
+
+    Returns
+    -------
+    list
+        Tokens per row; None for a row whose largest logit is not a finite number, which ends it.
+
+    Raises
+    ------
+    CacheError
+        For what slots do not take: a cache of another model, of several rows or with a decode budget.
+    """
+    samplers = [Sampler(GREEDY, (), logits.device) for _ in caches]
+    rows: list[list[int] | None] = [sampler.tokens for sampler in samplers]
+    ended = [False] * len(rows)
+
+    def take(active: Sequence[int], chosen: Sequence[object]) -> None:
+        for row, one in zip(active, chosen, strict=True):
+            if one is None:
+                rows[row] = None
+            tokens = rows[row]
+            ended[row] = tokens is None or len(tokens) == limit or done(tokens)
+
+    take(range(len(rows)), choose(logits, samplers))
+    active = [row for row in range(len(rows)) if not ended[row]]
+    slots = Slots(caches[0].model, like=caches[0])
+    slots.place_all([caches[row] for row in active], min(limit - 1, BLOCK))
+    while active:
+        take(active, advance(slots, [samplers[row] for row in active]))
+        drop_ended(slots, active, ended.__getitem__)
+    return rows

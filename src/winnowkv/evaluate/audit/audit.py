@@ -1,0 +1,305 @@
+"""``winnow audit``: what compression costs on prompts without labels, against the full cache's own answers.
+
+The full cache continues each prompt greedily. Every compressed cache is then *forced* along these
+tokens, all settings of similar length in one pass, and asked at each which token it would give
+itself. The first token of a continuation comes from the prompt's own logits, which no eviction
+changes: it is left out of every number, and a prompt whose continuation is that one token has
+nothing to compare (``trivial``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from winnowkv.budget import Asked
+from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.reading import extend
+from winnowkv.cache.stacked import stack
+from winnowkv.engine.step import greedy_rows
+from winnowkv.errors import InputError, WinnowError
+from winnowkv.evaluate.needle.needle import stop_tokens
+from winnowkv.evaluate.needle.prompts import read_rows
+from winnowkv.evaluate.report.machine import revision, versions
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.evaluate.settings import Kept, Setting, batches, continue_all, policies_for, read_prompt, replay, settings
+from winnowkv.evaluate.tasks.protocol import middle_out
+from winnowkv.evaluate.tasks.tasks import find_tasks
+from winnowkv.models.load import dtype_name, encode, position_limit, prompt_limit
+from winnowkv.prompt.classifier import task_profile
+from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.task import TaskProfile
+
+BLOCK = 2**24  # logits of all rows at once, 64 MiB in float32: bounds the memory, whatever vocabulary and length
+NOT_A_NUMBER = "a logit is not a number"
+Advance = Callable[[str], None]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AuditPrompt:
+    """A prompt; ``template`` False keeps it out of the chat template, where its task's protocol says so."""
+
+    id: str
+    text: str
+    template: bool = True
+
+    @property
+    def digest(self) -> str:
+        """What tells two prompts apart, whatever they are called."""
+        return hashlib.sha256(f"{self.template}\n{self.text}".encode()).hexdigest()[:16]
+
+
+def file_prompts(path: Path) -> list[AuditPrompt]:
+    """Prompts of a JSONL file, a row ``{"prompt": ...}`` each with an ``id`` if it likes; any other file is one prompt.
+
+    Raises InputError with file and line for a row that is not, and for a file that cannot be read or is empty.
+    """
+    if path.suffix == ".jsonl":
+        rows = read_rows(path, "prompt", ("prompt",))
+        return [AuditPrompt(str(row.get("id", f"{path.name}:{n}")), row["prompt"]) for n, row in enumerate(rows, 1)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompt file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not text.strip():
+        raise InputError(f"prompt file {path} is empty: give at least one word")
+    return [AuditPrompt(path.name, text)]
+
+
+def gather_prompts(
+    files: Sequence[Path], tasks: Sequence[str], data: Path | None, skip: int = 0, limit: int | None = None
+) -> list[AuditPrompt]:
+    """Prompts of files and of tasks, ``limit`` of each behind its first ``skip``; a text that comes twice counts once.
+
+    Raises InputError where none is left.
+    """
+    sources = [file_prompts(path) for path in files]
+    for task in find_tasks(tasks) if tasks else []:
+        sources.append([AuditPrompt(f"{task.name}/{row.id}", row.prompt, task.chat) for row in task.rows(data)])
+    if not sources:
+        raise InputError("no prompts to audit: give --prompts FILE.jsonl, or --tasks and --data")
+    end = None if limit is None else skip + limit
+    found: dict[str, AuditPrompt] = {}
+    for source in sources:
+        for prompt in source[skip:end]:
+            found.setdefault(prompt.digest, prompt)
+    if not found:
+        raise InputError(f"--skip {skip} passes over every prompt: the longest source has {max(map(len, sources))}")
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What to measure. ``policies`` and ``budgets`` are kept as they were asked, for the results.
+
+    ``max_context``: most prompt tokens, None for what the model has positions for; longer prompts lose their middle.
+    """
+
+    prompts: Sequence[AuditPrompt]
+    policies: Sequence[str]
+    budgets: Sequence[Asked]
+    chat: bool
+    max_new_tokens: int = 64
+    max_context: int | None = None
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every policy at every budget."""
+        return settings(self.policies, self.budgets)
+
+    def limit(self, model: PreTrainedModel) -> int | None:
+        """Most prompt tokens, so that the continuation still has positions. Raises InputError where none are left."""
+        positions = position_limit(model)
+        if positions is not None and positions <= self.max_new_tokens:
+            raise InputError(
+                f"{self.max_new_tokens} new tokens leave no room for a prompt in the model's {positions} positions: "
+                f"lower --max-new-tokens"
+            )
+        return prompt_limit(model, self.max_new_tokens, self.max_context)
+
+    def config(self, model: PreTrainedModel, name: str, served: torch.dtype) -> dict[str, Any]:
+        """What lines must have in common to stand in one result folder."""
+        return {
+            "command": "audit", "model": name, "dtype": dtype_name(model.dtype), "served_dtype": dtype_name(served),
+            "chat": self.chat, "max_new_tokens": self.max_new_tokens, "max_context": self.limit(model),
+        }  # fmt: skip
+
+    def encoded(self, prompt: AuditPrompt, model: PreTrainedModel, tokenizer: Any) -> tuple[list[int], int]:
+        """A prompt's token ids, and how many the limit took out of its middle."""
+        ids, limit = encode(tokenizer, prompt.text, chat=self.chat and prompt.template), self.limit(model)
+        left = ids if limit is None else middle_out(ids, limit)
+        return left, len(ids) - len(left)
+
+    def expected(self) -> list[Line]:
+        """What tells every line of this audit apart: prompts x settings."""
+        return [{"prompt": p.digest, "id": p.id, **asdict(s)} for p in self.prompts for s in self.settings]
+
+
+def identity(line: Line) -> Hashable:
+    """What tells two result lines apart."""
+    return (line["prompt"], *Setting(line["policy"], line["budget"]).key)
+
+
+def run(
+    test: Audit, model: PreTrainedModel, tokenizer: Any, store: ResultStore, advance: Advance, served: torch.dtype | None = None
+) -> None:
+    """Measure what the store does not hold yet, prompt by prompt; ``advance`` is told of every line, old and new.
+
+    ``served``: the dtype that the model is used in, where it computes in another one here; bytes are counted in it.
+    Raises ProfileError, before any work, where a policy needs a calibration profile and there is none of this model.
+    """
+    asked, frame = test.settings, {"versions": versions(), "git": revision()}
+    policies_for(asked, model, TaskProfile.of("localization"))
+    for prompt in test.prompts:
+        named: Line = {"prompt": prompt.digest, "id": prompt.id}
+        lacking = [setting for setting in asked if not store.has(identity({**named, **asdict(setting)}))]
+        for _ in range(len(asked) - len(lacking)):
+            advance("done before")
+        if not lacking:
+            continue
+        ids, cut = test.encoded(prompt, model, tokenizer)
+        named |= {"prompt_tokens": len(ids), "truncated_tokens": cut}
+        try:
+            lines = measure(ids, prompt.text, lacking, model, tokenizer, test.max_new_tokens, served or model.dtype)
+        except (WinnowError, torch.OutOfMemoryError) as error:
+            torch.cuda.empty_cache()
+            lines = [{**asdict(setting), "failed": str(error)} for setting in lacking]
+        for line in lines:
+            store.add({**named, **line, **frame})
+            advance(prompt.id)
+
+
+def measure(
+    ids: list[int], text: str, asked: Sequence[Setting], model: PreTrainedModel, tokenizer: Any, limit: int, served: torch.dtype
+) -> list[Line]:
+    """One line a setting of a prompt, from one prefill. Raises InputError where the full cache's logits are not numbers."""
+    stop, made = (
+        stop_tokens(model, tokenizer),
+        policies_for(asked, model, replace(task_profile(text), layout=read_layout(tokenizer, ids))),
+    )
+    recorded, logits, seconds = read_prompt(model, ids, made)
+    kept = replay(recorded, asked, made)
+    spent = [costs(one, seconds, served) for one in kept]
+    tokens, found = compare(model, recorded, kept, logits, limit, stop)
+    answer = tokenizer.decode([token for token in tokens if token not in stop], skip_special_tokens=True)
+    return [{**asdict(one.setting), "continuation": answer, **found[one.setting], **cost}
+            for one, cost in zip(kept, spent, strict=True)]  # fmt: skip
+
+
+def compare(
+    model: PreTrainedModel, recorded: CompactCache, kept: Sequence[Kept], logits: Tensor, limit: int, stop: set[int]
+) -> tuple[list[int], dict[Setting, Line]]:
+    """The full cache's continuation (its stop token included), and how near each setting comes to it, by setting.
+
+    ``logits`` ``[1, V]`` are the prompt's. Raises InputError where the full cache's logits are not numbers.
+    """
+    seen = recorded.report.prompt_tokens[0]
+    (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
+    if tokens is None:
+        raise InputError(NOT_A_NUMBER)
+    found: dict[Setting, Line] = {one.setting: {"failed": one.failed, "compared_tokens": len(tokens) - 1} for one in kept}
+    if len(tokens) == 1:
+        return tokens, found
+    truth = torch.cat([part[0] for part in forced(model, recorded.replay("full", 1), tokens[:-1], seen, 1)])
+    itself = agreement(truth, tokens[1:]).float().mean().item()
+    clock: dict[Setting, float] = {}
+    for batch in batches(kept):
+        begin = time.perf_counter()
+        caches = [one.cache for one in batch if one.cache is not None]
+        rows = fidelity(model, caches, truth, tokens, seen)
+        seconds = (time.perf_counter() - begin) / len(batch)
+        for one, row in zip(batch, rows, strict=True):
+            found[one.setting] |= {"full_agreement": itself, **row}
+            clock[one.setting] = seconds
+    # Really run, to the first token that departs: what comes behind it cannot make the answer equal again.
+    free = continue_all(model, kept, logits, [], len(tokens), lambda made: made[-1] != tokens[len(made) - 1])
+    for setting, answer in free.items():
+        line = found[setting]
+        if answer.tokens is None:
+            line["failed"] = NOT_A_NUMBER
+        else:
+            line["exact_match"] = answer.tokens == tokens
+        line["compare_s"] = round(clock[setting] + answer.seconds / answer.batch, 4)
+    return tokens, found
+
+
+def fidelity(model: PreTrainedModel, caches: Sequence[CompactCache], truth: Tensor, tokens: list[int], seen: int) -> list[Line]:
+    """Agreement, KL divergence and first divergence of each cache when it is forced along ``tokens``.
+
+    ``truth`` ``[n - 1, V]`` are the full cache's logits behind all tokens but the last.
+    """
+    begin, agrees, kl = 0, [], []
+    for logits in forced(model, stack(caches), tokens[:-1], seen, len(caches)):
+        end = begin + logits.shape[1]
+        agrees.append(agreement(logits, tokens[1 + begin : 1 + end]))
+        kl.append(divergence(truth[begin:end], logits))
+        begin = end
+    lines: list[Line] = []
+    for same, nats in zip(torch.cat(agrees, 1), torch.cat(kl, 1), strict=True):
+        if not nats.isfinite().all():
+            lines.append({"failed": NOT_A_NUMBER})
+            continue
+        apart = (~same).nonzero()
+        lines.append(
+            {
+                "agreement": same.float().mean().item(),
+                "kl_mean": nats.mean().item(),
+                "kl_p99": nats.quantile(0.99).item(),
+                "first_divergence": 1 + int(apart[0]) if len(apart) else None,  # its index in the continuation
+            }
+        )
+    return lines
+
+
+def forced(model: PreTrainedModel, cache: CompactCache, tokens: Sequence[int], seen: int, rows: int) -> Iterator[Tensor]:
+    """Logits ``[B, k, V]`` behind each of ``tokens``, read into every row of a cache that has seen ``seen``, in blocks."""
+    step = max(BLOCK // (rows * model.config.get_text_config(decoder=True).vocab_size), 1)
+    for begin in range(0, len(tokens), step):
+        ids = torch.tensor([list(tokens[begin : begin + step])], device=model.device).expand(rows, -1)
+        yield extend(model, cache, ids, [seen + begin] * rows)
+
+
+def agreement(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Whether the likeliest token is the given one, for ``logits`` ``[..., k, V]`` and ``k`` tokens."""
+    return logits.argmax(-1) == torch.tensor(list(tokens), device=logits.device)
+
+
+def divergence(truth: Tensor, logits: Tensor) -> Tensor:
+    """KL(truth || other) in nats per token, in float32, of logits ``[..., V]``; not finite where a logit is not."""
+    p, q = truth.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0).sum(-1).clamp(min=0)
+
+
+def costs(one: Kept, seconds: float, served: torch.dtype) -> Line:
+    """Bytes and seconds of a setting; nothing where it has no cache.
+
+    Bytes are counted with entries, scales and zero points of dtype ``served``: an audit may compute in float32,
+    and eviction must not look dear beside codes of 8 bits because of that.
+    """
+    if one.cache is None:
+        return {}
+    report, layers = one.cache.report, one.cache.compact_layers
+    codes = sum(sum(layer.counts(0)) * part.codes.shape[-1] for layer in layers for part in layer.quantized)
+    held = sum(part.codes.nbytes for layer in layers for part in layer.quantized)
+    itemsize = layers[0].keys.itemsize
+
+    def in_served(total: int, as_codes: int) -> int:
+        return as_codes + (total - as_codes) * served.itemsize // itemsize
+
+    return {
+        "kept_mass": report.kept_mass[0],
+        "kept_bytes": in_served(report.kept_bytes, codes),
+        "full_bytes": in_served(report.full_bytes, 0),
+        "held_bytes": in_served(report.held_bytes, held),
+        "prefill_s": round(seconds + report.compress_seconds, 4),
+        "compress_s": round(report.compress_seconds, 4),
+    }

@@ -1,0 +1,63 @@
+"""What ``budget="auto"`` expects of a policy, fitted to an audit of the user's own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from winnowkv.budget import Asked
+from winnowkv.errors import InputError
+from winnowkv.models.calibration import Profile, find_profile
+from winnowkv.models.curve import Curve, fit_curve
+from winnowkv.models.info import Fingerprint
+from winnowkv.policies import policy as make_policy
+
+LEAST = 8  # prompts below which a curve says nothing of the next one
+Line = dict[str, Any]
+
+
+def check_curves(policies: Sequence[str], budgets: Sequence[Asked]) -> None:
+    """Raise InputError where an audit of these settings can give no curve, or two for one name."""
+    evicting = [spec for spec in policies if make_policy(spec).evicts]
+    names = [spec.split(":")[0] for spec in evicting]
+    if not names:
+        raise InputError("--curves: none of the policies evicts anything: give one that does, such as winnow")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"--curves: {sorted(twice)[0]} is asked for twice, a profile holds one curve of it: leave one out")
+    if words := [budget for budget in budgets if isinstance(budget, str)]:
+        raise InputError(f"--curves: a curve is measured at budgets in numbers, not at {words[0]}")
+    if len(budgets) < 3:
+        raise InputError(f"--curves: {len(budgets)} budgets make no curve: give at least 3, such as 0.06,0.12,0.25,0.5,0.75")
+
+
+def curves_of(lines: Sequence[Line]) -> dict[str, Curve]:
+    """By policy the curve through an audit's lines. Raises InputError where there are too few prompts."""
+    curves = {}
+    for spec in dict.fromkeys(line["policy"] for line in lines if make_policy(line["policy"]).evicts):
+        mine = [line for line in lines if line["policy"] == spec and line["failed"] is None and line["compared_tokens"]]
+        prompts = {line["prompt"] for line in mine}
+        if len(prompts) < LEAST:
+            raise InputError(f"--curves: {spec} was compared on {len(prompts)} prompts, a curve takes at least {LEAST}")
+        name = spec.split(":")[0]
+        curves[name] = fit_curve([(line["kept_mass"], line["agreement"]) for line in mine], len(prompts))
+    return curves
+
+
+def write_curves(path: Path, model: PreTrainedModel, lines: Sequence[Line], expected: Sequence[Line]) -> Profile:
+    """The model's profile with the curves of an audit, written to ``path``; curves of other policies stay in it.
+
+    The profile is the one that ``path`` holds already, else the one that a policy of the audit names, else the package's.
+    Raises ProfileError where there is none of this model, InputError where there are too few prompts.
+    """
+    asked = {(line["prompt"], line["policy"], line["budget"]) for line in expected}
+    mine = [line for line in lines if (line["prompt"], line["policy"], line["budget"]) in asked]
+    fingerprint = Fingerprint.of(model)
+    named = [getattr(make_policy(line["policy"]), "profile", None) for line in expected]
+    profile = find_profile(str(path) if path.exists() else next(filter(None, named), None), fingerprint)
+    made = replace(profile, curves={**profile.curves, **curves_of(mine)})
+    made.write(path)
+    return made

@@ -1,0 +1,1 @@
+"""The benchmark: what compression costs and brings in seconds and bytes."""

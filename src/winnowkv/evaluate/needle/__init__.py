@@ -1,0 +1,1 @@
+"""The needle test: facts hidden in long texts."""

@@ -1,0 +1,351 @@
+"""The needle test: can the model still find a sentence, or several, in a long text when most of the cache is gone?
+
+One prefill serves every policy and budget of a case: it is recorded once over the full
+cache and replayed for each (:meth:`CompactCache.replay`), which keeps what a live prefill
+with that policy keeps. Settings that keep about as much as each other answer in one batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from winnowkv.budget import Asked, Budget
+from winnowkv.cache.cache import CompactCache
+from winnowkv.errors import InputError
+from winnowkv.evaluate.needle.factorial import effects
+from winnowkv.evaluate.needle.prompts import Hidden, PromptBuilder
+from winnowkv.evaluate.report.machine import machine, versions
+from winnowkv.evaluate.report.store import ResultStore, write_json
+from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
+from winnowkv.models.info import Fingerprint
+from winnowkv.models.load import dtype_name, position_limit
+from winnowkv.policies import Policy, Prompt, policy as make_policy
+from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.report import Report
+
+# A line has needle and answer, or needles and answers where there are several; one without a variant is an old single.
+IDENTITY = ("variant", "policy", "budget", "length", "depth", "question", "needle", "needles", "answer", "answers")
+METRICS = ("correct", "found", "rouge1_f1", "rouge1_recall")
+LONGEST = "max"  # as a length: all that the model has positions for
+NO_NUMBER = "a logit was not a number"
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class NeedleTest:
+    """What to measure. ``policies`` and ``budgets`` are kept as they were asked, for the results.
+
+    ``needles`` are those of one ``variant``. Where ``timed``, every setting decodes alone, so that its pace can be told.
+
+    Raises
+    ------
+    PolicyError, BudgetError, InputError
+        From :meth:`check`, before any work: unknown policies, budgets too small for a
+        policy at one of the lengths, depths outside 0..1, lengths beyond the model.
+    """
+
+    policies: Sequence[str]
+    budgets: Sequence[Asked]
+    lengths: Sequence[int]
+    depths: Sequence[float]
+    needles: Sequence[Hidden]
+    task: str = "localization"
+    max_new_tokens: int = 24
+    variant: str = "single"
+    timed: bool = True
+
+    def resolved(self, model: PreTrainedModel | None = None) -> dict[str, Policy]:
+        """Every asked policy with its task decided, and with its model where that is given."""
+        profile = TaskProfile.of(self.task)
+        made = {spec: make_policy(spec).for_task(profile) for spec in self.policies}
+        if model is None:
+            return made
+        fingerprint = Fingerprint.of(model)
+        return {spec: policy.for_model(fingerprint) for spec, policy in made.items()}
+
+    def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
+        """Complain about everything that cannot work, before the first prompt is read."""
+        if not (self.policies and self.budgets and self.lengths and self.depths and self.needles):
+            raise InputError("the needle test needs at least one policy, budget, length, depth and needle")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}, it must be at least 1")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
+        limit, policies = position_limit(model), self.resolved(model).values()
+        for length in self.lengths:
+            if length < 1:
+                raise InputError(f"length {length} must be at least 1 token")
+            if limit is not None and length + self.max_new_tokens > limit:
+                raise InputError(
+                    f"length {length} with {self.max_new_tokens} new tokens passes the model's {limit} positions: "
+                    f"ask for at most {limit - self.max_new_tokens}"
+                )
+            for policy in policies:
+                for budget in self.budgets:
+                    entries = Budget.of(budget).entries(length)
+                    if policy.evicts and policy.observe < length and entries < length:
+                        policy.check(Prompt(tokens=length, layers=1, budget=entries))
+            for needle in self.needles:
+                builder.build(needle, length, 0.0)  # complains where the haystack or the length is too short
+
+    def cases(self) -> list[tuple[int, float, Hidden]]:
+        """All prompts: lengths x needles x depths."""
+        return [(n, depth, needle) for n in self.lengths for needle in self.needles for depth in self.depths]
+
+    def steps(self) -> int:
+        """Measurements in all: cases x policies x budgets."""
+        return len(self.cases()) * len(self.policies) * len(self.budgets)
+
+
+def fit_lengths(asked: Sequence[int | str], model: PreTrainedModel, max_new_tokens: int) -> list[int]:
+    """The lengths asked, with :data:`LONGEST` as what the model's positions leave beside the new tokens."""
+    limit = position_limit(model)
+    if limit is None and LONGEST in asked:
+        raise InputError(f"the model does not say how many positions it has: give a number in place of {LONGEST!r}")
+    return list(dict.fromkeys((limit or 0) - max_new_tokens if n == LONGEST else int(n) for n in asked))
+
+
+def check_metric(metric: str) -> None:
+    """Raise InputError for a metric that no line has."""
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
+
+
+def identity(line: dict[str, Any]) -> Hashable:
+    """What tells two result lines apart."""
+    values = [{"variant": "single", **line}.get(name) for name in IDENTITY]
+    # A list comes back from JSON where a tuple went in.
+    return tuple(tuple(value) if isinstance(value, list | tuple) else (type(value).__name__, value) for value in values)
+
+
+def open_store(
+    folder: Path, model: PreTrainedModel, name: str, builder: PromptBuilder, haystack: str, test: NeedleTest
+) -> ResultStore:
+    """The result folder of a test; lines of other models, haystacks or settings are refused."""
+    config = {
+        "model": name,
+        "dtype": dtype_name(model.dtype),
+        "chat": builder.chat,
+        "task": test.task,
+        "variant": test.variant,
+        "max_new_tokens": test.max_new_tokens,
+        "haystack_sha256": hashlib.sha256(haystack.encode()).hexdigest(),
+    }
+    return ResultStore(folder, config, identity)
+
+
+def run(
+    test: NeedleTest, model: PreTrainedModel, tokenizer: Any, builder: PromptBuilder, store: ResultStore, advance: Advance
+) -> None:
+    """Measure what the store does not hold yet, line by line; ``advance`` is told of every line, old and new."""
+    resolved = test.resolved(model)
+    stop = stop_tokens(model, tokenizer)
+    for length, depth, needle in test.cases():
+        frame = {"variant": test.variant, "length": length, "depth": depth, **asdict(needle)}
+        asked = [{"policy": p, "budget": b, **frame} for p in test.policies for b in test.budgets]
+        todo = [line for line in asked if not store.has(identity(line))]
+        for _ in range(len(asked) - len(todo)):
+            advance("done before")
+        if not todo:
+            continue
+        ids = builder.build(needle, length, depth)
+        profile = replace(TaskProfile.of(test.task), layout=read_layout(tokenizer, ids))
+        policies = {spec: policy.for_task(profile) for spec, policy in resolved.items()}
+        needed = {line["policy"]: policies[line["policy"]] for line in todo}
+        read = read_prompt(model, ids, needed)
+        reading = Reading(model, tokenizer, *read, needle.answers, test.max_new_tokens, stop)
+        lines: dict[Setting, list[dict[str, Any]]] = {}
+        for line in todo:
+            # A policy that evicts nothing gives every budget the same.
+            shared = line["budget"] if policies[line["policy"]].evicts else test.budgets[0]
+            lines.setdefault(Setting(line["policy"], shared), []).append(line)
+        for setting, measured in reading.measure(list(lines), policies, alone=test.timed):
+            for line in lines[setting]:
+                store.add({**line, **measured, "versions": versions()})
+                advance(f"{length} tokens, depth {depth}, {', '.join(needle.answers)}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One recorded prompt, and what answering its question from a replay of it takes."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    cache: CompactCache
+    logits: torch.Tensor
+    seconds: float
+    answers: Sequence[str]
+    limit: int
+    stop: Collection[int]
+
+    def measure(
+        self, asked: Sequence[Setting], policies: Mapping[str, Policy], *, alone: bool
+    ) -> Iterator[tuple[Setting, dict[str, Any]]]:
+        """What result lines say of each setting, those of similar length answered together; each by itself where ``alone``."""
+        waiting: list[tuple[Setting, CompactCache]] = []
+        for setting in asked:
+            cache = self.cache.replay(policies[setting.policy], setting.budget)
+            if alone or not policies[setting.policy].evicts:
+                yield from self.answer([(setting, cache)])
+                continue
+            waiting.append((setting, cache))
+            # Answered when they hold as much as the full cache, so that memory stays flat over any number of settings.
+            if sum(cache.held_bytes for _, cache in waiting) > self.cache.held_bytes:
+                yield from self.answer(waiting)
+                waiting = []
+        yield from self.answer(waiting)
+
+    def answer(self, kept: Sequence[tuple[Setting, CompactCache]]) -> Iterator[tuple[Setting, dict[str, Any]]]:
+        """Answer from these caches, similar ones in one batch; a cache by itself also says its median ms a token."""
+        clock = []
+
+        def done(tokens: list[int]) -> bool:
+            clock.append(time.perf_counter())
+            return tokens[-1] in self.stop
+
+        waiting = [Kept(setting, cache) for setting, cache in kept]
+        found = continue_all(self.model, waiting, self.logits, (), self.limit, done)
+        clock.append(time.perf_counter())
+        for setting, cache in kept:
+            tokens, batch = found[setting].tokens, found[setting].batch
+            output = self.text(tokens or [])
+            measured = {
+                "output": output,
+                **judge(self.answers, output),
+                "failed": NO_NUMBER if tokens is None else None,
+                **kept_of(cache.report),
+                "prefill_s": round(self.seconds + cache.report.compress_seconds, 4),
+                "decode_ms_per_token": pace(clock[: len(tokens)]) if tokens and len(kept) == 1 else None,
+                "decode_batch": batch,
+            }
+            yield setting, measured
+
+    def text(self, tokens: list[int]) -> str:
+        """An answer without the token that ended it."""
+        kept = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
+        return self.tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def kept_of(report: Report) -> dict[str, Any]:
+    """What a result line takes from the report of one prompt."""
+    return {
+        "kept_entries_per_layer": report.kept_entries[0],
+        "kept_bytes": report.kept_bytes,
+        "full_bytes": report.full_bytes,
+        "held_bytes": report.held_bytes,
+        "compress_s": round(report.compress_seconds, 4),
+        "prompt_tokens": report.prompt_tokens[0],
+    }
+
+
+def pace(clock: Sequence[float]) -> float | None:
+    """The median milliseconds from one token to the next, None for a single token.
+
+    The first step is left out: it makes the buffers' room for growth.
+    """
+    gaps = [1000 * (b - a) for a, b in pairwise(clock)]
+    steady = gaps[1:] or gaps
+    return round(median(steady), 2) if steady else None
+
+
+def judge(answers: str | Sequence[str], output: str) -> dict[str, Any]:
+    """Containment of the answer, or of each of several, case-folded, and ROUGE-1 of the output against all of them.
+
+    ``found`` is the fraction of the answers that the output contains, ``correct`` whether that is all.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    wanted = [answers] if isinstance(answers, str) else list(answers)
+    rouge = RougeScorer(["rouge1"]).score(" ".join(wanted), output)["rouge1"]
+    found = sum(answer.casefold() in output.casefold() for answer in wanted) / len(wanted)
+    return {
+        "correct": found == 1,
+        "found": round(found, 4),
+        "rouge1_recall": round(rouge.recall, 4),
+        "rouge1_f1": round(rouge.fmeasure, 4),
+    }
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Ids that end an answer: the model's generation config and the tokenizer's end token."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    listed = ends if isinstance(ends, list) else [ends]
+    return {int(end) for end in [*listed, tokenizer.eos_token_id] if end is not None}
+
+
+def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means per policy, budget and length, in the order asked, over the lines that this test asks for.
+
+    A line that failed is counted and left out of the means.
+    """
+    wanted = {identity({"variant": test.variant, "policy": p, "budget": b, "length": n, "depth": d, **asdict(x)})
+              for p in test.policies for b in test.budgets for n, d, x in test.cases()}  # fmt: skip
+    mine = [line for line in lines if identity(line) in wanted]
+    good = [line for line in mine if not line.get("failed")]
+    groups = []
+    for length in test.lengths:
+        for spec, policy in test.resolved().items():
+            for budget in test.budgets:
+                rows = [r for r in good if (r["policy"], r["budget"], r["length"]) == (spec, budget, length)
+                        and type(r["budget"]) is type(budget)]  # fmt: skip
+                if rows:
+                    of = {"policy": spec, "budget": budget, "length": length, "evicts": policy.evicts}
+                    groups.append({**of, **means(rows)})
+    return {
+        "variant": test.variant, "groups": groups, "effects": effects(groups), "lines": len(mine),
+        "expected_lines": len(wanted), "failed": len(mine) - len(good), "machine": machine(), "versions": versions(),
+    }  # fmt: skip
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores, bytes and seconds of one group, scores also by depth, and one example answer."""
+    shown = rows[len(rows) // 2]
+    paces = [row["decode_ms_per_token"] for row in rows if row["decode_ms_per_token"] is not None]
+    depths = sorted({row["depth"] for row in rows})
+    at = {str(depth): [row for row in rows if row["depth"] == depth] for depth in depths}
+    return {
+        "cases": len(rows),
+        "accuracy": mean_of(rows, "correct"),
+        **{metric: mean_of(rows, metric) for metric in METRICS},
+        "by_depth": {metric: {depth: mean_of(some, metric) for depth, some in at.items()} for metric in METRICS},
+        "kept_bytes": mean(row["kept_bytes"] for row in rows),
+        "full_bytes": mean(row["full_bytes"] for row in rows),
+        "prefill_s": median(row["prefill_s"] for row in rows),
+        "compress_s": median(row["compress_s"] for row in rows),
+        "decode_ms_per_token": median(paces) if paces else None,
+        "example": {"question": shown["question"], "answer": answer_text(shown), "output": shown["output"]},
+    }
+
+
+def mean_of(rows: Sequence[dict[str, Any]], metric: str) -> float:
+    """Mean of a score; lines older than ``found`` have one needle, found or not."""
+    return mean(row["correct"] if metric not in row and metric == "found" else row[metric] for row in rows)
+
+
+def answer_text(line: dict[str, Any]) -> str:
+    """What a right output contains."""
+    return line["answer"] if "answer" in line else ", ".join(line["answers"])
+
+
+def write_summary(test: NeedleTest, store: ResultStore, metric: str = METRICS[0]) -> dict[str, Any]:
+    """``summary.json``, and of what is finished ``needle.png`` and ``needle_kept.png``; returns the summary."""
+    from winnowkv.evaluate.report.plot import kept_lines, needle_maps
+
+    summary = summarize(test, store.lines)
+    write_json(store.folder / "summary.json", summary)
+    if summary["groups"]:
+        needle_maps(summary["groups"], metric, store.folder / "needle.png")
+        kept_lines(summary["groups"], metric, store.folder / "needle_kept.png")
+    return summary

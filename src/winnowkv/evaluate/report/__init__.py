@@ -1,0 +1,1 @@
+"""What evaluations say: results, statistics, tables, charts and the page."""

@@ -1,0 +1,116 @@
+"""Several runs of ``winnow eval`` read as one: lines checked, equal measurements once, differences told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from winnowkv.errors import InputError
+from winnowkv.evaluate.report.store import parse_lines, read_config
+from winnowkv.evaluate.report.summary import Line, failed, section_of, setting_of
+
+ALWAYS = ("task", "row", "protocol", "policy", "budget", "score")
+NUMBERS = (
+    "prompt_tokens", "kept_entries", "kept_bytes", "full_bytes", "held_bytes", "prefill_s", "compress_s", "decode_s",
+    "decode_tokens",
+)  # fmt: skip
+LABELS = ("command", "protocol", "model", "dtype")  # what separates sections needs no second word
+
+
+def merge(folders: Sequence[Path]) -> tuple[list[Line], dict[str, Any]]:
+    """Lines of several result folders, each labelled with its model and dtype, and one config for all.
+
+    A measurement that several folders hold is taken from the last. The config has what all runs have in common,
+    ``runs`` (each folder's own settings) and ``differs`` (field -> folder -> value).
+
+    Raises
+    ------
+    InputError
+        For a folder without results of ``winnow eval``; a broken line, with file and line; one name for rows
+        of different data.
+    """
+    runs = {str(folder): _config(folder) for folder in folders}
+    merged: dict[Hashable, Line] = {}
+    expected: dict[Hashable, tuple[str, Any]] = {}
+    for folder, config in runs.items():
+        for line in read_lines(Path(folder)):
+            labelled = {"model": config.get("model"), "dtype": config.get("dtype"), **line}
+            row = (line["task"], line["row"])
+            if "answers" in line:  # a row that failed early does not say them
+                origin, answers = expected.setdefault(row, (folder, line["answers"]))
+                if answers != line["answers"]:
+                    raise InputError(
+                        f"{origin} and {folder} hold different rows under one name ({row[0]}, row {row[1]}): "
+                        f"they were read from different data, so report them apart"
+                    )
+            merged[(*section_of(labelled), *row, *setting_of(line))] = labelled
+    names = dict.fromkeys(name for config in runs.values() for name in config)
+    values = {name: {folder: config.get(name) for folder, config in runs.items()} for name in names}
+    common = {name: found for name, (found, *others) in ((n, tuple(v.values())) for n, v in values.items())
+              if all(other == found for other in others)}  # fmt: skip
+    differs = {name: values[name] for name in names if name not in common and name not in LABELS}
+    return list(merged.values()), {**common, "runs": runs, "differs": differs}
+
+
+def read_lines(folder: Path) -> list[Line]:
+    """The checked lines of a result folder; half a line at the end, of a run that was killed, is left out."""
+    file = folder / "results.jsonl"
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): give folders that winnow eval wrote") from None
+    whole = raw[: raw.rfind(b"\n") + 1]
+    try:
+        text = whole.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = whole.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file}, line {number}: not UTF-8 text") from None
+    lines = parse_lines(file, text)
+    if not lines:
+        raise InputError(f"{file} holds no finished line: run winnow eval again with the same --out")
+    for number, line in enumerate(lines, 1):
+        fault = _fault(line)
+        if fault:
+            raise InputError(f"{file}, line {number}: {fault}")
+    return lines
+
+
+def _fault(line: Any) -> str | None:
+    """What is wrong with a line, None for a good one."""
+    if not isinstance(line, dict):
+        return "not a JSON object"
+    for name in ALWAYS:
+        if name not in line:
+            return f"field {name!r} is missing, so it is no line of winnow eval"
+    if not _is_number(line["budget"]) and not str(line["budget"]).startswith("auto"):
+        return f"budget {line['budget']!r} is not a number"
+    if line["score"] is not None and not _is_number(line["score"]):
+        return f"score {line['score']!r} is neither a number nor null"
+    if failed(line):
+        return None
+    for name in NUMBERS:
+        if not _is_number(line.get(name)):
+            return f"field {name!r} is missing or not a number"
+    if not isinstance(line.get("prediction"), str):
+        return "field 'prediction' is missing or not a text"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """A run's settings, with the machine that its summary names."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give folders that winnow eval wrote")
+    config = read_config(folder)
+    if config.get("command", "eval") != "eval":
+        raise InputError(f"{folder} holds results of winnow {config['command']}: give folders that winnow eval wrote")
+    try:
+        machine = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("machine")
+    except (OSError, ValueError, AttributeError):
+        return config  # a run that was killed has no summary yet
+    return {**config, "machine": machine}

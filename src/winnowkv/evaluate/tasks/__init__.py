@@ -1,0 +1,1 @@
+"""Benchmark tasks: their rows, prompts, scores and runs."""

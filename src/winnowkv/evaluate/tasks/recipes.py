@@ -1,0 +1,263 @@
+"""Recipes: one YAML file a headline claim, with the protocol and the models that it was made for.
+
+::
+
+    claim: ...                      # what the paper says
+    source: WindowKV, arXiv 2503.17922
+    command: eval                   # or needle
+    note: ...                       # where this differs from the paper; optional
+    tasks: [longbench]              # and the other settings of the command, see EVAL and NEEDLE
+    models:
+      - name: Qwen/Qwen2.5-1.5B-Instruct
+        layers: 28                  # and the other facts of its config, so that a plan needs no hub
+        max_context: 31500          # a setting that this model has otherwise; optional
+
+A recipe is read and checked as a whole before anything runs: keys, values, tasks, policies, budgets,
+and contexts against the models' positions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+
+from winnowkv.budget import Budget
+from winnowkv.errors import InputError, WinnowError
+from winnowkv.evaluate.needle.needle import METRICS
+from winnowkv.evaluate.needle.prompts import FIELDS, Needle
+from winnowkv.evaluate.settings import settings
+from winnowkv.evaluate.tasks.run import Evaluation
+from winnowkv.memory.plan import LayerShape
+from winnowkv.models.load import EMBEDDED
+from winnowkv.policies import Prompt, policy as make_policy
+from winnowkv.prompt.task import TaskProfile
+
+Is = tuple[Callable[[Any], bool], str]
+NUMBER_BYTES = 2  # of a key's or value's number in a plan: bfloat16
+
+
+def _list_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(isinstance(part, kind) for part in value)
+
+
+TEXT: Is = (lambda value: isinstance(value, str) and bool(value.strip()), "a text")
+TEXTS: Is = (_list_of(str), "a list of texts")
+NUMBERS: Is = (_list_of((int, float)), "a list of numbers")
+COUNTS: Is = (_list_of(int), "a list of whole numbers")
+COUNT: Is = (lambda value: type(value) is int and value > 0, "a whole number above 0")
+COUNT_OR_NONE: Is = (lambda value: value is None or COUNT[0](value), "a whole number above 0, or null")
+TRUTH_OR_NONE: Is = (lambda value: value is None or isinstance(value, bool), "true, false or null")
+MAPPINGS: Is = (_list_of(dict), "a list of mappings")
+
+HEAD: Mapping[str, Is] = {"claim": TEXT, "source": TEXT, "command": TEXT, "models": MAPPINGS}
+NOTE: Mapping[str, Is] = {"note": TEXT}
+BOTH: Mapping[str, Is] = {"policies": TEXTS, "budgets": NUMBERS, "chat": TRUTH_OR_NONE}
+EVAL: Mapping[str, Is] = {**BOTH, "tasks": TEXTS, "protocol": TEXT, "max_context": COUNT_OR_NONE}
+NEEDLE: Mapping[str, Is] = {
+    **BOTH, "lengths": COUNTS, "depths": NUMBERS, "needles": MAPPINGS, "haystack": TEXT, "metric": TEXT,
+    "max_new_tokens": COUNT,
+}  # fmt: skip
+COMMANDS = {"eval": EVAL, "needle": NEEDLE}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan must know of a model's config."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    positions: int
+
+    @classmethod
+    def of(cls, config: Any) -> Facts:
+        """Read them from a transformers config."""
+        text = config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        return cls(text.num_hidden_layers, heads, kv_heads, size, text.max_position_embeddings)
+
+    def kv_bytes(self, entries: int) -> int:
+        """Bytes of keys and values of that many entries per layer and KV head."""
+        layer = LayerShape(self.kv_heads, self.head_size, self.head_size)
+        return self.layers * layer.kv_bytes(entries, NUMBER_BYTES)
+
+
+SMOLLM2_135M = Facts(layers=30, heads=9, kv_heads=3, head_size=64, positions=8192)
+MODEL: Mapping[str, Is] = {"name": TEXT, **NOTE, **{field.name: COUNT for field in fields(Facts)}}
+
+
+def least(*limits: int | None) -> int | None:
+    """The smallest of the limits that there are."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model's part of a recipe: ``asked`` are the command's settings, ``facts`` None where the recipe has none."""
+
+    command: str
+    model: str
+    facts: Facts | None
+    asked: dict[str, Any]
+    note: str | None = None
+
+    def evaluation(self, **more: Any) -> Evaluation:
+        """What ``winnow eval`` is to measure; ``more`` adds what recipes leave open, and wins where it is not None."""
+        asked = {name: tuple(value) if isinstance(value, list) else value for name, value in self.asked.items()}
+        return Evaluation(model=self.model, **{**asked, **{name: value for name, value in more.items() if value is not None}})
+
+    def lengths(self, most: int | None = None) -> list[int]:
+        """The prompt lengths of a needle test that are at most ``most`` and leave the model positions for its answer."""
+        positions = self.facts.positions - self.asked["max_new_tokens"] if self.facts else None
+        end = least(most, positions)
+        return [length for length in self.asked["lengths"] if end is None or length <= end]
+
+    @property
+    def needles(self) -> list[Needle]:
+        """What a needle test hides."""
+        return [Needle(**row) for row in self.asked["needles"]]
+
+    def context(self, most: int | None = None) -> int | None:
+        """Tokens of the longest prompt; None where neither the recipe nor the model's facts say."""
+        if self.command == "needle":
+            return max(self.lengths(most), default=None)
+        return least(most or self.asked.get("max_context"), self.facts.positions if self.facts else None)
+
+    def sizes(self, context: int | None) -> list[dict[str, Any]]:
+        """Entries per layer and KV head, and bytes, of the full cache and of each budget at a prompt of ``context`` tokens."""
+        if context is None or self.facts is None:
+            return []
+        entries = {"full": context, **{str(budget): Budget.of(budget).entries(context) for budget in self.asked["budgets"]}}
+        return [{"budget": name, "entries": n, "bytes": self.facts.kv_bytes(n)} for name, n in entries.items()]
+
+    def check(self) -> None:
+        """Complain about everything that can be seen without model and rows. Raises a WinnowError that names it."""
+        if self.command == "eval":
+            self.evaluation().check()
+        else:
+            settings(self.asked["policies"], self.asked["budgets"])
+            self._check_needles()
+        context = self.context()
+        asked = self.asked.get("max_context") if self.command == "eval" else max(self.asked["lengths"])
+        if self.facts and asked is not None and asked != context:
+            raise InputError(f"a context of {asked} passes the {self.facts.positions} positions of {self.model}: lower it")
+        if context is None:
+            return
+        for spec in self.asked["policies"]:
+            made = make_policy(spec).for_task(TaskProfile.of("localization"))
+            for budget in self.asked["budgets"]:
+                entries = Budget.of(budget).entries(context)
+                if made.evicts and entries < context:
+                    made.check(Prompt(tokens=context, layers=1, budget=entries))
+
+    def _check_needles(self) -> None:
+        for depth in self.asked["depths"]:
+            if not 0 <= depth <= 1:
+                raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
+        if self.asked["metric"] not in METRICS:
+            raise InputError(f"metric {self.asked['metric']!r} is unknown: it is one of {', '.join(METRICS)}")
+        for row in self.asked["needles"]:
+            if sorted(row) != sorted(FIELDS) or not all(isinstance(text, str) for text in row.values()):
+                raise InputError(f"a needle is a mapping of the texts {', '.join(FIELDS)}, not {row}")
+
+    def compare(self, *, offline: bool) -> bool:
+        """Whether the facts were compared with the model's own config, where it can be had: False where not.
+
+        ``offline`` looks at folders and at what the hub's cache holds only. Raises InputError for a difference.
+        """
+        if self.facts is None or self.model == EMBEDDED:
+            return False
+        try:
+            theirs = Facts.of(transformers.AutoConfig.from_pretrained(self.model, local_files_only=offline))
+        except (OSError, ValueError):  # not there, or of an architecture that this transformers does not know
+            return False
+        for name, value in asdict(self.facts).items():
+            if getattr(theirs, name) != value:
+                raise InputError(
+                    f"the recipe says that {self.model} has {name} {value}, its config says {getattr(theirs, name)}"
+                )
+        return True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A claim, and how it is measured: one plan a model, ``defaults`` for any other."""
+
+    file: Path
+    claim: str
+    source: str
+    command: str
+    note: str | None
+    defaults: dict[str, Any]
+    plans: tuple[Plan, ...]
+
+    def chosen(self, model: str | None) -> tuple[Plan, ...]:
+        """All plans, or that of one model; one that the recipe does not list gets the settings it has for all."""
+        if model is None:
+            return self.plans
+        known = {plan.model: plan for plan in self.plans}
+        return (known.get(model) or Plan(self.command, model, facts_of(model), dict(self.defaults)),)
+
+
+def facts_of(model: str) -> Facts | None:
+    """What is known of a model that no recipe describes."""
+    return SMOLLM2_135M if model == EMBEDDED else None
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read and check a recipe. Raises InputError with the file, and the nearest name for an unknown one."""
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _recipe(file, raw)
+    except WinnowError as error:
+        raise InputError(f"recipe {file}: {error}") from None
+
+
+def _recipe(file: Path, raw: Any) -> Recipe:
+    if not isinstance(raw, dict):
+        raise InputError("it is not a YAML mapping of keys to values")
+    command = raw.get("command")
+    if command not in COMMANDS:
+        raise InputError(f"command {command!r} is unknown: it is one of {', '.join(COMMANDS)}")
+    keys = COMMANDS[command]
+    checked(raw, {**HEAD, **NOTE, **keys}, required=(*HEAD, *keys), what="")
+    defaults = {name: raw[name] for name in keys}
+    plans = []
+    for entry in raw["models"]:
+        name = entry.get("name")
+        checked(entry, {**MODEL, **keys}, required=[key for key in MODEL if key not in NOTE], what=f"model {name}: ")
+        facts = Facts(**{field.name: entry[field.name] for field in fields(Facts)})
+        own = {key: value for key, value in entry.items() if key in keys}
+        plan = Plan(command, name, facts, {**defaults, **own}, entry.get("note"))
+        plan.check()
+        plans.append(plan)
+    return Recipe(file, raw["claim"], raw["source"], command, raw.get("note"), defaults, tuple(plans))
+
+
+def checked(found: Mapping[Any, Any], keys: Mapping[str, Is], required: Any, what: str) -> None:
+    """Raise InputError for a key that is unknown (with the nearest) or missing, and for a value of another kind."""
+    for key, value in found.items():
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{what}key {key!r} is unknown.{hint} Known: {', '.join(keys)}")
+        right, words = keys[key]
+        if not right(value):
+            raise InputError(f"{what}{key} is {value!r}, it must be {words}")
+    for key in required:
+        if key not in found:
+            raise InputError(f"{what}key {key!r} is missing, it must be {keys[key][1]}")

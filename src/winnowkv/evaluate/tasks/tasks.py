@@ -1,0 +1,375 @@
+"""Evaluation tasks: rows, prompts, answer clean-up and scores, from lm-evaluation-harness wherever it defines them.
+
+A prompt is ``before + context + after``: the context is what may be compressed before the
+question, which stands in ``after``, is known. LongBench's and BABILong's prompts and metrics
+are read from the installed lm-eval and corrected only where they depart from the authors'
+(:data:`CORRECTIONS`, :func:`code_similarity`, :attr:`EvalTask.first_line`); RULER's metric is
+lm-eval's too; LongEval, which lm-eval does not have, is scored as its authors do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from winnowkv.errors import InputError
+from winnowkv.evaluate.tasks.rows import json_rows
+from winnowkv.prompt.task import Task
+
+INSTALL = "pip install 'winnowkv[eval]'"
+CONTEXT, QUESTION = "{{context}}", "{{question}}"
+Doc = dict[str, Any]
+
+# LongBench's English data sets by what they ask of the context.
+LOCALIZATION = (
+    "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa", "passage_retrieval_en",
+)  # fmt: skip
+AGGREGATION = ("gov_report", "qmsum", "multi_news", "trec", "samsum", "passage_count", "lcc", "repobench-p")
+FIRST_LINE = ("trec", "triviaqa", "samsum")
+CODE = ("lcc", "repobench-p")
+# Ends of prompts that lm-eval 0.4.13 has otherwise than LongBench's dataset2prompt.json: wrong, right.
+CORRECTIONS: Mapping[str, tuple[str, str]] = {
+    "triviaqa": (f"{CONTEXT}\n{QUESTION}", f"{CONTEXT}\n\n{QUESTION}"),  # the blank line before the question is lost
+    "samsum": (f"{CONTEXT}\n{QUESTION}", f"{CONTEXT}\n\n{QUESTION}"),  # as triviaqa
+    "passage_count": ("answer is:", "answer is: "),  # the space at the end is lost
+    "passage_retrieval_en": ("answer is:", "answer is: "),  # as passage_count
+    "lcc": ("line of code:", "line of code:\n"),  # the newline at the end is lost: a model would write it first
+    "repobench-p": ("line of code:", "line of code:\n"),  # as lcc
+}
+
+IS: Mapping[str, Callable[[Any], bool]] = {
+    "a text that is not empty": lambda value: isinstance(value, str) and bool(value.strip()),
+    "a text": lambda value: isinstance(value, str),
+    "a list of texts": lambda value: isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value),
+    "a whole number": lambda value: type(value) is int,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a task, with the answers that count as right and the row as it was read."""
+
+    task: str
+    id: str
+    before: str
+    context: str
+    after: str
+    answers: tuple[str, ...]
+    doc: Doc
+
+    @property
+    def prompt(self) -> str:
+        """The whole prompt, without a chat template."""
+        return self.before + self.context + self.after
+
+
+@dataclass(frozen=True)
+class EvalTask(ABC):
+    """A data set, how it is asked and how an answer is scored.
+
+    Parameters
+    ----------
+    name: as in results; file: its rows, below the data folder.
+    kind: what the task asks of the context, for policies that score by task.
+    metric: name of the score, which lies in 0..1.
+    max_new_tokens: most tokens of an answer.
+    chat: whether the official protocol puts the prompt into the chat template.
+    first_line: whether only an answer's first line counts, empty lines in front of it left out. lm-eval
+        stops at the first newline instead, which loses every answer that begins with one.
+    fields: what a row must hold, in the words of :data:`IS`; aliases: other names of fields, read where a field is absent.
+    """
+
+    name: str
+    file: str
+    kind: Task
+    metric: str
+    max_new_tokens: int
+    chat: bool = True
+    first_line: bool = False
+    fields: ClassVar[Mapping[str, str]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
+
+    def rows(self, data: Path | None, limit: int | None = None) -> list[Row]:
+        """The first ``limit`` rows (None: all) from a data folder, or from the hub where ``data`` is None.
+
+        Raises InputError with file and line for a broken row, and where there are no rows to be had.
+        """
+        docs = list(self.hub() if data is None else json_rows(data / self.file, self.name, "; --data is the folder above"))
+        for where, doc in docs:
+            self.check(doc, where)
+        return [self.row(number, doc) for number, doc in enumerate(self.ordered([doc for _, doc in docs])[:limit])]
+
+    def check(self, doc: Doc, where: str) -> None:
+        """Raise InputError for a row that lacks a field."""
+        for field, wanted in self.fields.items():
+            alias = self.aliases.get(field, field)
+            doc.setdefault(field, doc.get(alias))
+            if not IS[wanted](doc[field]):
+                raise InputError(f"{where}: field {alias!r} is missing or not {wanted}")
+
+    def ordered(self, docs: list[Doc]) -> list[Doc]:
+        """The order of the rows, of which a limit takes the first: that of the file."""
+        return docs
+
+    def hub(self) -> Iterator[tuple[str, Doc]]:
+        """Rows from the hub, each with the words that name its place."""
+        raise InputError(f"task {self.name} has no data set on the hub: give --data a folder that holds {self.file}")
+
+    @abstractmethod
+    def row(self, number: int, doc: Doc) -> Row:
+        """The row's prompt, cut at its context."""
+
+    @abstractmethod
+    def judge(self, doc: Doc, answer: str) -> float:
+        """The score of a cleaned answer, 0..1."""
+
+    def score(self, row: Row, prediction: str) -> float:
+        """The score of what a model wrote, 0..1."""
+        return float(self.judge(row.doc, prediction.lstrip("\n").split("\n")[0] if self.first_line else prediction))
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether :meth:`complete` is worth asking after every token."""
+        return self.first_line
+
+    def complete(self, prediction: str) -> bool:
+        """Whether more text can no longer change the score, so that decoding may stop."""
+        return self.first_line and "\n" in prediction.lstrip("\n")
+
+
+@dataclass(frozen=True)
+class LongBench(EvalTask):
+    """One of LongBench's English data sets (arXiv 2308.14508); template, metric and hub data set are lm-eval's."""
+
+    template: str = ""
+    scorer: Callable[[Doc, list[str]], Mapping[str, float]] | None = None
+    source: tuple[str, str, str] = ("", "", "")
+    fields: ClassVar = {"context": "a text that is not empty", "question": "a text", "answers": "a list of texts"}
+    aliases: ClassVar = {"question": "input"}  # its name at LongBench; lm-eval renames it
+
+    @classmethod
+    def make(cls, dataset: str) -> LongBench:
+        """The task of a data set."""
+        config = definition(f"longbench/{dataset}.yaml")
+        return cls(
+            name=f"longbench_{dataset}",
+            file=f"longbench/{dataset}.jsonl",
+            kind="localization" if dataset in LOCALIZATION else "aggregation",
+            metric=next(entry["metric"] for entry in config["metric_list"] if entry["metric"] != "score"),
+            max_new_tokens=config["generation_kwargs"]["max_gen_toks"],
+            chat=dataset not in (*FIRST_LINE, *CODE),
+            first_line=dataset in FIRST_LINE,
+            template=corrected(dataset, config["doc_to_text"]),
+            scorer=code_similarity if dataset in CODE else config["process_results"],
+            source=(config["dataset_path"], config["dataset_name"], config["test_split"]),
+        )
+
+    def check(self, doc: Doc, where: str) -> None:
+        """As :meth:`EvalTask.check`; where classes are told apart the row must name them."""
+        super().check(doc, where)
+        if self.metric == "classification_score" and not IS["a list of texts"](doc.get("all_classes")):
+            raise InputError(f"{where}: field 'all_classes' is missing or not a list of texts")
+
+    def hub(self) -> Iterator[tuple[str, Doc]]:
+        """Rows of lm-eval's data set."""
+        return from_hub(*self.source)
+
+    def row(self, number: int, doc: Doc) -> Row:
+        """The prompt of LongBench's template."""
+        before, _, after = self.template.partition(CONTEXT)
+        after = after.replace(QUESTION, doc["question"])
+        return Row(self.name, str(doc.get("_id", number)), before, doc["context"], after, tuple(doc["answers"]), doc)
+
+    def judge(self, doc: Doc, answer: str) -> float:
+        """The best score over all right answers."""
+        assert self.scorer is not None
+        return self.scorer(doc, [answer])[self.metric]
+
+
+def corrected(dataset: str, template: str) -> str:
+    """lm-eval's prompt template as LongBench's authors have it. Raises InputError for one that cannot be read."""
+    wrong, right = CORRECTIONS.get(dataset, ("", ""))
+    if template.endswith(wrong):
+        template = template.removesuffix(wrong) + right
+    if template.count(CONTEXT) != 1 or "{{" in template.replace(CONTEXT, "").replace(QUESTION, ""):
+        raise InputError(f"longbench_{dataset}: this lm-eval writes its prompt in a way that is not known here: {INSTALL}")
+    return template
+
+
+def code_similarity(doc: Doc, results: list[str]) -> dict[str, float]:
+    """Edit similarity of the first line that is no comment, as LongBench has it: lm-eval's passes over blank lines as well."""
+    from fuzzywuzzy import fuzz
+
+    lines = results[0].lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return {"code_sim_score": max(fuzz.ratio(line, answer) for answer in doc["answers"]) / 100}
+
+
+@dataclass(frozen=True)
+class Babilong(EvalTask):
+    """BABILong (arXiv 2406.10149): bAbI's facts in a book. Prompt, examples and metric are lm-eval's, by kind of question."""
+
+    fields: ClassVar = {
+        "input": "a text that is not empty", "question": "a text that is not empty", "target": "a text that is not empty",
+        "task": "a text that is not empty", "index": "a whole number",
+    }  # fmt: skip
+
+    @classmethod
+    def make(cls, length: str) -> Babilong:
+        """The task of a length, such as ``1k``."""
+        tokens = definition("babilong/babilong_qa1.yaml")["generation_kwargs"]["max_gen_toks"]
+        return cls(f"babilong_{length}", f"babilong/babilong_{length}.jsonl", "localization", "acc", tokens)
+
+    def ordered(self, docs: list[Doc]) -> list[Doc]:
+        """The kinds of question in turn: files hold one kind after the other, and a limit would see the first only."""
+        return sorted(docs, key=lambda doc: doc["index"])
+
+    def hub(self) -> Iterator[tuple[str, Doc]]:
+        """The first five kinds of question, which every length has."""
+        config = definition("babilong/babilong_qa1.yaml")
+        for kind in ("qa1", "qa2", "qa3", "qa4", "qa5"):
+            docs = from_hub(config["dataset_path"], self.name.removeprefix("babilong_"), kind)
+            yield from ((where, {**doc, "task": kind, "index": index}) for index, (where, doc) in enumerate(docs))
+
+    def row(self, number: int, doc: Doc) -> Row:
+        """Instruction and examples, the book, the question."""
+        from lm_eval.utils import apply_template
+
+        config = definition(f"babilong/babilong_{doc['task']}.yaml")
+        template, shots = config["doc_to_text"], config["fewshot_config"]["samples"][: config["num_fewshot"]]
+        examples = [f"{apply_template(template, shot)} {shot['target']}\n\n" for shot in shots]
+        context = doc["input"].strip()
+        lead, _, after = apply_template(template, doc).partition(context)
+        before = "".join([config["description"], *examples, lead])
+        return Row(self.name, f"{doc['task']}-{doc['index']}", before, context, after, (doc["target"],), doc)
+
+    def judge(self, doc: Doc, answer: str) -> float:
+        """Whether the answer names the target."""
+        return definition(f"babilong/babilong_{doc['task']}.yaml")["process_results"](doc, [answer])[self.metric]
+
+
+@dataclass(frozen=True)
+class Ruler(EvalTask):
+    """A RULER task (arXiv 2404.06654) of rows made before. No chat template: the prompt itself begins the answer."""
+
+    fields: ClassVar = {"input": "a text that is not empty", "outputs": "a list of texts"}
+
+    @classmethod
+    def make(cls, stem: str) -> Ruler:
+        """The task of a file."""
+        tokens = definition("ruler/niah_single_1.yaml", functions=False)["generation_kwargs"]["max_gen_toks"]
+        return cls(f"ruler_{stem}", f"ruler/{stem}.jsonl", "localization", "string_match_all", tokens, chat=False)
+
+    def row(self, number: int, doc: Doc) -> Row:
+        """The question is the last line."""
+        context, after = last_line(doc["input"])
+        return Row(self.name, str(doc.get("index", number)), "", context, after, tuple(doc["outputs"]), doc)
+
+    def judge(self, doc: Doc, answer: str) -> float:
+        """The share of the wanted strings that are in the answer."""
+        from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+
+        return string_match_all(postprocess_pred([answer]), [doc["outputs"]])
+
+
+@dataclass(frozen=True)
+class LongEval(EvalTask):
+    """LongEval's line retrieval (LongChat, 2023): the first number of the answer must be the right one."""
+
+    fields: ClassVar = {"prompt": "a text that is not empty", "expected_number": "a whole number"}
+
+    @classmethod
+    def make(cls, stem: str) -> LongEval:
+        """The task of a file."""
+        return cls(f"longeval_{stem}", f"longeval/{stem}.jsonl", "localization", "first_number", 100)
+
+    def row(self, number: int, doc: Doc) -> Row:
+        """The question is the last line."""
+        context, after = last_line(doc["prompt"])
+        return Row(self.name, str(number), "", context, after, (str(doc["expected_number"]),), doc)
+
+    def judge(self, doc: Doc, answer: str) -> float:
+        """1 where the first number is the expected one."""
+        found = re.search(r"\d+", answer)
+        return float(found is not None and int(found[0]) == doc["expected_number"])
+
+    @property
+    def ends_early(self) -> bool:
+        """Always: an answer is a number."""
+        return True
+
+    def complete(self, prediction: str) -> bool:
+        """Behind the first number nothing counts."""
+        return re.search(r"\d\D", prediction) is not None
+
+
+GROUPS: Mapping[str, Mapping[str, Callable[[], EvalTask]]] = {
+    "longbench": {f"longbench_{dataset}": partial(LongBench.make, dataset) for dataset in (*LOCALIZATION, *AGGREGATION)},
+    "babilong": {f"babilong_{length}": partial(Babilong.make, length) for length in ("1k", "2k")},
+    "ruler": {f"ruler_{stem}": partial(Ruler.make, stem) for stem in ("niah_multikey_3_4096",)},
+    "longeval": {f"longeval_{stem}": partial(LongEval.make, stem) for stem in ("lines_200",)},
+}
+MAKERS = {name: maker for makers in GROUPS.values() for name, maker in makers.items()}
+
+
+def find_tasks(names: Sequence[str]) -> list[EvalTask]:
+    """Tasks by name, each once; a group's name (``longbench``) gives all of its tasks.
+
+    Raises InputError for an unknown name, with the nearest one, and where lm-eval is missing.
+    """
+    found: dict[str, Callable[[], EvalTask]] = {}
+    for name in names:
+        makers = GROUPS.get(name) or {known: maker for known, maker in MAKERS.items() if known == name}
+        if not makers:
+            near = difflib.get_close_matches(name, [*GROUPS, *MAKERS], n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"task {name!r} is unknown.{hint} Known: {', '.join([*GROUPS, *MAKERS])}")
+        found.update(makers)
+    if not found:
+        raise InputError("no task was named: give at least one, for example longbench_qasper")
+    return [maker() for maker in found.values()]
+
+
+@cache
+def definition(path: str, *, functions: bool = True) -> Doc:
+    """A task definition of the installed lm-eval. Raises InputError where it, or what its metric needs, is missing."""
+    try:
+        import lm_eval.tasks
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        with warnings.catch_warnings():  # fuzzywuzzy recommends a package that changes its scores
+            warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")
+            return load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=functions)
+    except (ImportError, OSError) as error:
+        raise InputError(f"lm-eval's task {Path(path).stem} cannot be used: {first_line(error)} ({INSTALL})") from None
+
+
+def from_hub(path: str, name: str, split: str) -> Iterator[tuple[str, Doc]]:
+    """Rows of a data set on the hub, each with the words that name its place. Raises InputError where it cannot be had."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(path, name, split=split)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"data set {path} ({name}) cannot be read from the hub: {first_line(error)} (give --data a folder with its rows)"
+        ) from None
+    yield from ((f"data set {path} ({name}), row {number}", dict(row)) for number, row in enumerate(rows))
+
+
+def last_line(prompt: str) -> tuple[str, str]:
+    """A prompt cut before its last line break."""
+    cut = max(prompt.rstrip().rfind("\n"), 0)
+    return prompt[:cut], prompt[cut:]
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another package says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

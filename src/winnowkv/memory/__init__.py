@@ -1,0 +1,1 @@
+"""How much memory requests need, before anything is loaded."""

@@ -1,0 +1,176 @@
+"""A calibration profile: what was measured once of a model, offline, and policies read at every prompt.
+
+Its head scores and layer errors are made by ``winnow calibrate``; one JSON file a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from winnowkv.errors import ProfileError
+from winnowkv.models.curve import Curve
+from winnowkv.models.info import Fingerprint
+
+SCHEMA = 1
+Table = tuple[tuple[float, ...], ...]
+HeadKind = Literal["semantic", "traditional"]
+WAY_OUT = "make one with: winnow calibrate --model M --out FILE"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Head scores ``[L, Hq]`` and layer errors ``[L]`` of one model, ``L`` its compressible layers.
+
+    Attributes
+    ----------
+    model: the name it was calibrated under.
+    fingerprint: what a model must have for the profile to serve it.
+    semantic: attention mass on the whole answer span while the answer is generated
+        (CompressKV, arXiv 2508.02401), mean over successful prompts.
+    traditional: share of the answer copied by a head's strongest entry (arXiv 2404.15574).
+    errors: share of the summed eviction error that falls on each layer; the sum is 1.
+    about: seeds, versions, prompts and successes.
+    curves: by a policy's name what ``budget="auto"`` expects of it.
+
+    Raises
+    ------
+    ProfileError
+        For tables whose shape is not that of the fingerprint, or values below zero or not finite.
+    """
+
+    model: str
+    fingerprint: Fingerprint
+    semantic: Table
+    traditional: Table
+    errors: tuple[float, ...]
+    about: dict[str, Any] = field(default_factory=dict, compare=False)
+    curves: dict[str, Curve] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        heads, layers = self.fingerprint.heads, len(self.errors)
+        if not 0 < layers <= self.fingerprint.layers:
+            raise ProfileError(f"errors are given for {layers} layers, the model has {self.fingerprint.layers}")
+        for kind in ("semantic", "traditional"):
+            table = getattr(self, kind)
+            if len(table) != layers or any(len(row) != heads for row in table):
+                raise ProfileError(f"{kind} head scores are not {layers} layers x {heads} heads")
+        values = [*self.errors, *(score for table in (self.semantic, self.traditional) for row in table for score in row)]
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise ProfileError("a score or an error is negative or not a finite number")
+
+    def ranking(self, layer: int, kind: HeadKind) -> list[int]:
+        """Query heads of a layer, best first; ties to the lower head."""
+        row = getattr(self, kind)[layer]
+        return sorted(range(len(row)), key=lambda head: (-row[head], head))
+
+    def kv_weights(self, kind: HeadKind) -> list[float]:
+        """A score for every KV head of the model, layer by layer: the mean of its query heads'."""
+        size = self.fingerprint.heads // self.fingerprint.kv_heads
+        return [sum(row[at : at + size]) / size for row in getattr(self, kind) for at in range(0, len(row), size)]
+
+    def top_heads(self, count: int, kind: HeadKind = "semantic") -> list[tuple[int, int]]:
+        """The best heads of the whole model as ``(layer, head)``, best first; ties to the lower layer and head."""
+        table = getattr(self, kind)
+        every = [(layer, head) for layer, row in enumerate(table) for head in range(len(row))]
+        return sorted(every, key=lambda at: (-table[at[0]][at[1]], at))[:count]
+
+    def strong_heads(self, least: float = 0.5) -> list[tuple[int, int]]:
+        """The semantic heads that score at least ``least`` of what the best one does, best first."""
+        bound = least * max(map(max, self.semantic))
+        every = self.top_heads(self.fingerprint.heads * len(self.semantic))
+        return [at for at in every if self.semantic[at[0]][at[1]] >= bound]
+
+    def curve(self, policy: str) -> Curve:
+        """What ``budget="auto"`` expects of a policy. Raises ProfileError where nobody has measured it."""
+        if policy not in self.curves:
+            raise ProfileError(
+                f"the profile of {self.model!r} says nothing of what {policy} keeps at a budget (it knows "
+                f"{', '.join(self.curves) or 'no policy'}): measure it on prompts of yours with "
+                f"winnow audit --prompts FILE --policies {policy} --curves p.json, then use auto:0.95:p.json"
+            )
+        return self.curves[policy]
+
+    def check(self, model: Fingerprint) -> None:
+        """Raise ProfileError naming the first difference where a model is not the one that was calibrated."""
+        if difference := self.fingerprint.difference(model):
+            raise ProfileError(f"this profile is of {self.model!r} with {difference} as the model has: {WAY_OUT}")
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self), "fingerprint": self.fingerprint.to_dict()}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def choose_heads(spec: str, profile: Profile | None, layer: int, count: int, heads: int, seed: int) -> list[int]:
+    """Query heads of a layer: the best ``count`` of ``srh`` or ``traditional``, ``all``, or ``random:k``.
+
+    The draw hangs on seed and layer only.
+    """
+    if spec == "all":
+        return list(range(heads))
+    if spec.startswith("random:"):
+        return sorted(random.Random(seed * 1_000_003 + layer).sample(range(heads), int(spec.removeprefix("random:"))))
+    assert profile is not None
+    return profile.ranking(layer, "semantic" if spec == "srh" else "traditional")[:count]
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile; raises ProfileError for a file that is missing, cut off, of a newer schema or not a profile."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ProfileError(f"profile {path} cannot be read: {reason}. {WAY_OUT}") from None
+    except json.JSONDecodeError as error:
+        raise ProfileError(f"profile {path} is cut off or not JSON ({error}). {WAY_OUT}") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(schema, int):
+        raise ProfileError(f"{path} is not a profile: it names no schema. {WAY_OUT}")
+    if schema > SCHEMA:
+        raise ProfileError(f"profile {path} has schema {schema}, this version reads up to {SCHEMA}: update winnowkv")
+    try:
+        return Profile(
+            model=str(data["model"]),
+            fingerprint=Fingerprint(**data["fingerprint"]),
+            semantic=tuple(tuple(map(float, row)) for row in data["semantic"]),
+            traditional=tuple(tuple(map(float, row)) for row in data["traditional"]),
+            errors=tuple(map(float, data["errors"])),
+            about=dict(data["about"]),
+            curves={
+                name: Curve(
+                    tuple((float(mass), float(agreement)) for mass, agreement in curve["points"]), int(curve["prompts"])
+                )
+                for name, curve in data.get("curves", {}).items()
+            },
+        )
+    except KeyError as error:
+        raise ProfileError(f"profile {path} lacks {error}. {WAY_OUT}") from None
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"profile {path} cannot be used: {error}. {WAY_OUT}") from None
+
+
+def find_profile(asked: str | Profile | None, model: Fingerprint) -> Profile:
+    """The profile that serves a model.
+
+    ``asked`` is a profile, a file, a folder in which the model's own is looked for, or None for
+    the profiles that ship with the package. Raises ProfileError where none fits, naming the mismatch.
+    """
+    if isinstance(asked, Profile):
+        asked.check(model)
+        return asked
+    folder = files("winnowkv") / "data" / "profiles" if asked is None else Path(asked)
+    if asked is not None and not folder.is_dir():
+        profile = read_profile(Path(asked))
+        profile.check(model)
+        return profile
+    for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []:
+        if file.name.endswith(".json") and (profile := read_profile(Path(str(file)))).fingerprint == model:
+            return profile
+    where = "no profile ships with the package for" if asked is None else f"folder {asked} holds no profile of"
+    raise ProfileError(f"{where} this model ({model.architecture}, {model.layers} layers, {model.heads} heads): {WAY_OUT}")

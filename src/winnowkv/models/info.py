@@ -1,0 +1,57 @@
+"""What tells one model's shape from another's, so that a profile or a saved cache never serves the wrong one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from winnowkv.models.rope import Rotation
+
+# Named one by one: a release of transformers that adds a number to its configs must not change the hash.
+HASHED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A model's architecture and sizes; weights are not compared, so a fine-tuned model has its base's.
+
+    Attributes
+    ----------
+    architecture: class of the model.
+    layers, heads, kv_heads: all layers, query heads and KV heads of each.
+    config: hash of the config's sizes.
+    rotation: how queries and keys are turned by their position, where somebody has looked; it is not compared.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    config: str
+    rotation: Rotation | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, model: Any) -> Fingerprint:
+        """Read it from a transformers model."""
+        config = model.config.get_text_config(decoder=True)
+        sizes = {name: getattr(config, name, None) for name in HASHED}
+        digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
+        heads = sizes["num_attention_heads"] or 0  # a model without attention is refused elsewhere, in plain words
+        kv_heads = sizes["num_key_value_heads"] or heads
+        return cls(type(model).__name__, sizes["num_hidden_layers"] or 0, heads, kv_heads, digest[:16])
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first thing in which another fingerprint differs, in words; None where they are equal."""
+        theirs = other.to_dict()
+        return next(
+            (f"{name} {mine}, not {theirs[name]}" for name, mine in self.to_dict().items() if mine != theirs[name]), None
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is compared, for JSON."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}

@@ -1,0 +1,49 @@
+"""What the prompt asks for: a task profile that policies may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from winnowkv.errors import PolicyError
+from winnowkv.prompt.structure import Layout
+
+Task = Literal["localization", "aggregation"]
+TASKS: tuple[str, ...] = get_args(Task)
+
+
+@dataclass(frozen=True)
+class TaskProfile:
+    """The task of one prompt, or None where nobody said.
+
+    ``localization`` asks for one place of the text (QA, retrieval), ``aggregation`` for
+    the whole of it (summaries, few-shot, code); WindowKV, arXiv 2503.17922. ``probability``
+    is the classifier's, 0.5 to 1; None where the task was given by hand. ``layout`` says where in the
+    prompt its question and its sentences are, None where nobody looked.
+    """
+
+    task: Task | None = None
+    probability: float | None = None
+    layout: Layout | None = None
+
+    @classmethod
+    def of(cls, value: TaskProfile | str | None) -> TaskProfile:
+        """Read a profile from a task's name. Raises PolicyError for any other name."""
+        if isinstance(value, TaskProfile):
+            return value
+        if value is None:
+            return cls(None)
+        if value not in TASKS:
+            raise PolicyError(f"task {value!r} is unknown: it is one of {', '.join(TASKS)}")
+        return cls(value)  # type: ignore[arg-type]
+
+    def decided(self, asker: str, sure: float, fallback: Task) -> Task:
+        """The task to work with, ``fallback`` where a classifier is not ``sure``. Raises PolicyError where nobody said."""
+        if self.probability is not None and self.probability < sure:
+            return fallback
+        if self.task is None:
+            raise PolicyError(
+                f"{asker} scores by task: give task='localization' (QA, retrieval), task='aggregation' (summaries, "
+                f"few-shot, code) or task=wk.task_profile(text), or give compress() the tokenizer="
+            )
+        return self.task

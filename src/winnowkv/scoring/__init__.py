@@ -1,0 +1,1 @@
+"""Importance scores, selection and allocation: pure functions on tensors."""

@@ -1,0 +1,219 @@
+"""Importance of prompt tokens: pure functions on tensors. Axes: see :mod:`winnowkv.types`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from winnowkv.types import HeadScores, Keys, Probabilities, Queries, Scores
+
+PoolKind = Literal["avg", "max"]
+GroupKind = Literal["mean", "max"]
+TILE = 1 << 21  # logits of a tile, 8 MB in float32: half of it costs a fifth more, twice gains nothing
+TILE_GPU = 1 << 24  # where starting a kernel costs more than memory
+# Keys from which ``half`` holds. How many queries a shorter prompt has to give hangs on its question, and the framework keeps
+# 0.6 MB of kernels for every shape of a product in bfloat16, none in float32, which is about as fast there.
+HALF = 512
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled: the package comes with torch for CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fused(keys: Keys) -> bool:
+    """Whether :mod:`winnowkv.scoring.kernels` serves these keys: on CUDA, in 16 bits. In 32 the functions here are as exact.
+
+    Triton wants a card that multiplies bfloat16 (compute capability 8); older ones do without.
+    """
+    if not keys.is_cuda or keys.dtype not in (torch.bfloat16, torch.float16) or not has_triton():
+        return False
+    return torch.cuda.get_device_capability(keys.device)[0] >= 8
+
+
+def causal_attention(queries: Queries, keys: Keys, scale: float) -> Float[Tensor, "B Hq W S"]:
+    """Attention probabilities of the newest ``W`` queries over all ``S`` keys, causal, float32; KV heads are not expanded."""
+    batch, heads, window, size = queries.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    grouped = queries.float().reshape(batch, kv_heads, -1, size) * scale
+    logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, window, tokens)
+    return hide_future(logits, window, 0).softmax(-1)
+
+
+def hide_future(logits: Tensor, window: int, begin: int) -> Tensor:
+    """Logits ``[..., w, S]`` of the last ``window`` queries from the ``begin``-th on; later keys get the least, in place."""
+    future = torch.ones(logits.shape[-2], window, dtype=torch.bool, device=logits.device).triu(begin + 1)
+    logits[..., logits.shape[-1] - window :].masked_fill_(future, torch.finfo(logits.dtype).min)
+    return logits
+
+
+def tiles(queries: Queries, keys: Keys, scale: float, *, half: bool = False) -> Iterator[tuple[int, slice, int, Tensor]]:
+    """Logits in float32 a tile at a time, as ``(row, query heads, first query, logits [heads, w, S])``.
+
+    A tile is one head's or a few heads' of one KV head, whole or some queries of it: no map of more than :data:`TILE`
+    logits (on an accelerator :data:`TILE_GPU`), or of one query, exists at once. The next tile overwrites it.
+    ``half`` multiplies in bfloat16 where the keys are of that kind and at least :data:`HALF`; logits have 8 bits then.
+    """
+    queries, keys = queries.detach(), keys.detach()  # buffers have no gradient
+    batch, heads, window, _ = queries.shape
+    kv_heads, tokens = keys.shape[1], keys.shape[2]
+    group, fit = heads // kv_heads, max((TILE if keys.device.type == "cpu" else TILE_GPU) // max(tokens, 1), 1)
+    several, some = min(max(fit // window, 1), group), min(fit, window)
+    kind = keys.dtype if half and keys.dtype == torch.bfloat16 and tokens >= HALF else torch.float32
+    # Buffers, because fresh memory costs more than what is done in it.
+    buffer = torch.empty(several * some, tokens, device=keys.device)
+    product = buffer if kind == torch.float32 else torch.empty_like(buffer, dtype=kind)
+    for row in range(batch):
+        for kv in range(kv_heads):
+            columns, last = keys[row, kv].to(kind).t(), (kv + 1) * group
+            for head in range(kv * group, last, several):
+                mine = slice(head, min(head + several, last))
+                asking = (queries[row, mine].float() * scale).to(kind)
+                for begin in range(0, window, some):
+                    now = asking[:, begin : begin + some]
+                    logits, made = (part[: now.shape[0] * now.shape[1]] for part in (buffer, product))
+                    torch.mm(now.flatten(0, 1), columns, out=made)
+                    if made.dtype != logits.dtype:
+                        logits.copy_(made)
+                    yield row, mine, begin, logits.view(*now.shape[:2], tokens)
+
+
+def window_attention(queries: Queries, keys: Keys, scale: float) -> HeadScores:
+    """Attention that each context token gets from the last ``W`` queries, summed over them, ``[B, Hq, C]``.
+
+    The ``C = S - W`` context columns of a causal softmax over all ``S`` keys. Source: SnapKV (arXiv 2404.14469).
+    """
+    return received(queries, keys, scale)[..., : keys.shape[2] - queries.shape[2]]
+
+
+def received(queries: Queries, keys: Keys, scale: float) -> HeadScores:
+    """Attention that each token gets from the last ``W`` queries, causal, summed over them, ``[B, Hq, S]``."""
+    if fused(keys):
+        from winnowkv.scoring import kernels
+
+        return kernels.received(queries, keys, scale)
+    total = torch.zeros(*queries.shape[:2], keys.shape[2], device=keys.device)
+    for row, heads, begin, logits in tiles(queries, keys, scale):
+        hide_future(logits, queries.shape[2], begin)
+        total[row, heads].add_(torch.softmax(logits, -1, out=logits).sum(-2))
+    return total
+
+
+def accumulated_attention(queries: Queries, keys: Keys, scale: float, block: int = 256) -> HeadScores:
+    """Attention that each token gets from every query of the prompt (``W = S``), summed, ``[B, Hq, S]``.
+
+    ``block`` queries at a time over the keys that they can see. Source: H2O (arXiv 2306.14048).
+    """
+    batch, heads, tokens, _ = queries.shape
+    total = torch.zeros(batch, heads, tokens, device=keys.device)
+    keys = keys if fused(keys) else keys.float()  # once, not for every block
+    for begin in range(0, tokens, block):
+        end = min(begin + block, tokens)
+        total[..., :end] += received(queries[:, :, begin:end], keys[:, :, :end], scale)
+    return total
+
+
+def group_reduce(scores: HeadScores, kv_heads: int, how: GroupKind = "mean") -> Scores:
+    """Query-head scores to KV-head scores ``[B, Hkv, C]``: mean (or max) over each GQA group."""
+    grouped = scores.unflatten(1, (kv_heads, -1))
+    return grouped.mean(2) if how == "mean" else grouped.amax(2)
+
+
+def some_heads_attention(queries: Queries, keys: Keys, scale: float, heads: Sequence[int]) -> HeadScores:
+    """:func:`window_attention` of a few query heads only, ``[B, len(heads), C]``."""
+    if len(heads) == queries.shape[1]:
+        return window_attention(queries, keys, scale)
+    group = queries.shape[1] // keys.shape[1]
+    return window_attention(queries[:, list(heads)], keys[:, [head // group for head in heads]], scale)
+
+
+def group_members(scores: HeadScores, heads: Sequence[int], query_heads: int, kv_heads: int) -> Scores:
+    """Scores of some query heads to KV-head scores ``[B, Hkv, C]``: the mean of a group's own, of all if it has none."""
+    owner = torch.tensor(heads, device=scores.device) // (query_heads // kv_heads)
+    rows = [scores[:, owner == kv] if bool((owner == kv).any()) else scores for kv in range(kv_heads)]
+    return torch.stack([row.mean(1) for row in rows], dim=1)
+
+
+def attention_preference(attention: Probabilities, tau1: float, tau2: float) -> Tensor:
+    """How much cache a layer asks for: entropy ``^(1/tau1)`` times variance ``^(1/tau2)``, a scalar.
+
+    The entropy of every query's attention and the variance of every token's over the ``W``
+    queries, each summed over heads and tokens. Source: CAKE (arXiv 2503.12491, section 4).
+    """
+    entropy = (attention * (attention + 1e-10).log()).sum().neg().clamp(min=0)
+    variance = attention.var(-2).sum()
+    return entropy ** (1 / tau1) * variance ** (1 / tau2)
+
+
+def moments(
+    queries: Queries, keys: Keys, scale: float, context: int, *, causal: bool, half: bool = False, every: int = 1
+) -> tuple[HeadScores, HeadScores, Tensor]:
+    """Mean and mean square over the queries of the attention on the first ``context`` keys, ``[B, Hq, context]``; its entropy.
+
+    The entropy ``-p log p`` is summed over everything, or taken from ``every``-th query and multiplied up. ``causal``: the
+    queries are the last ones, else they stand behind all keys. A tile at a time (:func:`tiles`, whose ``half`` this is).
+    """
+    count = queries.shape[2]
+    share = len(range(0, count, every)) / count
+    if fused(keys):
+        from winnowkv.scoring import kernels
+
+        mean, square, spread = kernels.moments(queries, keys, scale, causal=causal, every=every)
+        entropy = spread[..., :context].sum()
+        return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0) / share
+    mean, square = torch.zeros(2, *queries.shape[:2], keys.shape[2], device=keys.device)
+    entropy = torch.zeros((), device=keys.device)
+    for row, heads, begin, logits in tiles(queries, keys, scale, half=half):
+        if causal:
+            hide_future(logits, count, begin)
+        some = slice(-begin % every, None, every)
+        asked = logits[:, some].clone()  # what follows is done in place: less memory is faster memory
+        attention = torch.softmax(logits, -1, out=logits)
+        given = attention[:, some]
+        # log p is the logit less the query's normalizer: no logarithm of every probability.
+        normalizer = asked.amax(-1) - given.amax(-1).log()
+        asked, given = asked[..., :context], given[..., :context]
+        entropy += (normalizer * given.sum(-1)).sum() - asked.mul_(given).sum()
+        ones = attention.new_ones(attention.shape[-2])
+        mean[row, heads] += ones @ attention
+        square[row, heads] += ones @ attention.square_()
+    return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0) / share
+
+
+def expected_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+    """Attention of queries that stand behind all ``S`` keys on the first ``context`` of them, and the layer's preference.
+
+    Per token the root mean square over the queries, mean over each GQA group, ``[B, Hkv, context]``: a token that few
+    queries need much counts more than one that all need a little. The preference is that of :func:`attention_preference`,
+    its entropy from every fourth query: it tells layers apart, and those differ by far more than a quarter's sampling.
+    """
+    mean, square, entropy = moments(queries, keys, scale, context, causal=False, half=True, every=4)
+    variance = (square - mean.square()).sum().clamp(min=0)
+    return group_reduce(square.sqrt(), keys.shape[1]), entropy * variance
+
+
+def totals(scores: Sequence[Scores]) -> list[float]:
+    """The sum of each layer's scores."""
+    if scores[0].is_cuda and len({layer.shape for layer in scores}) == 1:  # one wait and two kernels for all of them
+        return torch.stack(list(scores)).flatten(1).sum(1).tolist()
+    return [float(layer.sum()) for layer in scores]
+
+
+def pool(scores: Scores, kernel: int, kind: PoolKind) -> Scores:
+    """Smooth along the tokens so that neighbours of a peak stay too. ``kernel`` is odd; 1 changes nothing.
+
+    As in the published code, the average divides by the whole kernel at the edges
+    (zero padding) and the maximum ignores padding.
+    """
+    if kernel == 1:
+        return scores
+    smooth = F.avg_pool1d if kind == "avg" else F.max_pool1d
+    return smooth(scores, kernel, stride=1, padding=kernel // 2)
