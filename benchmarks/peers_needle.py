@@ -41,8 +41,10 @@ from winnowkv.evaluate.needle import needle as runner
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack, read_needles
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.store import ResultStore, write_json
+from winnowkv.models.info import end_tokens
 from winnowkv.models.load import EMBEDDED, PACKAGED, dtype_name, model_folder
 from winnowkv.policies import split_policies
+from winnowkv.prompt.chat import uses_chat
 from winnowkv.report import MIB
 
 POLICIES = "full,random,streaming,h2o,tova,snapkv,pyramidkv,adakv,headkv,cake,dynamickv,windowkv,compresskv"
@@ -112,7 +114,7 @@ def make_job(
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "max_new_tokens": test.max_new_tokens,
-        "stop": sorted(runner.stop_tokens(model, tokenizer)),
+        "stop": sorted(end_tokens(model, tokenizer)),
         "check": builder.build(test.needles[0], test.lengths[0], test.depths[0]),
         "prompts": prompts,
     }
@@ -246,7 +248,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = wk.load(args.model)
     haystack = read_haystack()
-    builder = PromptBuilder(tokenizer, haystack, chat=bool(tokenizer.chat_template))
+    builder = PromptBuilder(tokenizer, haystack, chat=uses_chat(None, tokenizer))
     test = runner.NeedleTest(
         policies=list(dict.fromkeys(split_policies(args.policies))),
         budgets=read_budgets(args.budgets),

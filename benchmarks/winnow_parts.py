@@ -51,11 +51,12 @@ from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Kept, Setting, batches, read_prompt
 from winnowkv.evaluate.tasks.protocol import encode_row
 from winnowkv.evaluate.tasks.tasks import find_tasks
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.load import EMBEDDED, dtype_name, prompt_limit
+from winnowkv.models.info import Fingerprint, end_tokens, prompt_limit
+from winnowkv.models.load import EMBEDDED, dtype_name
 from winnowkv.policies import Policy, Prompt, expected, policy as make_policy
 from winnowkv.policies.expected import Expected
 from winnowkv.policies.winnow import Winnow
+from winnowkv.prompt.chat import uses_chat
 from winnowkv.prompt.classifier import task_profile
 from winnowkv.prompt.structure import read_layout
 from winnowkv.prompt.task import Task, TaskProfile
@@ -256,7 +257,7 @@ def skipped(todo: Todo, reason: str) -> Iterator[Line]:
 
 def needle_prompts(args: argparse.Namespace, model: Any, tokenizer: Any, haystack: str) -> list[Ask]:
     """Every needle at every length, at one depth."""
-    builder = PromptBuilder(tokenizer, haystack, chat=bool(tokenizer.chat_template))
+    builder = PromptBuilder(tokenizer, haystack, chat=uses_chat(None, tokenizer))
     asked: list[Ask] = []
     for length in numbers(args.lengths, int, "--lengths"):
         for at, needle in enumerate(read_needles(args.needles)):
@@ -273,7 +274,7 @@ def measure_needle(
     ids = builder.build(needle, frame["length"], frame["depth"])
     found = TaskProfile("localization", layout=read_layout(tokenizer, ids))
     read = read_prompt(model, ids, {"whole": make_policy("expected")})
-    reading = runner.Reading(model, tokenizer, *read, needle.answers, limit, runner.stop_tokens(model, tokenizer))
+    reading = runner.Reading(model, tokenizer, *read, needle.answers, limit, end_tokens(model, tokenizer))
     ((_, full),) = reading.answer([(Setting("full", 1), reading.cache.replay("full", 1))])
     if not full["correct"]:
         yield from skipped(todo, "not answered by the full cache")
@@ -293,7 +294,7 @@ def text_prompts(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[A
         if args.skip >= len(rows):
             raise InputError(f"--skip {args.skip} leaves nothing of {task.name}, which has {len(rows)} rows: skip fewer")
         for row in rows[args.skip : args.skip + args.limit]:
-            encoded = encode_row(row, task, tokenizer, "official", limit, bool(tokenizer.chat_template))
+            encoded = encode_row(row, task, tokenizer, "official", limit, uses_chat(None, tokenizer))
             frame = {"task": task.name, "row": row.id, "prompt_tokens": len(encoded.ids), "truncated_tokens": encoded.truncated}
             found = replace(task_profile(encoded.context), layout=read_layout(tokenizer, encoded.ids))
             asked.append((frame, partial(measure_text, model, tokenizer, encoded.ids, found, args.max_new_tokens)))
@@ -302,7 +303,7 @@ def text_prompts(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[A
 
 def measure_text(model: Any, tokenizer: Any, ids: list[int], found: TaskProfile, limit: int, todo: Todo) -> Iterator[Line]:
     """How near each setting comes to the full cache's own answer."""
-    stop, seen = runner.stop_tokens(model, tokenizer), len(ids)
+    stop, seen = end_tokens(model, tokenizer), len(ids)
     recorded, logits, _ = read_prompt(model, ids, {"whole": make_policy("expected")})
     (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
     if tokens is None or len(tokens) < FEWEST:

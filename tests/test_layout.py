@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from winnowkv.models import load as models
-from winnowkv.models.load import encode
+from winnowkv.prompt.chat import encode
 from winnowkv.prompt.structure import MOST, RAW, read_layout
 
 

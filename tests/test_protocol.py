@@ -10,7 +10,7 @@ from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.protocol import EncodedRow, encode_row, middle_out, template_ends
 from winnowkv.evaluate.tasks.tasks import EvalTask, LongBench, Row, find_tasks
 from winnowkv.models import load as models
-from winnowkv.models.load import encode
+from winnowkv.prompt.chat import encode
 
 ASKED = LongBench("asked", "", "localization", "", 8)
 FEW_SHOT = LongBench("few_shot", "", "aggregation", "", 8, chat=False)

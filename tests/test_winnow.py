@@ -18,10 +18,9 @@ from conftest import PROFILES, PROMPT, prompt, random_profile
 from winnowkv.attention.hooks import known
 from winnowkv.cache.reading import greedy, prefill
 from winnowkv.cache.session import PrefillPlan
-from winnowkv.evaluate.needle.needle import stop_tokens
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack, read_needles
 from winnowkv.models import load as models
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import Fingerprint, end_tokens
 from winnowkv.models.rope import Rotation
 from winnowkv.policies import Policy, Prompt, resolve
 from winnowkv.policies.expected import Expected
@@ -393,7 +392,7 @@ def test_it_finds_needles(budget: float) -> None:
         begin, end = next(span for span in pairwise((0, *layout.ends)) if needle.answer in tokenizer.decode(ids[slice(*span)]))
         for layer in cache.compact_layers:
             assert all(set(range(begin, end)) <= set(head) for head in layer.positions[0].tolist())
-        text = tokenizer.decode(list(greedy(model, cache, logits, 16, stop_tokens(model, tokenizer))))
+        text = tokenizer.decode(list(greedy(model, cache, logits, 16, end_tokens(model, tokenizer))))
         answered += needle.answer in text
         assert cache.report.peak_bytes <= 0.36 * cache.report.full_bytes
     assert answered >= 2

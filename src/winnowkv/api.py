@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from winnowkv.attention.hooks import Routing, acquire, check_model, release
-from winnowkv.budget import Budget
+from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.generated import check_decode_budget
 from winnowkv.cache.quantized import quanto
@@ -55,7 +55,7 @@ class Run:
 def compress(
     model: PreTrainedModel,
     policy: str | Policy = "winnow",
-    budget: Budget | int | float | str = 512,
+    budget: Budget | int | float | str = DEFAULT_BUDGET,
     *,
     task: Tasks = None,
     quantize: Quantization | None = None,

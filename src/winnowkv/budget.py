@@ -10,11 +10,12 @@ from winnowkv.errors import BudgetError
 
 WAY_OUT = "give kept entries as an int >= 1 (128), the kept fraction of the prompt (0.12), or auto:0.95"
 AUTO = re.compile(r"auto(?::(?P<target>[0-9.]+)(?::(?P<profile>.+))?)?")
-TARGET = 0.95
+DEFAULT_TARGET = 0.95  # of auto
+DEFAULT_BUDGET = 0.12  # of every door: compress(), CompactCache, Engine, the command line
 Asked = int | float | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Budget:
     """What the user asked to keep: ``int`` is entries, ``float`` the kept fraction of the prompt.
 
@@ -70,13 +71,24 @@ class Budget:
     def target(self) -> float | None:
         """The agreement with the full cache that ``auto`` goes for; None for a budget in numbers."""
         found = AUTO.fullmatch(str(self.asked))
-        return None if found is None else float(found["target"] or TARGET)
+        return None if found is None else float(found["target"] or DEFAULT_TARGET)
 
     @property
     def profile(self) -> str | None:
         """The profile file that ``auto`` names."""
         found = AUTO.fullmatch(str(self.asked))
         return None if found is None else found["profile"]
+
+    @property
+    def key(self) -> tuple[str, Asked]:
+        """What tells two budgets apart: 1 entry and the fraction 1.0 compare equal as numbers and are two budgets."""
+        return type(self.asked).__name__, self.asked
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def entries(self, prompt_tokens: int) -> int:
         """Entries per layer and KV head for a prompt of this length, never more than the prompt; all of it for ``auto``.

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from winnowkv.attention.hooks import BYPASSED, TAG, acquire, check_model, is_routed, known, release
-from winnowkv.budget import Budget
+from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.chunked import Chunks, cut
 from winnowkv.cache.generated import check_decode_budget
 from winnowkv.cache.layer import CompactLayer
@@ -69,7 +69,7 @@ class CompactCache(Cache):
         self,
         model: PreTrainedModel,
         policy: str | Policy = "winnow",
-        budget: Budget | int | float | str = 512,
+        budget: Budget | int | float | str = DEFAULT_BUDGET,
         *,
         task: Tasks = None,
         quantize: Quantization | None = None,

@@ -15,7 +15,7 @@ from typing import Any
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.needle.prompts import read_needles
-from winnowkv.models.load import encode
+from winnowkv.prompt.chat import encode, render
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 SLACK = 3  # tokens that a prompt may stay below its length: where the text is cut, tokens may merge
@@ -242,8 +242,7 @@ def _span(tokenizer: Any, text: str, fact: Fact, ids: list[int], chat: bool) -> 
     """Tokens of the answer: every token whose characters overlap it."""
     rendered = text
     if chat:
-        messages = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = render(tokenizer, text)
     try:
         encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     except NotImplementedError:

@@ -22,12 +22,11 @@ from winnowkv.calibrate.heads import HeadWatch, semantic_scores, traditional_sco
 from winnowkv.calibrate.probe import ProbedCache, Watcher
 from winnowkv.calibrate.prompts import CalibrationPrompt, Fact, build, schedule
 from winnowkv.errors import InputError
-from winnowkv.evaluate.needle.needle import stop_tokens
 from winnowkv.evaluate.report.machine import versions
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.models.calibration import Profile
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.load import dtype_name, position_limit
+from winnowkv.models.info import Fingerprint, end_tokens, position_limit
+from winnowkv.models.load import dtype_name
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 
 Advance = Callable[[str], None]
@@ -106,7 +105,7 @@ def calibrate(
     """
     asked.check(model)
     cases = list(enumerate(schedule(asked.prompts, asked.lengths, asked.depths, asked.seed, list(asked.own))))
-    stop, layers = stop_tokens(model, tokenizer), output_layers(model)
+    stop, layers = end_tokens(model, tokenizer), output_layers(model)
     for case, (fact, length, depth, offset) in cases:
         if not store.has(("heads", case)):
             prompt = build(tokenizer, filler, fact, length, depth, offset, chat=chat)
@@ -142,7 +141,7 @@ def calibrate(
     return Profile(name, profile.fingerprint, semantic, traditional, tuple(layer_shares(errors)), about)
 
 
-def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, limit: int, stop: set[int]) -> list[int]:
+def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, limit: int, stop: frozenset[int]) -> list[int]:
     """Greedy tokens of the answer, the stop token not among them, while ``watch`` looks on."""
     cache = ProbedCache(model, watch)
     logits = prefill(model, torch.tensor([prompt.ids], device=model.device), cache)
@@ -150,7 +149,7 @@ def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, li
 
 
 def measure_heads(
-    prompt: CalibrationPrompt, model: PreTrainedModel, layers: int, tokenizer: Any, stop: set[int], asked: Calibration
+    prompt: CalibrationPrompt, model: PreTrainedModel, layers: int, tokenizer: Any, stop: frozenset[int], asked: Calibration
 ) -> dict[str, Any]:
     """One line of the first pass: did the model answer, and how every head looked at the answer span."""
     watch = HeadWatch(layers, prompt.span)
@@ -172,7 +171,7 @@ def measure_heads(
 
 def measure_errors(
     prompt: CalibrationPrompt, model: PreTrainedModel, chooser: Policy, projections: Sequence[nn.Module],
-    stop: set[int], asked: Calibration,
+    stop: frozenset[int], asked: Calibration,
 ) -> dict[str, Any]:  # fmt: skip
     """One line of the second pass: every layer's error when it alone keeps ``error_entries``."""
     small = Prompt(len(prompt.ids), len(projections), asked.error_entries)

@@ -96,11 +96,12 @@ def measure(
     """Run an audit behind a progress bar and show its table and recommendation (or its JSON); returns the summary."""
     from rich.console import Console
 
-    from winnowkv.cli.options import load_model, wants_chat
+    from winnowkv.cli.options import load_model
     from winnowkv.evaluate.audit import audit as auditor
     from winnowkv.evaluate.audit.auto import write_curves
     from winnowkv.evaluate.audit.recommend import write_summary
     from winnowkv.evaluate.report.store import ResultStore
+    from winnowkv.prompt.chat import uses_chat
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
@@ -108,7 +109,7 @@ def measure(
     served = loaded.dtype
     if float32 or (float32 is None and loaded.device.type == "cpu"):
         loaded.float()
-    test = auditor.Audit(chat=wants_chat(chat, tokenizer), **asked)
+    test = auditor.Audit(chat=uses_chat(chat, tokenizer), **asked)
     config = test.config(loaded, model, served)
     store = ResultStore(out, config, auditor.identity)
     try:

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets, load_model, numbers, wants_chat
+from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets, load_model, numbers
 from winnowkv.cli.plan import read_tokens
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
 from winnowkv.memory.sizes import read_size
+from winnowkv.prompt.chat import uses_chat
 
 Spread = dict[str, float]
 
@@ -102,7 +103,7 @@ def measure(
         loaded, tokenizer = load_model(model, random=random_weights)
     if random_weights:
         model += ", random weights"
-    builder = PromptBuilder(tokenizer, text, chat=wants_chat(chat, tokenizer))
+    builder = PromptBuilder(tokenizer, text, chat=uses_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = runner.open_store(out, loaded, model, builder, test)
     try:

@@ -83,12 +83,13 @@ def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Conso
 
     from winnowkv.calibrate.prompts import read_filler
     from winnowkv.calibrate.run import calibrate as run, open_store
-    from winnowkv.cli.options import load_model, wants_chat
+    from winnowkv.cli.options import load_model
+    from winnowkv.prompt.chat import uses_chat
 
     with console.status(f"loading {model}"):
         loaded, tokenizer = load_model(model)
     asked.check(loaded)
-    wanted = wants_chat(chat, tokenizer)
+    wanted = uses_chat(chat, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     store = open_store(out.with_name(out.name + ".parts"), model, loaded, wanted, asked)
     total = asked.prompts + len(asked.own)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.cli.options import Chat, Json, Model, Task
 from winnowkv.errors import InputError
 
@@ -19,8 +20,8 @@ def generate(
     model: Model = "embedded",
     policy: Annotated[str, typer.Option(help="Eviction policy, such as windowkv:group=6:window=8.")] = "winnow",
     budget: Annotated[
-        str, typer.Option(help="Entries kept per layer (512), kept fraction of the prompt (0.12), or auto:0.95.")
-    ] = "512",
+        str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer (512), or auto:0.95.")
+    ] = str(DEFAULT_BUDGET),
     task: Task = None,
     chat: Chat = None,
     decode_budget: Annotated[
@@ -47,9 +48,10 @@ def generate(
     from winnowkv.api import compress
     from winnowkv.budget import Budget
     from winnowkv.cache.generated import check_decode_budget
-    from winnowkv.cli.options import load_model, wants_chat
-    from winnowkv.models.load import encode, position_limit
+    from winnowkv.cli.options import load_model
+    from winnowkv.models.info import position_limit
     from winnowkv.policies import policy as make_policy
+    from winnowkv.prompt.chat import encode, uses_chat
     from winnowkv.prompt.task import TaskProfile
 
     made = make_policy(policy)  # bad options are told before the model takes its time to load
@@ -62,7 +64,7 @@ def generate(
     asked = Budget.of(budget)
     check_decode_budget(decode_budget)
     loaded, tokenizer = load_model(model)
-    ids = torch.tensor([encode(tokenizer, text, chat=wants_chat(chat, tokenizer))], device=loaded.device)
+    ids = torch.tensor([encode(tokenizer, text, chat=uses_chat(chat, tokenizer))], device=loaded.device)
     limit, tokens = position_limit(loaded), ids.shape[1]
     if limit is not None and tokens + max_new_tokens > limit:
         raise InputError(

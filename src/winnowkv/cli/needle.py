@@ -120,9 +120,10 @@ def measure(
     **asked: Any,
 ) -> dict[str, Any]:
     """Run a needle test behind a progress bar and show its table (or its JSON); returns the summary."""
-    from winnowkv.cli.options import load_model, wants_chat
+    from winnowkv.cli.options import load_model
     from winnowkv.evaluate.needle import needle as test_runner
     from winnowkv.evaluate.needle.prompts import PromptBuilder
+    from winnowkv.prompt.chat import uses_chat
 
     test = test_runner.NeedleTest(policies=policies, lengths=[], **asked)
     # Unknown names are told before the model takes its time to load.
@@ -134,7 +135,7 @@ def measure(
     with console.status(f"loading {model}"):
         loaded, tokenizer = load_model(model)
     test = replace(test, lengths=test_runner.fit_lengths(lengths, loaded, test.max_new_tokens))
-    builder = PromptBuilder(tokenizer, haystack, chat=wants_chat(chat, tokenizer))
+    builder = PromptBuilder(tokenizer, haystack, chat=uses_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = test_runner.open_store(out, loaded, model, builder, haystack, test)
     try:

@@ -49,13 +49,10 @@ def budgets(text: str) -> list[Asked]:
     """A comma-separated list of budgets, as they were asked. Raises BudgetError for a bad one."""
     from winnowkv.budget import Budget
 
-    values: dict[Any, Asked] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        asked = Budget.of(part).asked
-        values[type(asked), asked] = asked  # 1 entry and the fraction 1.0 are two budgets
-    if not values:
+    each = dict.fromkeys(Budget.of(part) for part in filter(None, (part.strip() for part in text.split(","))))
+    if not each:
         raise InputError("--budgets is empty; write a list like 0.12,128")
-    return list(values.values())
+    return [budget.asked for budget in each]
 
 
 def load_model(name: str, *, random: bool = False) -> tuple[PreTrainedModel, Any]:
@@ -66,8 +63,3 @@ def load_model(name: str, *, random: bool = False) -> tuple[PreTrainedModel, Any
 
     transformers.utils.logging.disable_progress_bar()
     return load_random(name) if random else load(name)
-
-
-def wants_chat(chat: bool | None, tokenizer: Any) -> bool:
-    """The user's word, else whether there is a chat template."""
-    return bool(tokenizer.chat_template) if chat is None else chat

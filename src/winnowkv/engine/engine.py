@@ -19,19 +19,20 @@ from transformers import PreTrainedModel
 
 from winnowkv.api import profiles
 from winnowkv.attention.hooks import known
-from winnowkv.budget import Budget
+from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.chunked import cut
 from winnowkv.cache.reading import prefill
-from winnowkv.engine.request import AnyPrompt, Claim, Completion, Event, Reason, Request, end_tokens, token_ids
+from winnowkv.engine.request import Claim, Completion, Event, Reason, Request
 from winnowkv.engine.sampling import Sampling, check_whole, choose
 from winnowkv.engine.slots import Slots
 from winnowkv.engine.step import GREEDY, advance, drop_ended
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.memory.plan import LayerShape, Shape, need
 from winnowkv.memory.sizes import read_size
-from winnowkv.models.load import position_limit, prompt_limit
+from winnowkv.models.info import end_tokens, position_limit, prompt_limit
 from winnowkv.policies import Policy, policy as make_policy
+from winnowkv.prompt.chat import AnyPrompt, token_ids
 from winnowkv.prompt.task import TASKS, TaskProfile
 from winnowkv.report import Report
 
@@ -70,7 +71,7 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: Any,
         policy: str | Policy = "winnow",
-        budget: Budget | int | float | str = 0.12,
+        budget: Budget | int | float | str = DEFAULT_BUDGET,
         *,
         kv_memory: int | str | None = None,
         max_rows: int = 32,

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling, TextStream
 from winnowkv.errors import InputError
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.report import Report
 
-AnyPrompt = str | Sequence[int] | Sequence[dict[str, Any]] | Tensor
 Reason = Literal["stop", "length", "cancelled", "error"]
 BROKEN = "the model's largest logit is not a finite number: load it in bfloat16 or float32"
 
@@ -150,30 +146,3 @@ class Request:
         if self._inbox is not None:
             self._inbox.append(event)
         return event
-
-
-def token_ids(tokenizer: Any, prompt: AnyPrompt) -> list[int]:
-    """Token ids of text as it is, of chat messages through the model's template, or of token ids."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    if isinstance(prompt, Tensor):
-        prompt = prompt.tolist()
-    parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-    if all(isinstance(part, int) and not isinstance(part, bool) for part in parts):
-        return parts
-    if not all(isinstance(part, dict) for part in parts) or not isinstance(prompt, Sequence):
-        raise InputError(f"a prompt is text, chat messages or token ids, not {type(parts[0]).__name__}s")
-    if not tokenizer.chat_template:
-        raise InputError("this model's tokenizer has no chat template: give the prompt as text")
-    try:
-        return tokenizer.apply_chat_template(parts, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:  # what a template raises is its own affair
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model's chat template does not take these messages: {reason}") from error
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a generation, by the model's generation config and the tokenizer."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    every = found if isinstance(found, list | tuple) else [found]
-    return frozenset(token for token in (*every, tokenizer.eos_token_id) if token is not None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from winnowkv.budget import Asked
+from winnowkv.budget import Asked, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import extend, prefill
 from winnowkv.engine.step import greedy_rows
@@ -32,7 +32,7 @@ class Setting:
     @property
     def key(self) -> tuple[str, str, Asked]:
         """What tells two settings apart: 1 entry and the fraction 1.0 are two budgets."""
-        return self.policy, type(self.budget).__name__, self.budget
+        return self.policy, *Budget(self.budget).key
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Setting) and self.key == other.key

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from winnowkv.api import Run, compress
-from winnowkv.budget import Asked, Budget
+from winnowkv.budget import DEFAULT_BUDGET, Asked, Budget
 from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.protocol import middle_out
 from winnowkv.evaluate.tasks.tasks import find_tasks
@@ -60,7 +60,7 @@ class WinnowLM(HFLM):
         self,
         pretrained: str | PreTrainedModel = "embedded",
         policy: str = "winnow",
-        budget: Asked = 512,
+        budget: Asked = DEFAULT_BUDGET,
         task: str | None = None,
         dtype: str | None = None,
         device: str | None = None,

@@ -17,8 +17,7 @@ from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import prefill
 from winnowkv.errors import UnsupportedModelError
 from winnowkv.memory.plan import LayerShape, Shape
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.load import position_limit
+from winnowkv.models.info import Fingerprint, position_limit
 
 
 def read_shape(config: PreTrainedConfig, itemsize: int) -> Shape:

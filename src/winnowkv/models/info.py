@@ -55,3 +55,22 @@ class Fingerprint:
     def to_dict(self) -> dict[str, Any]:
         """What is compared, for JSON."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+
+
+def position_limit(model: Any) -> int | None:
+    """Most tokens that the model has positions for, None if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def prompt_limit(model: Any, new_tokens: int, most: int | None = None) -> int | None:
+    """Most prompt tokens, so that ``new_tokens`` still have positions, and at most ``most``; None if neither limits."""
+    positions = position_limit(model)
+    ends = [n for n in (most, positions and positions - new_tokens) if n is not None]
+    return min(ends, default=None)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a generation: those of the model's generation config and the tokenizer's."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    every = found if isinstance(found, list | tuple) else [found]
+    return frozenset(int(token) for token in (*every, tokenizer.eos_token_id) if token is not None)

@@ -142,34 +142,9 @@ def cannot_load(name: str, error: Exception) -> ModelNotFoundError:
     )
 
 
-def encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
-    """Token ids of a prompt, as one user message in the chat template where ``chat``, else raw.
-
-    Raises InputError for ``chat`` with a tokenizer that has no template.
-    """
-    if not chat:
-        return tokenizer(text).input_ids
-    if not tokenizer.chat_template:
-        raise InputError("this model's tokenizer has no chat template: use --no-chat")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` and its like."""
     return str(dtype).removeprefix("torch.")
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model has positions for, None where its config does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def prompt_limit(model: PreTrainedModel, new_tokens: int, most: int | None = None) -> int | None:
-    """Most prompt tokens, so that ``new_tokens`` still have positions, and ``most`` at the most; None where neither limits."""
-    positions = position_limit(model)
-    ends = [n for n in (most, positions and positions - new_tokens) if n is not None]
-    return min(ends, default=None)
 
 
 def best_device() -> str:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from winnowkv.errors import InputError
+from winnowkv.prompt.chat import template_tail
 
 LEAST, MOST = 8, 128  # tokens of a question; what has no line break within the last MOST counts RAW tokens
 RAW = 32
-MARK = "THE-PROMPT"  # stands for the user's message while the template around it is read
 QUOTES = "\"')]\u201d\u2019"
 
 
@@ -52,24 +51,3 @@ def ends_here(text: str, after: str) -> bool:
     if after.startswith("\n"):
         return False
     return "\n" in text or (text.rstrip(QUOTES).endswith((".", "!", "?")) and after[:1].isspace())
-
-
-def template_ends(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts in front of a user's message and behind it. Raises InputError where there is none."""
-    if not tokenizer.chat_template:
-        raise InputError("this model's tokenizer has no chat template: use --no-chat")
-    messages = [{"role": "user", "content": MARK}]
-    head, mark, tail = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).partition(MARK)
-    if not mark or MARK in tail:
-        raise InputError("this model's chat template changes or repeats the user's message: use --no-chat")
-    return head, tail
-
-
-def template_tail(tokenizer: Any, ids: Sequence[int]) -> int:
-    """How many tokens at a prompt's end the chat template put behind the user's message; 0 for a raw prompt."""
-    try:
-        _, text = template_ends(tokenizer)
-    except InputError:
-        return 0  # a tokenizer without a template, or with one that cannot be told from the message
-    tail = tokenizer(text, add_special_tokens=False).input_ids
-    return len(tail) if tail and list(ids[-len(tail) :]) == list(tail) else 0

@@ -26,14 +26,15 @@ from winnowkv.cache.reading import extend
 from winnowkv.cache.stacked import stack
 from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.evaluate.needle.needle import stop_tokens
 from winnowkv.evaluate.needle.prompts import read_rows
 from winnowkv.evaluate.report.machine import revision, versions
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.settings import Kept, Setting, batches, continue_all, policies_for, read_prompt, replay, settings
 from winnowkv.evaluate.tasks.protocol import middle_out
 from winnowkv.evaluate.tasks.tasks import find_tasks
-from winnowkv.models.load import dtype_name, encode, position_limit, prompt_limit
+from winnowkv.models.info import end_tokens, position_limit, prompt_limit
+from winnowkv.models.load import dtype_name
+from winnowkv.prompt.chat import encode
 from winnowkv.prompt.classifier import task_profile
 from winnowkv.prompt.structure import read_layout
 from winnowkv.prompt.task import TaskProfile
@@ -183,7 +184,7 @@ def measure(
 ) -> list[Line]:
     """One line a setting of a prompt, from one prefill. Raises InputError where the full cache's logits are not numbers."""
     stop, made = (
-        stop_tokens(model, tokenizer),
+        end_tokens(model, tokenizer),
         policies_for(asked, model, replace(task_profile(text), layout=read_layout(tokenizer, ids))),
     )
     recorded, logits, seconds = read_prompt(model, ids, made)
@@ -196,7 +197,7 @@ def measure(
 
 
 def compare(
-    model: PreTrainedModel, recorded: CompactCache, kept: Sequence[Kept], logits: Tensor, limit: int, stop: set[int]
+    model: PreTrainedModel, recorded: CompactCache, kept: Sequence[Kept], logits: Tensor, limit: int, stop: frozenset[int]
 ) -> tuple[list[int], dict[Setting, Line]]:
     """The full cache's continuation (its stop token included), and how near each setting comes to it, by setting.
 

@@ -22,8 +22,8 @@ from winnowkv.evaluate.needle.prompts import PromptBuilder
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.settings import Setting
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.load import dtype_name, position_limit
+from winnowkv.models.info import Fingerprint, position_limit
+from winnowkv.models.load import dtype_name
 from winnowkv.policies import Prompt, policy as make_policy, resolve
 
 IDENTITY = ("kind", "policy", "budget", "context", "batch", "compiled", "kv_memory", "shortest", "longest")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from winnowkv.budget import Asked
+from winnowkv.budget import Asked, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.quantized import quanto
 from winnowkv.cache.reading import prefill
@@ -41,7 +41,7 @@ class Source:
         self.model, self.plain, self.tokenizer = model, plain, tokenizer
         self.ids = torch.tensor([list(ids)], device=model.device)
         self._native: dict[int, DynamicCache] = {}
-        self._compact: dict[tuple[str, str, Asked], CompactCache] = {}
+        self._compact: dict[tuple[str, Budget], CompactCache] = {}
 
     @property
     def tokens(self) -> int:
@@ -64,7 +64,7 @@ class Source:
 
     def compact(self, policy: str, budget: Asked) -> CompactCache:
         """The compact cache of a setting, to be copied."""
-        key = policy, type(budget).__name__, budget
+        key = policy, Budget(budget)
         if key not in self._compact:
             self._compact[key] = self.read(policy, budget)
         return self._compact[key]

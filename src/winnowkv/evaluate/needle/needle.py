@@ -27,8 +27,8 @@ from winnowkv.evaluate.needle.prompts import Hidden, PromptBuilder
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.load import dtype_name, position_limit
+from winnowkv.models.info import Fingerprint, end_tokens, position_limit
+from winnowkv.models.load import dtype_name
 from winnowkv.policies import Policy, Prompt, policy as make_policy
 from winnowkv.prompt.structure import read_layout
 from winnowkv.prompt.task import TaskProfile
@@ -151,7 +151,7 @@ def run(
 ) -> None:
     """Measure what the store does not hold yet, line by line; ``advance`` is told of every line, old and new."""
     resolved = test.resolved(model)
-    stop = stop_tokens(model, tokenizer)
+    stop = end_tokens(model, tokenizer)
     for length, depth, needle in test.cases():
         frame = {"variant": test.variant, "length": length, "depth": depth, **asdict(needle)}
         asked = [{"policy": p, "budget": b, **frame} for p in test.policies for b in test.budgets]
@@ -278,13 +278,6 @@ def judge(answers: str | Sequence[str], output: str) -> dict[str, Any]:
     }
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: the model's generation config and the tokenizer's end token."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    listed = ends if isinstance(ends, list) else [ends]
-    return {int(end) for end in [*listed, tokenizer.eos_token_id] if end is not None}
-
-
 def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means per policy, budget and length, in the order asked, over the lines that this test asks for.
 
@@ -298,8 +291,9 @@ def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, An
     for length in test.lengths:
         for spec, policy in test.resolved().items():
             for budget in test.budgets:
-                rows = [r for r in good if (r["policy"], r["budget"], r["length"]) == (spec, budget, length)
-                        and type(r["budget"]) is type(budget)]  # fmt: skip
+                rows = [
+                    r for r in good if (r["policy"], r["length"]) == (spec, length) and Budget(r["budget"]) == Budget(budget)
+                ]
                 if rows:
                     of = {"policy": spec, "budget": budget, "length": length, "evicts": policy.evicts}
                     groups.append({**of, **means(rows)})

@@ -12,7 +12,7 @@ from typing import Any
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.rows import json_rows
-from winnowkv.models.load import encode
+from winnowkv.prompt.chat import encode
 
 FIELDS = ("needle", "question", "answer")
 ALIASES = {"answer": "real_needle"}  # its name in the needle files of the retrieval-head papers

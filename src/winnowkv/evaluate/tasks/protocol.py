@@ -17,7 +17,7 @@ from typing import Any
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.tasks import EvalTask, Row
-from winnowkv.prompt.structure import template_ends
+from winnowkv.prompt.chat import template_ends
 
 PROTOCOLS = ("official", "context-only")
 

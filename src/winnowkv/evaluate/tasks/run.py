@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from winnowkv.budget import Asked, Budget
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.evaluate.needle.needle import stop_tokens
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.page import write_page
 from winnowkv.evaluate.report.store import ResultStore, write_json
@@ -37,7 +36,9 @@ from winnowkv.evaluate.settings import (
 )  # fmt: skip
 from winnowkv.evaluate.tasks.protocol import PROTOCOLS, EncodedRow, encode_row
 from winnowkv.evaluate.tasks.tasks import EvalTask, Row, find_tasks
-from winnowkv.models.load import dtype_name, load, prompt_limit
+from winnowkv.models.info import end_tokens, prompt_limit
+from winnowkv.models.load import dtype_name, load
+from winnowkv.prompt.chat import uses_chat
 from winnowkv.prompt.classifier import task_profile
 from winnowkv.prompt.structure import read_layout
 from winnowkv.prompt.task import TaskProfile
@@ -133,8 +134,8 @@ class Worker:
         self.model: PreTrainedModel
         self.model, self.tokenizer = loaded or load(asked.model)
         self.tasks = {task.name: task for task in find_tasks(asked.tasks)}
-        self.stop = stop_tokens(self.model, self.tokenizer)
-        self.chat = bool(self.tokenizer.chat_template) if asked.chat is None else asked.chat
+        self.stop = end_tokens(self.model, self.tokenizer)
+        self.chat = uses_chat(asked.chat, self.tokenizer)
         self.frame = {"versions": versions(), "git": revision(), "seed": asked.seed}
         policies_for(settings(asked.policies, asked.budgets), self.model, TaskProfile.of("localization"))
 
