@@ -1,0 +1,258 @@
+"""benchmarks/winnow_parts.py on tiny models, and what benchmarks/kept_fraction.py counts and draws."""
+
+import json
+import runpy
+
+import pytest
+import torch
+import yaml
+from matplotlib.image import imread
+
+import winnowkv as wk
+from support.evaluation import write_model, write_rows
+from support.models import prompt
+from support.paths import BENCHMARKS
+from support.profiles import PROFILES
+from winnowkv.cache.reading import extend, prefill
+from winnowkv.errors import InputError
+from winnowkv.evaluate.report.store import ResultStore
+from winnowkv.models import load as models
+from winnowkv.policies.winnow import Winnow
+from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.scoring.attention import causal_attention, expected_attention
+
+PARTS = runpy.run_path(str(BENCHMARKS / "winnow_parts.py"))
+KEPT = runpy.run_path(str(BENCHMARKS / "kept_fraction.py"))
+TOKENS, SMALL = 72, {"observe": 8, "samples": 32, "least": 4, "heads": 3, "profile": PROFILES}
+FOUND = TaskProfile("localization", layout=Layout(TOKENS, 12, 3, (9, 20, 33, 47)))
+
+
+def read(model):
+    recorded = wk.CompactCache(model, "full", 1, record=TOKENS)
+    prefill(model, prompt(TOKENS), recorded)
+    return recorded
+
+
+def positions(cache):
+    return [layer.positions[0].tolist() for layer in cache.compact_layers]
+
+
+def test_a_part_without_a_change_is_winnow(model):
+    recorded = read(model)
+    mine, shipped = (recorded.replay(kind(**SMALL), 24, task=FOUND) for kind in (PARTS["Part"], Winnow))
+    assert positions(mine) == positions(shipped)
+    assert mine.policies[0].layout is not None
+
+
+@pytest.mark.parametrize("name", ["mean", "normal", "late", "even"])
+def test_another_attention_keeps_other_tokens(name, llama):
+    recorded = read(llama)
+    part = PARTS["Part"](**SMALL, attention=PARTS[f"{name}_attention"])
+    assert positions(recorded.replay(part, 24, task=FOUND)) != positions(recorded.replay(Winnow(**SMALL), 24, task=FOUND))
+
+
+def test_parts_forget_what_they_must_not_know(llama):
+    recorded = read(llama)
+    still, guessing, equal = (PARTS["Part"](**SMALL, **flag) for flag in ({"moved": False}, {"guessed": True}, {"equal": True}))
+    assert recorded.replay(Winnow(**SMALL), 24, task=FOUND).policies[0].rotation is not None
+    assert recorded.replay(still, 24, task=FOUND).policies[0].rotation is None
+    assert recorded.replay(guessing, 24, task=FOUND).policies[0].profile is None
+    assert set(recorded.replay(equal, 40, task=FOUND).report.kept_entries[0]) == {40}
+    assert len(set(recorded.replay(Winnow(**SMALL), 40, task=FOUND).report.kept_entries[0])) > 1
+
+
+def test_closed_forms_are_those_of_single_heads():
+    draw = torch.Generator().manual_seed(3)
+    queries, keys = torch.randn(1, 4, 40, 8, generator=draw), torch.randn(1, 2, 30, 8, generator=draw)
+    means, normals = (PARTS[f"{name}_attention"](queries, keys, 0.4, 25)[0] for name in ("mean", "normal"))
+    for kv in range(2):
+        mean, normal = torch.zeros(25), torch.zeros(25)
+        for head in (2 * kv, 2 * kv + 1):
+            q, k = 0.4 * queries[0, head], keys[0, kv]
+            mean += (q @ k.T).softmax(-1)[:, :25].mean(0) / 2
+            spread = torch.cov(q.T, correction=0)
+            normal += torch.stack([q.mean(0) @ key + key @ spread @ key / 2 for key in k]).softmax(-1)[:25] / 2
+        torch.testing.assert_close(means[0, kv], mean)
+        torch.testing.assert_close(normals[0, kv], normal)
+    # Two normal clouds of queries are not one: the closed form and the samples must not agree.
+    assert not torch.allclose(normals, expected_attention(queries, keys, 0.4, 25)[0], rtol=0.05)
+
+
+def test_the_oracle_hears_what_the_answer_attends_to(model):
+    ids, answer = prompt(TOKENS), prompt(6, seed=1)
+    heard = PARTS["Heard"](model)
+    prefill(model, ids, heard)
+    assert heard.heard == []
+    extend(model, heard, answer, [TOKENS])
+    whole = wk.CompactCache(model, "full", 1, record=6)  # the same tokens as one prompt: its last queries are the answer's
+    prefill(model, torch.cat([ids, answer], 1), whole)
+    for (scores, preference), (queries, scale), layer in zip(heard.heard, whole._recorded, whole.compact_layers, strict=True):
+        attention = causal_attention(queries, layer.keys, scale)[0, :, :, :TOKENS]
+        wanted = attention.square().mean(1).sqrt().unflatten(0, (2, -1)).mean(1)
+        torch.testing.assert_close(scores[0], wanted, rtol=1e-3, atol=1e-5)
+        assert preference > 0
+
+
+def test_the_oracle_keeps_what_it_heard(llama):
+    recorded, heard = read(llama), PARTS["Heard"](llama)
+    prefill(llama, prompt(TOKENS), heard)
+    extend(llama, heard, prompt(6, seed=1), [TOKENS])
+    variant = PARTS["Variant"]("oracle", PARTS["Oracle"](observe=4, sinks=0, equal=True))
+    kept = PARTS["keep"](recorded, variant, 20, FOUND, heard.heard)
+    for (scores, _), layer in zip(heard.heard, kept.cache.compact_layers, strict=True):
+        best = scores[0, :, : TOKENS - 4].topk(16).indices.sort().values
+        assert torch.equal(layer.positions[0][:, :16].long(), best)
+
+
+def texts(tmp_path, *more):
+    if not (tmp_path / "model").exists():
+        write_model(tmp_path / "model")
+        write_rows(tmp_path / "data", 4)
+    words = ("texts", "--model", tmp_path / "model", "--tasks", "longeval_lines_200", "--data", tmp_path / "data", "--json")
+    asked = ("--skip", 1, "--limit", 3, "--max-new-tokens", 8, "--budgets", "40,0.05", "--out", tmp_path / "out")
+    variants = ("--variants", "winnow,no layout,oracle", "--against", "snapkv,cake")
+    return PARTS["main"](PARTS["parse"]([str(word) for word in (*words, *asked, *variants, *more)]))
+
+
+def test_texts_that_leave_no_row_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--skip 4 leaves nothing of longeval_lines_200, which has 4 rows"):
+        texts(tmp_path, "--skip", 4)
+
+
+def test_texts_are_compared_with_the_best_published_policy_on_the_same_rows(tmp_path, capsys):
+    summary = texts(tmp_path)
+    assert json.loads(capsys.readouterr().out) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    rows = {(row["policy"], row["budget"]): row for row in summary["rows"]}
+    at_40 = [row for row in summary["rows"] if row["budget"] == 40]
+    assert [row["policy"] for row in at_40] == ["winnow", "no layout", "snapkv", "cake", "oracle"]
+    assert {row["prompts"] for row in at_40} == {3}
+    best = min(("snapkv", "cake"), key=lambda name: rows[name, 40]["kl_mean"][0])
+    assert {row["against"] for row in at_40} == {best}
+    assert rows[best, 40]["kl_mean_difference"] == [0, 0, 0]
+    apart = rows["winnow", 40]["kl_mean"][0] - rows[best, 40]["kl_mean"][0]
+    assert rows["winnow", 40]["kl_mean_difference"][0] == pytest.approx(apart)
+    assert rows["winnow", 0.05]["prompts"] == 0  # three entries are below the sinks alone
+    assert rows["winnow", 0.05]["kl_mean"] == [None, None, None]
+
+
+def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, monkeypatch):
+    add, added = ResultStore.add, []
+
+    def stop_soon(store, line):
+        add(store, line)
+        added.append(line)
+        if len(added) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResultStore, "add", stop_soon)
+    with pytest.raises(KeyboardInterrupt):
+        texts(tmp_path)
+    file = tmp_path / "out" / "results.jsonl"
+    assert len(file.read_text().splitlines()) == 7
+    assert (tmp_path / "out" / "summary.json").exists()
+    texts(tmp_path)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len({(line["row"], line["policy"], line["budget"]) for line in lines}) == len(lines) == len(added) == 30
+    texts(tmp_path)
+    assert len(added) == 30
+    with pytest.raises(InputError, match="max_new_tokens"):
+        texts(tmp_path, "--max-new-tokens", 9)
+
+
+def test_needles_count_where_the_full_cache_answers(tmp_path):
+    if models.find_wheel() is None:
+        pytest.skip(f"the embedded model's wheel is not installed ({models.INSTALL})")
+    easy = {"needle": "The best thing to do in Corven is to eat a fig.", "question": "What is the best thing to do in Corven?"}
+    rows = [{**easy, "answer": "eat a fig"}, {**easy, "answer": "no model says this"}]
+    (tmp_path / "needles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("needles", "--needles", tmp_path / "needles.jsonl", "--lengths", 300, "--budgets", 290, "--out", tmp_path / "out")
+    summary = PARTS["main"](PARTS["parse"]([str(word) for word in (*words, "--variants", "winnow,streaming")]))
+    assert [(row["policy"], row["found"], row["prompts"]) for row in summary["rows"]] == [("winnow", 1, 1), ("streaming", 1, 1)]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["depth"] for line in lines] == [0.1, 0.1, 0.3, 0.3]
+    assert [line.get("skipped") for line in lines] == [None, None, *["not answered by the full cache"] * 2]
+
+
+def test_unknown_variants_are_told_before_anything_is_loaded():
+    with pytest.raises(InputError, match="variant 'oracle' is unknown in the table 'needles'"):
+        PARTS["parse"](["needles", "--variants", "oracle"])
+
+
+def test_every_variant_has_a_label_of_its_own_and_can_be_made():
+    labels = [variant.label for variant in PARTS["VARIANTS"]]
+    assert len(set(labels)) == len(labels)
+    assert not any("," in label for label in labels)
+    for variant in PARTS["VARIANTS"]:
+        assert wk.policy(variant.policy).evicts
+
+
+def needle_line(policy, budget, depth, correct, kept=10):
+    return {
+        "policy": policy, "budget": budget, "length": 300, "depth": depth, "needle": "n", "question": "q", "answer": "a",
+        "correct": correct, "kept_bytes": kept, "full_bytes": 100,
+    }  # fmt: skip
+
+
+def write_run(folder, lines, **config):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "dtype": "float32", **config}))
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def runs(tmp_path):
+    """Three depths that the full cache answers and one it does not, in two folders; ``snapkv`` lacks one at 0.2."""
+    full = [needle_line("full", 1, depth, depth < 0.8, 100) for depth in (0.1, 0.3, 0.5, 0.9)]
+    winnow = [
+        needle_line("winnow", budget, depth, True, 100 * budget) for depth in (0.1, 0.3, 0.5, 0.9) for budget in (0.1, 0.2)
+    ]
+    snapkv = [needle_line("snapkv", 0.1, depth, depth == 0.3) for depth in (0.1, 0.3, 0.5, 0.9)]
+    snapkv += [needle_line("snapkv", 0.2, depth, True, 20) for depth in (0.1, 0.3)]
+    return [write_run(tmp_path / "one", [*full, *snapkv]), write_run(tmp_path / "two", winnow)]
+
+
+def test_only_prompts_that_the_full_cache_answers_and_all_were_asked_count(tmp_path):
+    lines, answered = KEPT["counted"](KEPT["read_lines"](runs(tmp_path)))
+    found = [(p["policy"], p["budget"], p["prompts"], p["correct"], p["kept_bytes"]) for p in KEPT["points"](lines)]
+    assert answered == 3
+    assert found == [
+        ("full", 1, 2, 1, 100), ("winnow", 0.1, 2, 1, 10), ("winnow", 0.2, 2, 1, 20), ("snapkv", 0.1, 2, 0.5, 10),
+        ("snapkv", 0.2, 2, 1, 20),
+    ]  # fmt: skip
+    lines, _ = KEPT["counted"](KEPT["read_lines"]([tmp_path / "one", tmp_path / "two"]), ["winnow"])
+    assert {p["prompts"] for p in KEPT["points"](lines)} == {3}
+
+
+def test_prompts_of_another_model_are_other_prompts(tmp_path):
+    one = write_run(tmp_path / "one", [needle_line("full", 1, 0.1, True, 100)])
+    other = write_run(tmp_path / "two", [needle_line("winnow", 0.1, 0.1, True)], model="another")
+    with pytest.raises(InputError, match=r"winnow at 0\.1 has the fewest, 0 of 1"):
+        KEPT["counted"](KEPT["read_lines"]([one, other]))
+
+
+def test_what_cannot_be_drawn_is_told(tmp_path):
+    folder = write_run(tmp_path / "one", [needle_line("full", 1, 0.1, False, 100), needle_line("snapkv", 0.1, 0.1, True)])
+    with pytest.raises(InputError, match="no prompt here is answered by the full cache"):
+        KEPT["counted"](KEPT["read_lines"]([folder]))
+    with pytest.raises(InputError, match=r"policy 'cake' has no lines: there are full, snapkv"):
+        KEPT["counted"](KEPT["read_lines"]([folder]), ["cake"])
+    with pytest.raises(InputError, match=r"does not end in \.svg"):
+        KEPT["main"]([str(folder), "--out", "picture.png"])
+
+
+def test_the_picture_is_800_pixels_wide_on_white_and_the_same_every_time(tmp_path, capsys):
+    folders, out = [str(folder) for folder in runs(tmp_path)], tmp_path / "docs" / "kept.svg"
+    KEPT["main"]([*folders, "--out", str(out)])
+    first = out.read_bytes()
+    KEPT["main"]([*folders, "--out", str(out), "--json"])
+    assert out.read_bytes() == first
+    assert b"<svg" in first
+    picture = imread(out.with_suffix(".png"))
+    assert picture.shape[1] == 800
+    assert picture[0, 0].tolist() == [1, 1, 1, 1]
+    red = (picture[..., 0] > 0.7) & (picture[..., 1] < 0.3) & (picture[..., 2] < 0.3)
+    assert red.sum() > 500  # winnow's line
+    assert (
+        "2 needle prompts of 300 tokens, tiny in float32: those that the full cache answers; 1 more" in capsys.readouterr().out
+    )

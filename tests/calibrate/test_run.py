@@ -1,0 +1,152 @@
+"""Calibration: prompts and spans, the run on a tiny model, resuming, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import winnowkv as wk
+from support.models import prompt
+from support.reference import masked_attention
+from support.tokenizers import byte_tokenizer
+from winnowkv.attention.hooks import output_projections
+from winnowkv.calibrate.errors import ErrorWatch
+from winnowkv.calibrate.heads import traditional_scores
+from winnowkv.calibrate.probe import ProbedCache
+from winnowkv.calibrate.prompts import SLACK, build, generate_facts, read_filler, read_prompts, schedule
+from winnowkv.calibrate.run import Calibration, answered_by, calibrate, open_store
+from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_spans_are_exact_and_bos_stands_at_the_start_only(bos: bool) -> None:
+    words, filler = byte_tokenizer(bos=bos), read_filler()
+    for fact, length, depth, offset in schedule(20, (900, 1500), (0.0, 0.5, 1.0), 0):
+        made = build(words, filler, fact, length, depth, offset, chat=False)
+        assert length - SLACK <= len(made.ids) <= length
+        begin, end = made.span
+        text = "".join(bytes_of(words, made.ids[begin:end]))
+        assert text == fact.answer
+        assert made.ids.count(0) == int(bos)
+
+
+def bytes_of(words: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
+    decode = {c: i for i, c in enumerate_bytes()}
+    return [bytes([decode[token]]).decode() for token in words.convert_ids_to_tokens(ids)]
+
+
+def enumerate_bytes() -> list[tuple[int, str]]:
+    """The byte-level alphabet: printable bytes stand for themselves, the space for a character of its own."""
+    return [(byte, "\u0120" if byte == 32 else chr(byte)) for byte in range(32, 127)]
+
+
+def test_facts_hang_on_their_seed_and_share_nothing_with_the_evaluation() -> None:
+    first, again, other = generate_facts(60, 0), generate_facts(60, 0), generate_facts(60, 1)
+    assert first == again != other
+    assert len({fact.question for fact in first}) == 60
+    assert {fact.kind for fact in first} == {"fact", "code", "name", "date", "multi"}
+    evaluated = {text for needle in read_needles() for text in (needle.needle, needle.question, needle.answer)}
+    for fact in first + other:
+        assert fact.needle.count(fact.answer) == 1
+        assert not {fact.needle, fact.question, fact.answer} & evaluated
+    sentences = {s.strip() for s in read_filler().split(".") if len(s) > 20}
+    assert not sentences & {s.strip() for s in read_haystack().split(".")}
+
+
+def test_every_kind_meets_every_length() -> None:
+    cases = schedule(60, (100, 200), (0.1, 0.9), 0)
+    assert len({(fact.kind, length) for fact, length, _, _ in cases}) == 10
+
+
+def test_own_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"needle": "The key is blue.", "question": "Which key?", "answer": "blue"}\n')
+    assert read_prompts(file)[0].kind == "own"
+    file.write_text('{"needle": "The key is blue.", "question": "Which key?", "answer": "red"}\n')
+    with pytest.raises(wk.InputError, match="row 1: the answer 'red' must stand in the needle"):
+        read_prompts(file)
+    file.write_text("")
+    with pytest.raises(wk.InputError, match="holds no needle"):
+        read_prompts(file)
+    file.write_text('{"needle": "x"\n')
+    with pytest.raises(wk.InputError, match="line 1"):
+        read_prompts(file)
+
+
+def test_answers() -> None:
+    assert answered_by("pale turquoise", "It is Pale Turquoise.")
+    assert not answered_by("pale turquoise", "It is pale.")
+    long = "to feed the goldfish every morning and to sweep the stairs"
+    assert answered_by(long, "feed the goldfish every morning and sweep")
+    assert not answered_by(long, "the the the the the the the the")
+
+
+def test_traditional_scores_count_a_copied_token_once_a_head() -> None:
+    places = torch.tensor([[[2, 3]], [[2, 0]], [[3, 3]]])  # three steps, one layer, two heads
+    copied = traditional_scores(places, [7, 7, 8], [1, 1, 7, 8, 1], (2, 4))
+    assert copied.tolist() == [[1.0, 0.5]]  # head 0 copies 7 (twice, counted once) and 8, head 1 only 8
+
+
+def tiny_run(model: PreTrainedModel, asked: Calibration, folder: Path, seen: list[str]) -> wk.Profile:
+    words = byte_tokenizer(bos=False)
+    store = open_store(folder, "tiny", model, False, asked)
+    try:
+        return calibrate(asked, "tiny", model, words, read_filler(), chat=False, store=store, advance=seen.append)
+    finally:
+        store.close()
+
+
+def test_a_model_that_cannot_retrieve_gets_no_profile(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from support.models import TINY
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **{**TINY, "vocab_size": 300})).eval()
+    asked, seen = Calibration(prompts=5, lengths=(600,), depths=(0.5,), max_new_tokens=3), list[str]()
+    with pytest.raises(wk.InputError, match="answered 0 of 5 prompts, 8 are needed") as error:
+        tiny_run(model, asked, tmp_path, seen)
+    assert "600 tokens: 0 of 5" in str(error.value)
+    lines = (tmp_path / "results.jsonl").read_text()
+    with pytest.raises(wk.InputError, match="answered 0 of 5"):
+        tiny_run(model, asked, tmp_path, seen)
+    assert (tmp_path / "results.jsonl").read_text() == lines, "finished prompts were measured again"
+
+
+def test_lengths_out_of_reach(llama: PreTrainedModel) -> None:
+    with pytest.raises(wk.InputError, match="1024 positions: ask for at most 984"):
+        Calibration(lengths=(1000,)).check(llama)
+    with pytest.raises(wk.InputError, match="fits in the small cache"):
+        Calibration(lengths=(30,)).check(llama)
+
+
+def test_layer_errors_are_those_of_masked_attention(model: PreTrainedModel) -> None:
+    """What the watch measures at a decode step, against the model's own attention under masks."""
+    layers = model.config.num_hidden_layers
+    chooser = wk.policy("compresskv", heads="all", budgets="uniform", observe=4)
+    projections = [output_projections(model)[index] for index in range(layers)]
+    ids, more = prompt(60), prompt(1, seed=5)
+    watch = ErrorWatch(chooser, 12, wk.Prompt(60, layers, 12), projections)
+    cache = ProbedCache(model, watch)
+    outputs: dict[int, torch.Tensor] = {}
+    hooks = [
+        block.self_attn.register_forward_hook(lambda _m, _i, out, layer=layer: outputs.__setitem__(layer, out[0][0, -1]))
+        for layer, block in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=more, past_key_values=cache)
+        full = dict(outputs)
+        for layer in range(layers):
+            kept = [None] * layers
+            kept[layer] = watch._kept[layer][None]
+            with masked_attention(model, kept, 60):  # layers before it see everything, so its input is the same
+                model(input_ids=torch.cat([ids, more], dim=1), use_cache=False)
+            error = float((outputs[layer] - full[layer]).norm() / (full[layer].norm() + 1e-5))
+            assert watch.errors[layer] == [pytest.approx(error, rel=1e-3, abs=1e-6)]
+            assert error > 1e-3
+    for hook in hooks:
+        hook.remove()

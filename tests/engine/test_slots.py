@@ -1,0 +1,308 @@
+"""Requests in slots decode as they would alone, whoever sits beside them, and what is held is what was said."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+
+import winnowkv as wk
+from support.cases import Case
+from support.models import DEVICE, TINY, prompt
+from winnowkv.cache.reading import extend, prefill
+from winnowkv.engine import compiled as compiling
+from winnowkv.engine.slots import Slots, _Request, bucket, row_bucket
+from winnowkv.errors import CacheError
+
+LENGTHS = (72, 19, 46, 60)
+STEPS = (9, 14, 3, 11)  # tokens that each request goes on for
+ROOM = 6  # less than most of them: buffers grow
+
+
+def hybrid() -> PreTrainedModel:
+    """Two layers that slide over 16 tokens around two that attend to everything."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        config = Gemma3TextConfig(**TINY, num_hidden_layers=4, head_dim=8, sliding_window=16, layer_types=kinds)
+        return Gemma3ForCausalLM(config).eval().to(DEVICE)
+
+
+def read(model: PreTrainedModel, row: int, settings: dict[str, object]) -> wk.CompactCache:
+    cache = wk.CompactCache(model, **settings)
+    prefill(model, prompt(LENGTHS[row], seed=row), cache)
+    return cache
+
+
+def more(row: int) -> Tensor:
+    """What a request goes on with, ``[1, n]``."""
+    return prompt(STEPS[row], seed=20 + row)
+
+
+def alone(model: PreTrainedModel, row: int, settings: dict[str, object]) -> Tensor:
+    """The logits of each of a request's further tokens, ``[n, vocabulary]``: one row, the cache it was read into."""
+    cache = read(model, row, settings)
+    steps = [extend(model, cache, more(row)[:, at : at + 1], [LENGTHS[row] + at])[0] for at in range(STEPS[row])]
+    return torch.cat(steps)
+
+
+def together(model: PreTrainedModel, slots: Slots, settings: dict[str, object], rows: int) -> list[Tensor]:
+    """The same with up to ``rows`` requests at a time: one is placed whenever one has ended."""
+    waiting, active = list(range(len(LENGTHS))), list[int]()
+    logits: list[list[Tensor]] = [[] for _ in LENGTHS]
+    while waiting or active:
+        if waiting and len(active) < rows:
+            active.append(waiting.pop(0))
+            slots.place(read(model, active[-1], settings), ROOM)
+        tokens = torch.tensor([int(more(row)[0, len(logits[row])]) for row in active], device=DEVICE)
+        for row, line in zip(active, slots.step(tokens), strict=True):
+            logits[row].append(line)
+        for at in reversed(range(len(active))):
+            if len(logits[active[at]]) == STEPS[active[at]]:
+                slots.drop(at)
+                active[at] = active[-1]
+                active.pop()
+    return [torch.stack(lines) for lines in logits]
+
+
+def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+        assert mine.argmax(-1).tolist() == theirs.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_policy_decodes_as_alone(model: PreTrainedModel, case: Case, rows: int) -> None:
+    settings = case.settings
+    expected = [alone(model, row, settings) for row in range(len(LENGTHS))]
+    assert_same(together(model, Slots(model), settings, rows), expected)
+
+
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:floor=0"])
+def test_windows_slide_on_in_their_rings(spec: str) -> None:
+    model = hybrid()
+    settings = {"policy": spec, "budget": 0.5}
+    expected = [alone(model, row, settings) for row in range(len(LENGTHS))]
+    assert_same(together(model, Slots(model), settings, 3), expected)
+
+
+def test_quantized_entries_decode_as_they_read(llama: PreTrainedModel) -> None:
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    settings = {"policy": "snapkv:observe=4:quantize=int8", "budget": 0.5}
+    assert_same(together(llama, Slots(llama), settings, 2), [alone(llama, row, settings) for row in range(len(LENGTHS))])
+
+
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "cake:observe=4", "adakv:observe=4:floor=0"])
+def test_what_is_held_is_what_was_said(llama: PreTrainedModel, spec: str) -> None:
+    slots = Slots(llama)
+    assert slots.held_bytes == 0
+    for row in range(len(LENGTHS)):
+        cache = read(llama, row, {"policy": spec, "budget": 0.5})
+        said = slots.bytes_with([layer.length for layer in cache.compact_layers], ROOM)
+        kept = cache.held_bytes
+        slots.place(cache, ROOM)
+        assert cache.held_bytes == 0, "the cache still holds what lies in the slots"
+        assert kept < slots.held_bytes <= said
+        storages = {
+            part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+            for layer in slots.layers for part in (layer.keys, layer.values, layer.valid)
+        }  # fmt: skip
+        assert slots.held_bytes == sum(storages.values())
+    # Entries themselves, at the longest row of each layer; flags take one byte a column and head at most.
+    exact = sum(layer.keys.nbytes + layer.values.nbytes for layer in slots.layers)
+    assert exact <= slots.held_bytes <= exact + sum(layer.keys.shape[:3].numel() for layer in slots.layers)
+    while slots.rows:
+        slots.drop(0)
+    assert slots.held_bytes == 0
+
+
+def test_what_is_not_a_number_stays_with_its_request(llama: PreTrainedModel) -> None:
+    """Not even as a column of zero weight does it reach who comes into its slot."""
+    settings, slots = {"policy": "full", "budget": 1}, Slots(llama)
+    slots.place(read(llama, 3, settings), ROOM)
+    broken = read(llama, 0, settings)
+    broken.compact_layers[0].keys[:] = broken.compact_layers[1].values[:] = float("nan")
+    slots.place(broken, ROOM)
+    slots.drop(1)
+    slots.place(read(llama, 1, settings), LENGTHS[0] - LENGTHS[1] + ROOM)  # buffers of the same size
+    (_, logits) = slots.step(torch.cat([more(3)[0, :1], more(1)[0, :1]]))
+    torch.testing.assert_close(logits, alone(llama, 1, settings)[0], rtol=0, atol=1e-4)
+
+
+def test_trim_gives_back_what_a_large_request_took(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    slots.place(read(llama, 1, {"policy": "full", "budget": 1}), ROOM)
+    small = slots.held_bytes
+    slots.place(read(llama, 0, {"policy": "full", "budget": 1}), ROOM)
+    slots.drop(1)
+    assert slots.held_bytes > small
+    slots.trim()
+    assert slots.held_bytes == small
+
+
+def test_nothing_is_copied_while_there_is_room(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    slots.place(read(llama, 1, {"policy": "streaming", "budget": 10}), 8)
+    buffers = [layer.keys.data_ptr() for layer in slots.layers]
+    for _ in range(8):
+        slots.step(torch.tensor([5], device=DEVICE))
+        assert [layer.keys.data_ptr() for layer in slots.layers] == buffers
+    slots.step(torch.tensor([5], device=DEVICE))
+    assert [layer.keys.data_ptr() for layer in slots.layers] != buffers
+
+
+def test_what_slots_cannot_hold_is_refused(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    two = wk.CompactCache(llama, "full", 1)
+    prefill(llama, torch.cat([prompt(9), prompt(9, seed=1)]), two)
+    with pytest.raises(CacheError, match="2 rows: read prompts one by one"):
+        slots.place(two, 4)
+    with pytest.raises(CacheError, match="no decode budget"):
+        slots.place(read(llama, 0, {"policy": "full", "budget": 1, "decode_budget": 64}), 4)
+    slots.place(read(llama, 0, {"policy": "full", "budget": 1}), 4)
+    with pytest.raises(CacheError, match="1 requests are placed"):
+        slots.warm_up(1, 10, 4)
+
+
+def test_the_model_is_put_back(llama: PreTrainedModel) -> None:
+    slots = Slots(llama)
+    assert llama.config._attn_implementation == "winnow"
+    del slots
+    assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "count", "waste", "share"), [(bucket, 40_000, 32, 128, 0.25), (row_bucket, 1_000, 18, 4, 0.5)]
+)
+def test_sizes_are_few_cover_what_is_asked_and_waste_little(
+    size: Callable[[int], int], most: int, count: int, waste: int, share: float
+) -> None:
+    sizes = [size(wanted) for wanted in range(most)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes[1:])) == count
+    assert all(size(each) == each for each in sizes)
+    assert all(wanted <= each < wanted + max(waste, share * wanted) for wanted, each in enumerate(sizes[1:], 1))
+
+
+def test_row_counts_that_need_a_graph_are_those_of_the_buffers(llama: PreTrainedModel) -> None:
+    """Whatever is placed, its rows are among the graphs that were made for so many requests."""
+    slots = Slots(llama, compile=True)
+    slots._flexible = True  # as on the CPU
+    assert [slots.graph_rows(rows) for rows in (1, 2, 18)] == [[1], [1, 2], [1, 18]]
+    slots._flexible = False  # as on a GPU
+    assert slots.graph_rows(1) == [1]
+    assert slots.graph_rows(18) == [1, 2, 4, 8, 12, 16, 24]
+    for rows in range(1, 19):
+        assert slots._shapes([_Request([40] * slots._full, ROOM)] * rows)[0] == (row_bucket(rows), 128)
+
+
+def test_compiled_slots_hold_as_many_requests_as_eager_ones(llama: PreTrainedModel) -> None:
+    """492 entries, 127 new tokens: what 12% of 4,096 tokens takes."""
+    eager, compiled, fixed = Slots(llama), Slots(llama, compile=True), Slots(llama, compile=True)
+    compiled._flexible, fixed._flexible = True, False  # as on the CPU, as on a GPU
+    entries, room = [492] * eager._full, 127
+    memory = 18 * eager.bytes_alone(entries, room)
+
+    def fits(slots: Slots) -> int:
+        return max(rows for rows in range(1, 40) if slots._bytes([_Request(entries, room)] * rows) <= 1.02 * memory)
+
+    assert [fits(slots) for slots in (eager, compiled, fixed)] == [18, 18, 16]
+    uneven = [16 * count for count in (9, 50, 31, 3, 20)]
+    held = [slots.bytes_alone(uneven, 64) for slots in (eager, compiled, fixed)]
+    assert held[0] == held[1] < held[2] / 2  # a graph of one shape has the columns of the largest layer everywhere
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"
+)
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="only on the CPU")
+
+
+def shallow(model: PreTrainedModel) -> PreTrainedModel:
+    """Its first two layers, since compiling takes seconds a layer; graphs of tests before are forgotten."""
+    torch._dynamo.reset()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
+
+
+@needs_compiler
+@pytest.mark.parametrize("flexible", [True, False])
+def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel, flexible: bool) -> None:
+    shallow(llama)
+    settings = {"policy": "adakv:observe=4:floor=0", "budget": 0.5}
+    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+    slots = Slots(llama, compile=True)
+    slots._flexible = flexible  # False as on a GPU
+    assert slots.warm_up(2, 40, ROOM) > 0
+    assert slots.rows == slots.held_bytes == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(together(llama, slots, settings, 2), expected)
+
+
+@cpu_only
+@needs_compiler
+def test_two_graphs_serve_any_rows_and_columns(llama: PreTrainedModel) -> None:
+    """Buffers grow and shrink, layers come to differ, other slots of the model come after these: nothing is compiled again."""
+    shallow(llama)
+    full, uneven = {"policy": "full", "budget": 1}, {"policy": "pyramidkv:observe=4:slope=5", "budget": 30}
+    counters, first, shapes = torch._dynamo.utils.counters["stats"], Slots(llama, compile=True), set[tuple[int, ...]]()
+    before = counters["unique_graphs"]
+    first.warm_up(3, 200, ROOM)
+    for slots, rows, settings in ((first, 2, full), (Slots(llama, compile=True), 4, full), (first, 3, uneven)):
+        expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+        step = slots.step
+        slots.step = lambda tokens, slots=slots, step=step: (step(tokens), shapes.add(slots.layers[0].keys.shape))[0]
+        assert_same(together(llama, slots, settings, rows), expected)
+    assert {rows for rows, *_ in shapes} == {1, 2, 3, 4}
+    assert len({columns for _, _, columns, _ in shapes}) >= 3
+    assert len({layer.keys.shape[2] for layer in read(llama, 0, uneven).layers}) == 2
+    assert counters["unique_graphs"] == before + 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_row_of_a_linear_layer(dtype: torch.dtype, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, given, more = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((24, 40), (3, 1, 40), (24,)))
+    added = more if bias else None
+    for rows in (given[:1], given[0, 0], given):
+        exact = torch.nn.functional.linear(rows.double(), weight.double(), None if added is None else added.double())
+        got = compiling.linear(rows, weight, added)
+        assert (got.dtype, got.shape) == (dtype, exact.shape)
+        torch.testing.assert_close(got.double(), exact, rtol=2e-2 if dtype is torch.bfloat16 else 2e-3, atol=2e-2)
+
+
+@cpu_only
+@needs_compiler
+def test_compiled_steps_of_one_row_use_it(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow(llama).to(torch.bfloat16)
+    settings, replaced, linear = {"policy": "full", "budget": 1}, list[tuple[int, ...]](), compiling.linear
+    monkeypatch.setattr(compiling, "linear", lambda given, *args: replaced.append(given.shape) or linear(given, *args))
+    (expected, got) = (together(llama, Slots(llama, compile=compile), settings, 1) for compile in (False, True))
+    assert len(replaced) >= 2 * 7 + 1  # each projection, and the logits
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+
+
+def test_a_model_that_cannot_be_compiled_goes_on_eagerly(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = llama.model.forward
+
+    def breaks(*args: object, **kwargs: object) -> object:
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llama.model, "forward", breaks)
+    settings = {"policy": "snapkv:observe=4", "budget": 0.5}
+    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
+    slots = Slots(llama, compile=True)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be compiled .*: decode steps are eager") as told:
+        got = together(llama, slots, settings, 3)
+    assert len(told) == 1
+    assert_same(got, expected)

@@ -1,0 +1,302 @@
+"""What an evaluation's lines say: means by hand, pairs by row, protocols apart; several runs as one; bad input."""
+
+import json
+from statistics import mean
+
+import pytest
+
+from support.results import CONFIG, MACHINE, VERSIONS, broken, line, write_run
+from winnowkv.errors import InputError
+from winnowkv.evaluate.report.merge import merge
+from winnowkv.evaluate.report.stats import mean_interval, paired
+from winnowkv.evaluate.report.summary import OVER_ROWS, OVER_TASKS, summarize
+
+FULL = {"a": [0.5, 0.7, 0.9, 0.1], "b": [1.0, 0.0]}
+SNAP = {"a": [0.5, 0.1, 0.8, 0.2], "b": [0.0, 0.0]}
+
+
+def lines_of(policy, scores, **different):
+    return [line(policy, score, task=task, row=f"{task}{r}", **different)
+            for task, values in scores.items() for r, score in enumerate(values)]  # fmt: skip
+
+
+def group(summary, task, policy, budget=0.12, section=0):
+    found = [
+        g for g in summary["sections"][section]["groups"] if (g["task"], g["policy"], g["budget"]) == (task, policy, budget)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture
+def two():
+    return summarize([*lines_of("full", FULL), *lines_of("snapkv", SNAP)], CONFIG)
+
+
+def test_a_task_and_both_means_by_hand(two):
+    assert group(two, "a", "snapkv")["score"] == pytest.approx(mean(SNAP["a"]))
+    assert group(two, OVER_ROWS, "snapkv")["score"] == pytest.approx(mean(SNAP["a"] + SNAP["b"]))
+    assert group(two, OVER_TASKS, "snapkv")["score"] == pytest.approx((mean(SNAP["a"]) + mean(SNAP["b"])) / 2)
+    interval = mean_interval(SNAP["a"] + SNAP["b"], strata=list("aaaabb"))
+    assert (group(two, OVER_TASKS, "snapkv")["low"], group(two, OVER_TASKS, "snapkv")["high"]) == interval[1:]
+    assert {key: two["sections"][0][key] for key in ("protocol", "model", "dtype")} == {
+        "protocol": "official", "model": "tiny", "dtype": "float32"}  # fmt: skip
+
+
+def test_against_full_is_paired_by_row_and_not_by_place(two):
+    shuffled = summarize([*lines_of("snapkv", SNAP)[::-1], *lines_of("full", FULL)], CONFIG)
+    for summary in (two, shuffled):
+        pair = group(summary, OVER_ROWS, "snapkv")["against_full"]
+        expected = paired(FULL["a"] + FULL["b"], SNAP["a"] + SNAP["b"])
+        assert (pair["wins"], pair["ties"], pair["losses"], pair["rows"], pair["excluded"]) == (1, 2, 3, 6, 0)
+        assert pair["mean_difference"] == pytest.approx(expected.mean_difference)
+    assert group(two, "b", "snapkv")["against_full"]["mean_difference"] == pytest.approx(-0.5)
+    over_tasks = group(two, OVER_TASKS, "snapkv")["against_full"]["mean_difference"]
+    assert over_tasks == pytest.approx((mean(SNAP["a"]) - mean(FULL["a"]) - 0.5) / 2)
+    assert group(two, OVER_ROWS, "full")["against_full"] is None
+
+
+def test_bytes_and_times_by_hand():
+    sizes = [
+        {"kept_bytes": 10, "held_bytes": 20, "full_bytes": 100, "prefill_s": 1.0},
+        {"kept_bytes": 30, "held_bytes": 50, "full_bytes": 300, "prefill_s": 9.0},
+        {"kept_bytes": 80, "held_bytes": 80, "full_bytes": 800, "prefill_s": 2.0},
+    ]
+    tasks = ["a", "a", "b"]
+    made = [line("snapkv", 0.1, task=task, row=str(r), **size) for r, (task, size) in enumerate(zip(tasks, sizes, strict=True))]
+    summary = summarize(made, CONFIG)
+    over_rows, over_tasks = group(summary, OVER_ROWS, "snapkv"), group(summary, OVER_TASKS, "snapkv")
+    assert [over_rows[name] for name in ("kept_bytes", "held_bytes", "full_bytes")] == [40, 50, 400]
+    assert [over_tasks[name] for name in ("kept_bytes", "held_bytes", "full_bytes")] == [50, 57.5, 500]
+    assert over_rows["kept_fraction"] == pytest.approx(0.12)
+    assert over_rows["prefill_ms_per_token"] == pytest.approx(2.0)  # the median: 1, 2, 9
+    assert over_rows["compress_ms_per_token"] == pytest.approx(0.1)
+    assert over_rows["decode_ms_per_step"] == pytest.approx(25.0)
+    assert over_rows["against_full"] is None
+    assert any("nothing is compared with the uncompressed cache" in note for note in summary["sections"][0]["notes"])
+
+
+def test_kept_fraction_is_of_what_was_compressed():
+    # With the context alone compressed, the full cache keeps the context: 800 of 1000 prompt tokens.
+    summary = summarize(
+        [line("full", kept_entries=800), line("snapkv", kept_entries=200), line("int8", kept_entries=800)], CONFIG
+    )
+    assert group(summary, "qa", "snapkv")["kept_fraction"] == 0.25
+    assert group(summary, "qa", "full")["whole"]
+    assert group(summary, "qa", "int8")["whole"]
+    assert not group(summary, "qa", "snapkv")["whole"]
+
+
+def test_protocols_are_never_mixed():
+    official = [*lines_of("full", FULL), *lines_of("snapkv", SNAP)]
+    other = [{**one, "protocol": "context-only", "score": 0.25} for one in official]
+    summary = summarize(official + other, CONFIG)
+    assert [section["protocol"] for section in summary["sections"]] == ["official", "context-only"]
+    assert group(summary, OVER_ROWS, "full")["score"] == pytest.approx(mean(FULL["a"] + FULL["b"]))
+    assert group(summary, OVER_ROWS, "full", section=1)["score"] == 0.25
+    assert group(summary, OVER_ROWS, "snapkv", section=1)["against_full"]["ties"] == 6
+    assert "2 protocols (official, context-only): shown side by side, never averaged, never paired." in summary["notes"]
+
+
+def test_a_protocol_without_the_full_cache_is_not_paired_with_that_of_another():
+    summary = summarize([line("full", 0.9), line("snapkv", 0.4, protocol="context-only")], CONFIG)
+    assert group(summary, "qa", "snapkv", section=1)["against_full"] is None
+    assert summary["sections"][1]["worst"] == []
+
+
+def test_entries_and_fractions_are_two_budgets():
+    summary = summarize([line("snapkv", 0.2, budget=1), line("snapkv", 0.6, budget=1.0, kept_entries=900)], CONFIG)
+    found = [(type(g["budget"]), g["score"]) for g in summary["sections"][0]["groups"] if g["task"] == "qa"]
+    assert found == [(int, 0.2), (float, 0.6)]
+
+
+def test_what_evicts_nothing_is_one_setting_whatever_its_budgets():
+    summary = summarize([line("full", 0.3, budget=0.12), line("full", 0.3, budget=128), line("snapkv", budget=128)], CONFIG)
+    found = [(g["policy"], g["rows"], g["whole"]) for g in summary["sections"][0]["groups"] if g["task"] == "qa"]
+    assert found == [("full", 1, True), ("snapkv", 1, False)]
+
+
+def test_failed_rows_are_counted_left_out_and_told():
+    lines = [line("full", 0.8, row="1"), line("full", 0.6, row="2"), line("full", 0.4, row="3"),
+             line("snapkv", 0.5, row="1"), broken("out of memory", row="2"), line("snapkv", float("nan"), row="3")]  # fmt: skip
+    summary = summarize(lines, CONFIG)
+    snap = group(summary, "qa", "snapkv")
+    assert (snap["rows"], snap["failed_rows"], snap["score"], snap["low"]) == (1, 2, 0.5, None)
+    assert snap["against_full"]["excluded"] == 2
+    assert snap["against_full"]["mean_difference"] == pytest.approx(-0.3)
+    notes = summary["sections"][0]["notes"]
+    assert "1 of 6 measurements failed and have no score: out of memory." in notes
+    assert "1 of 6 measurements failed and have no score: the score is not a number." in notes
+    assert "Not every setting answered all 3 rows, so trust the differences more than the means: snapkv at 12% (1)." in notes
+
+
+def test_a_row_that_the_full_cache_failed_is_in_no_pair():
+    lines = [line("full", None, failed="a logit is not a number"), line("full", 0.4, row="r1"),
+             line("snapkv", 0.1), line("snapkv", 0.1, row="r1")]  # fmt: skip
+    pair = group(summarize(lines, CONFIG), "qa", "snapkv")["against_full"]
+    assert (pair["rows"], pair["excluded"], pair["losses"]) == (1, 1, 1)
+
+
+def test_many_reasons_are_summed_up():
+    lines = [broken(f"reason {r}", row=str(r)) for r in range(7)]
+    notes = summarize(lines, CONFIG)["sections"][0]["notes"]
+    assert sum("failed and have no score" in note for note in notes) == 3
+    assert "7 measurements failed in all, for 7 reasons." in notes
+
+
+def test_truncated_rows_are_counted_once_a_prompt():
+    lines = [line(policy, row=row, truncated_tokens=cut) for policy in ("full", "snapkv") for row, cut in (("1", 0), ("2", 40))]
+    summary = summarize(lines, CONFIG)
+    assert (group(summary, "qa", "snapkv")["truncated_rows"], group(summary, "qa", "snapkv")["truncated_tokens"]) == (1, 40)
+    assert "1 of 2 prompts were longer than the context: 40 tokens were cut out of them." in summary["sections"][0]["notes"]
+
+
+def test_small_sets_say_so(two):
+    assert "a: only 4 rows: the interval is a rough guide." in two["sections"][0]["notes"]
+    assert "b: only 2 rows: the interval is a rough guide." in two["sections"][0]["notes"]
+    assert two["sections"][0]["tasks"][0] == {"task": "a", "rows": 4, "small": "only 4 rows: the interval is a rough guide"}
+    large = summarize([line(row=str(r)) for r in range(30)], CONFIG)
+    assert large["sections"][0]["notes"] == []
+    equal = summarize([line(task=task, row=str(r)) for task in "abc" for r in range(3)], CONFIG)
+    assert equal["sections"][0]["notes"] == ["Each of the 3 tasks: only 3 rows: the interval is a rough guide."]
+
+
+def test_the_worst_regressions_are_the_largest_losses_each_row_once():
+    full = [line("full", 1.0, row=str(r)) for r in range(8)]
+    snap = [line("snapkv", r / 10, row=str(r), prediction=f"snap {r}") for r in range(8)]
+    wide = [line("snapkv", r / 10, row=str(r), budget=0.5, prediction=f"wide {r}") for r in range(2)]
+    better = [line("cake", 1.0, row="0"), line("int8", None, row="0", failed="no")]
+    worst = summarize([*full, *snap, *wide, *better], CONFIG)["sections"][0]["worst"]
+    assert [bad["prediction"] for bad in worst] == ["wide 0", "wide 1", "snap 2", "snap 3", "snap 4"]
+    assert {key: worst[2][key] for key in ("task", "row", "policy", "budget", "score", "full_score", "full_prediction")} == {
+        "task": "qa", "row": "2", "policy": "snapkv", "budget": 0.12, "score": 0.2, "full_score": 1.0,
+        "full_prediction": "what full said"}  # fmt: skip
+    assert worst[2]["answers"] == ["right"]
+    assert worst[2]["prompt_tail"].endswith("Answer:")
+
+
+def test_a_summary_is_plain_json_and_says_where_it_was_made(two):
+    lone = summarize([line("full"), line("snapkv")], {**CONFIG, "machine": MACHINE})  # a single row: no interval
+    text = json.dumps(lone, allow_nan=False)
+    assert json.loads(text) == lone
+    assert lone["machine"] == MACHINE
+    assert (lone["versions"]["torch"], lone["git"], lone["seeds"]) == (["2.13.0"], ["0123456789ab"], [0])
+    assert two["machine"] is None
+
+
+def test_no_line_and_no_finished_line_are_summaries_too():
+    assert summarize([], CONFIG)["sections"] == []
+    only = group(summarize([broken("too long")], CONFIG), OVER_TASKS, "snapkv")
+    assert (only["rows"], only["failed_rows"], only["score"], only["kept_bytes"], only["prefill_ms_per_token"]) == (
+        0, 1, None, None, None)  # fmt: skip
+
+
+def test_merged_runs_are_compared_with_the_full_cache_of_any_of_them(tmp_path):
+    a = write_run(tmp_path / "a", lines_of("full", FULL))
+    b = write_run(tmp_path / "b", lines_of("snapkv", SNAP))
+    lines, config = merge([a, b])
+    assert group(summarize(lines, config), OVER_ROWS, "snapkv")["against_full"]["losses"] == 3
+    assert config["model"] == "tiny"
+    assert config["machine"] == MACHINE
+    assert config["differs"] == {}
+    assert list(config["runs"]) == [str(a), str(b)]
+
+
+def test_the_later_of_equal_measurements_is_kept(tmp_path):
+    a = write_run(tmp_path / "a", [line("full", 0.2), line("snapkv", 0.1)])
+    b = write_run(tmp_path / "b", [line("full", 0.6)])
+    lines, _ = merge([a, b])
+    assert sorted((one["policy"], one["score"]) for one in lines) == [("full", 0.6), ("snapkv", 0.1)]
+    assert sorted((one["policy"], one["score"]) for one in merge([b, a])[0]) == [("full", 0.2), ("snapkv", 0.1)]
+
+
+def test_models_and_dtypes_stay_apart_and_are_labelled(tmp_path):
+    runs = [write_run(tmp_path / "a", [line("full", 0.9)]), write_run(tmp_path / "b", [line("snapkv", 0.1)], model="other"),
+            write_run(tmp_path / "c", [line("full", 0.5)], dtype="bfloat16")]  # fmt: skip
+    summary = summarize(*merge(runs))
+    labels = [(section["model"], section["dtype"]) for section in summary["sections"]]
+    assert labels == [("tiny", "float32"), ("other", "float32"), ("tiny", "bfloat16")]
+    assert group(summary, "qa", "snapkv", section=1)["against_full"] is None
+    assert "2 models (tiny, other): shown side by side, never averaged, never paired." in summary["notes"]
+    assert "2 dtypes (float32, bfloat16): shown side by side, never averaged, never paired." in summary["notes"]
+
+
+def test_prompts_that_differ_between_runs_are_not_paired(tmp_path):
+    a = write_run(tmp_path / "a", [line("full", 0.9), line("full", 0.9, row="r1")])
+    cut = line("snapkv", 0.1, row="r1", prompt_tokens=500, kept_entries=60)
+    b = write_run(tmp_path / "b", [line("snapkv", 0.1), cut], max_context=500)
+    summary = summarize(*merge([a, b]))
+    snap = group(summary, "qa", "snapkv")
+    assert (snap["against_full"]["rows"], snap["against_full"]["excluded"]) == (1, 1)
+    assert snap["kept_fraction"] == pytest.approx(0.12)
+    assert [bad["row"] for bad in summary["sections"][0]["worst"]] == ["r0"]
+    assert "1 measurements read another prompt than the full cache did and are not paired with it." in (
+        summary["sections"][0]["notes"])  # fmt: skip
+    assert f"The runs differ in max_context: 6000 ({a}), 500 ({b})." in summary["notes"]
+
+
+def test_other_machines_and_versions_are_told(tmp_path):
+    a = write_run(tmp_path / "a", [line("full")])
+    b = write_run(tmp_path / "b", [line("snapkv", versions={**VERSIONS, "torch": "2.6.0"})], machine={**MACHINE, "threads": 8})
+    notes = summarize(*merge([a, b]))["notes"]
+    assert f"The runs differ in machine: AMD EPYC, 2 threads ({a}), AMD EPYC, 8 threads ({b})." in notes
+    assert "Times of different machines are not comparable." in notes
+    assert "Results of several versions of torch: 2.13.0, 2.6.0." in notes
+
+
+def test_rows_of_other_data_under_one_name_are_refused(tmp_path):
+    a = write_run(tmp_path / "a", [line("full")])
+    b = write_run(tmp_path / "b", [line("snapkv", answers=["another"])])
+    with pytest.raises(InputError, match=r"a and .*b hold different rows under one name \(qa, row r0\)"):
+        merge([a, b])
+
+
+def test_half_a_line_at_the_end_is_left_out_and_stays_in_the_file(tmp_path):
+    run = write_run(tmp_path / "a", [line("full")], machine=None)
+    with (run / "results.jsonl").open("a") as file:
+        file.write('{"task": "qa", "ro')
+    before = (run / "results.jsonl").read_bytes()
+    assert len(merge([run])[0]) == 1
+    assert (run / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{broken\n", "line 2: not JSON"),
+        ("[1]\n", "line 2: not a JSON object"),
+        ('{"policy": "full", "budget": 1}\n', "line 2: field 'task' is missing, so it is no line of winnow eval"),
+        (json.dumps(line(score="high")) + "\n", "line 2: score 'high' is neither a number nor null"),
+        (json.dumps(line(budget="12%", kept_entries=1, kept_bytes=1, held_bytes=1) | {"budget": "12%"}) + "\n",
+         "line 2: budget '12%' is not a number"),
+        (json.dumps(line(kept_bytes=None)) + "\n", "line 2: field 'kept_bytes' is missing or not a number"),
+        (json.dumps(line(prediction=None)) + "\n", "line 2: field 'prediction' is missing or not a text"),
+    ],
+)  # fmt: skip
+def test_a_broken_line_is_named_by_file_and_number(tmp_path, text, message):
+    run = write_run(tmp_path / "a", [line("full")])
+    with (run / "results.jsonl").open("a") as file:
+        file.write(text)
+    with pytest.raises(InputError, match=f"results.jsonl, {message}"):
+        merge([run])
+
+
+def test_a_line_that_is_no_text_is_named_by_number(tmp_path):
+    run = write_run(tmp_path / "a", [line("full")])
+    with (run / "results.jsonl").open("ab") as file:
+        file.write(b'{"task": "\xff"}\n')
+    with pytest.raises(InputError, match=r"results.jsonl, line 2: not UTF-8 text"):
+        merge([run])
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    none = write_run(tmp_path / "none", [])
+    needle = write_run(tmp_path / "needle", [line("full")], command="needle")
+    lost = write_run(tmp_path / "lost", [line("full")])
+    (lost / "results.jsonl").unlink()
+    for folder, message in ((tmp_path / "absent", "is not a folder"), (tmp_path / "empty", "config.yaml cannot be read"),
+                            (none, "holds no finished line"), (needle, "holds results of winnow needle"),
+                            (lost, "results.jsonl cannot be read")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            merge([folder])

@@ -1,0 +1,261 @@
+"""Models with sliding-window layers beside full ones: replay, batches, crop and reset keep the laws, and commands run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import winnowkv as wk
+from support.cases import CASES, Case
+from support.models import PROMPT, WINDOW, hybrid, prompt
+from support.profiles import PROFILES, random_profile
+from support.tokenizers import byte_tokenizer
+from winnowkv.cache.reading import extend, greedy, prefill
+from winnowkv.cache.stacked import stack
+from winnowkv.calibrate import run as calibration
+from winnowkv.calibrate.probe import ProbedCache
+from winnowkv.engine.step import greedy_rows
+from winnowkv.models import load as models
+from winnowkv.models.calibration import read_profile
+from winnowkv.models.info import Fingerprint
+
+LENGTHS = (PROMPT, 57, WINDOW + 1, WINDOW, WINDOW - 1, WINDOW - 2, 9)
+COMMANDS = {
+    "needle": ("--lengths", 700, "--depths", 0.5, "--max-new-tokens", 6),
+    "audit": ("--max-new-tokens", 6),
+    "eval": ("--tasks", "longeval"),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return hybrid()
+
+
+@pytest.fixture(scope="module")
+def profiles(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a profile for the hybrid model, which has scores for the layers that are compressed only."""
+    folder = tmp_path_factory.mktemp("profiles")
+    random_profile(Fingerprint.of(model), 2).write(folder / "hybrid.json")
+    return folder
+
+
+@pytest.fixture(params=CASES, ids=str)
+def asked(request: pytest.FixtureRequest, profiles: Path) -> tuple[str, int, str | None]:
+    """Each case as arguments of replay()."""
+    case: Case = request.param
+    return case.spec.replace(PROFILES, str(profiles)), case.budget, case.task
+
+
+def read(model: PreTrainedModel, tokens: int, seed: int = 0, spec: str = "full", budget: int = 20, **more: Any):
+    cache = wk.CompactCache(model, spec, budget, **more)
+    return cache, prefill(model, prompt(tokens, seed), cache)
+
+
+def windows(cache: wk.CompactCache) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Copies of what the sliding layers hold."""
+    return [(layer.keys.clone(), layer.values.clone(), layer.cumulative_length) for layer in cache.sliding_layers]
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_replay_equals_a_live_prefill(model: PreTrainedModel, asked: tuple[str, int, str | None]) -> None:
+    spec, budget, task = asked
+    recorded, logits = read(model, PROMPT, record=PROMPT)
+    replayed, live = recorded.replay(spec, budget, task=task), wk.CompactCache(model, spec, budget, task=task)
+    assert torch.equal(prefill(model, prompt(PROMPT), live), logits)
+    same(windows(replayed), windows(live))
+    assert replayed.report.kept_entries == live.report.kept_entries
+    for mine, theirs in zip(replayed.compact_layers, live.compact_layers, strict=True):
+        assert [p is None or p.tolist() for p in mine.positions] == [p is None or p.tolist() for p in theirs.positions]
+    # Longer than the window, so that all that the prompt left in it is gone at the end.
+    tokens = list(greedy(model, replayed, logits, WINDOW + 8))
+    assert len(set(tokens)) > 4  # else they would tell little
+    assert tokens == list(greedy(model, live, logits, WINDOW + 8))
+    same(windows(replayed), windows(live))
+
+
+@pytest.mark.parametrize("tokens", [40, 9])
+def test_a_replayed_cache_that_goes_on_changes_no_other(model: PreTrainedModel, tokens: int) -> None:
+    recorded, logits = read(model, tokens, record=tokens)
+    before = windows(recorded)
+    first, second, third = (recorded.replay("streaming", budget) for budget in (8, 8, 6))
+    expected = list(greedy(model, read(model, tokens, spec="streaming", budget=8)[0], logits, 24))
+    assert list(greedy(model, first, logits, 24)) == expected
+    same(windows(recorded), before)
+    same(windows(second), before)
+    third.reset()
+    same(windows(recorded), before)
+    prefill(model, prompt(tokens, seed=3), third)
+    extend(model, third, prompt(3), [tokens])
+    assert list(greedy(model, second, logits, 24)) == expected
+    same(windows(recorded), before)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[-2:], (PROMPT, WINDOW - 2), (PROMPT, WINDOW - 1, PROMPT)], ids=str)
+def test_stacked_rows_equal_single_runs(model: PreTrainedModel, lengths: tuple[int, ...]) -> None:
+    """Prompts longer and shorter than the window; two tokens at once, then one, then freely in slots, leaving one by one."""
+    specs, more = (
+        ("full", "snapkv:observe=4", "adakv:observe=4:kernel=3"),
+        torch.cat([prompt(3, 9 + n) for n in range(len(lengths))]),
+    )
+    first, singles, placed = ([read(model, n, row, specs[row % 3], 8)[0] for row, n in enumerate(lengths)] for _ in range(3))
+    stacked, seen = stack(first), list(lengths)
+    for begin, end in ((0, 2), (2, 3)):
+        logits = extend(model, stacked, more[:, begin:end], seen)
+        for row, cache in enumerate(singles):
+            alone = extend(model, cache, more[row : row + 1, begin:end], seen[row : row + 1])
+            torch.testing.assert_close(logits[row : row + 1], alone, rtol=0, atol=1e-4)
+            extend(model, placed[row], more[row : row + 1, begin:end], seen[row : row + 1])
+        seen = [tokens + end - begin for tokens in seen]
+    last = logits[:, -1]
+    limits = [4 + 3 * row for row in range(len(lengths))]
+    expected = [list(greedy(model, cache, last[row : row + 1], limits[row])) for row, cache in enumerate(singles)]
+    ends = {tuple(tokens) for tokens in expected}
+    assert greedy_rows(placed, last, 99, lambda tokens: tuple(tokens) in ends) == expected
+
+
+def test_rows_of_a_batch_are_chosen_and_repeated(model: PreTrainedModel) -> None:
+    lengths = (40, 9, 12)
+    stacked = stack([read(model, n, row)[0] for row, n in enumerate(lengths)])
+    stacked.batch_select_indices(torch.tensor([2, 1]))
+    stacked.batch_repeat_interleave(2)
+    ids = torch.cat([prompt(4, seed=row) for row in range(4)])
+    logits = extend(model, stacked, ids, [12, 12, 9, 9])
+    for row, (seed, tokens) in enumerate(((2, 12), (2, 12), (1, 9), (1, 9))):
+        alone = extend(model, read(model, tokens, seed)[0], ids[row : row + 1], [tokens])
+        torch.testing.assert_close(logits[row : row + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_crop_takes_back_what_no_window_has_lost(model: PreTrainedModel) -> None:
+    wk.CompactCache(model, "streaming", 7).crop(-3)  # nothing was read yet
+    cache, logits = read(model, 9, spec="streaming", budget=7)
+    tokens = list(greedy(model, cache, logits, 6))  # five of them are read
+    cache.crop(20)
+    cache.crop(-2)
+    cache.crop(10)
+    ids = torch.tensor([tokens[1:6]])
+    again = extend(model, cache, ids[:, :4], [10])
+    fresh, _ = read(model, 9, spec="streaming", budget=7)
+    torch.testing.assert_close(again, extend(model, fresh, torch.tensor([tokens[:5]]), [9])[:, 1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "back", "why"), [(40, 2, "slid on and lost"), (11, 4, "slid on"), (4, 9, "came after")]
+)
+def test_crop_that_cannot_be_takes_nothing_back(model: PreTrainedModel, prompt_tokens: int, back: int, why: str) -> None:
+    cache, logits = read(model, prompt_tokens)
+    list(greedy(model, cache, logits, 7))
+    before = windows(cache)
+    with pytest.raises(wk.CacheError, match=why):
+        cache.crop(-back)
+    same(windows(cache), before)
+    assert {layer.seen for layer in cache.compact_layers} == {prompt_tokens + 6}
+
+
+def test_a_cache_that_was_reset_reads_the_next_prompt_afresh(model: PreTrainedModel) -> None:
+    cache, logits = read(model, 40, spec="snapkv:observe=8")
+    list(greedy(model, cache, logits, 8))
+    cache.reset()
+    fresh, expected = read(model, 33, 1, spec="snapkv:observe=8")
+    assert torch.equal(prefill(model, prompt(33, 1), cache), expected)
+    assert list(greedy(model, cache, expected, 20)) == list(greedy(model, fresh, expected, 20))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hybrid model with a tokenizer of bytes that puts a BOS in front."""
+    path, words = tmp_path_factory.mktemp("model"), byte_tokenizer(bos=True)
+    hybrid(len(words)).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, ...]]:
+    """What the commands read."""
+    path = tmp_path_factory.mktemp("inputs")
+    texts = ["Once upon a time there was " * 9, "A list: " + ", ".join(map(str, range(60))), "Hi"]
+    (path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    (path / "longeval").mkdir()
+    rows = [{"prompt": text, "expected_number": 7} for text in texts[:2]]
+    (path / "longeval" / "lines_200.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"needle": (), "audit": ("--prompts", path / "prompts.jsonl"), "eval": ("--data", path)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(
+    command: str,
+    folder: Path,
+    inputs: dict[str, tuple[object, ...]],
+    winnow: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+) -> None:
+    code, out, err = winnow(
+        command, "--model", folder, "--no-chat", "--policies", "full,snapkv:observe=8,streaming,adakv:observe=8",
+        "--budgets", "0.2,200", *COMMANDS[command], *inputs[command], "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err + out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {(line["policy"], line["budget"]) for line in lines} >= {("streaming", 0.2), ("adakv:observe=8", 200)}
+    for line in lines:
+        # A prompt of two letters holds no observation window; nothing else may fail.
+        assert line["failed"] is None or (line["prompt_tokens"] < 5 and line["policy"] != "full"), line
+        if command == "audit" and line["policy"] == "full":
+            assert (line["agreement"], line["exact_match"], line["first_divergence"]) == (1, True, None)
+
+
+def test_calibration_measures_the_layers_that_are_compressed(
+    folder: Path, winnow: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A random model answers nothing, so here it is told what to say."""
+
+    @torch.no_grad()
+    def told(made: Any, model: PreTrainedModel, watch: Any, limit: int, stop: set[int]) -> list[int]:
+        cache = ProbedCache(model, watch)
+        prefill(model, torch.tensor([made.ids]), cache)
+        tokens = made.ids[slice(*made.span)]
+        for token in tokens:
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        return tokens
+
+    monkeypatch.setattr(calibration, "answer", told)
+    profile = tmp_path / "profile.json"
+    code, out, err = winnow(
+        "calibrate", "--model", folder, "--no-chat", "--count", 9, "--lengths", 700, "--depths", 0.5, "--out", profile
+    )  # fmt: skip
+    assert code == 0, err + out
+    made = read_profile(profile)
+    assert (len(made.errors), len(made.semantic), made.fingerprint.layers) == (2, 2, 6)
+    assert made.errors[0] != made.errors[1]
+    code, out, err = winnow(
+        "needle", "--model", folder, "--no-chat", "--policies", f"compresskv:profile={profile}", "--budgets", 0.2,
+        "--lengths", 700, "--depths", 0.5, "--max-new-tokens", 3, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err + out
+
+
+@pytest.mark.skipif(
+    not models.find_parts(models.GEMMA), reason=f"Gemma-3-270M is not installed ({models.PACKAGED[models.GEMMA].install})"
+)
+def test_gemma_replays_behind_its_window() -> None:
+    model, words = wk.load(models.GEMMA, dtype=torch.float32, device="cpu")
+    text = " ".join(f"Line {n}: the register of town {n * 7 % 50} is {n * 331 % 997}." for n in range(40))
+    ids = words(text, return_tensors="pt").input_ids
+    assert ids.shape[1] > model.config.sliding_window
+    recorded = wk.CompactCache(model, "full", 1, record=8)
+    logits = prefill(model, ids, recorded)
+    live, replayed = wk.CompactCache(model, "snapkv:observe=8", 0.3), recorded.replay("snapkv:observe=8", 0.3)
+    prefill(model, ids, live)
+    assert len(live.compact_layers) == 3
+    whole = [replayed, recorded.replay("full", 1)]
+    expected = [list(greedy(model, cache, logits, 8)) for cache in (live, recorded.replay("full", 1))]
+    assert greedy_rows(whole, logits.repeat(2, 1), 8, lambda _: False) == expected

@@ -1,0 +1,1 @@
+"""What tests share: cases, tiny models, slow references, made-up results. Fixtures are in conftest.py."""

@@ -1,0 +1,30 @@
+"""Calibration profiles with random scores, and the folder in which each tiny model has one."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+
+import winnowkv as wk
+from support.models import built
+from winnowkv.models.info import Fingerprint
+
+# Where write_profiles() below puts a calibration profile for each tiny model: a spec names the folder.
+PROFILES = tempfile.mkdtemp(prefix="winnowkv-profiles-")
+
+
+def random_profile(fingerprint: Fingerprint, layers: int, seed: int = 0) -> wk.Profile:
+    """A profile with random scores; the laws must hold for any."""
+    draw = random.Random(seed)
+    heads = range(fingerprint.heads)
+    semantic, traditional = (tuple(tuple(draw.random() for _ in heads) for _ in range(layers)) for _ in range(2))
+    errors = [draw.random() for _ in range(layers)]
+    return wk.Profile("tiny", fingerprint, semantic, traditional, tuple(error / sum(errors) for error in errors))
+
+
+def write_profiles() -> None:
+    """Write a profile of each tiny model into PROFILES."""
+    for family in ("llama", "qwen2"):
+        model = built(family)
+        random_profile(Fingerprint.of(model), model.config.num_hidden_layers).write(Path(PROFILES) / f"{family}.json")
