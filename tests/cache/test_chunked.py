@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from support.cases import CASES, QUANTIZED, Case
+from support.chunks import CEILING, CHUNK, CLOSE, TOKENS, assert_same, assert_told, read
 from support.models import WINDOW, hybrid, prompt
 from support.profiles import PROFILES, random_profile
 from support.reference import generate, positions, reference_logits, same_positions
@@ -24,39 +25,6 @@ from winnowkv.models.info import Fingerprint
 from winnowkv.models.rope import Rotation
 from winnowkv.policies.expected import Expected
 from winnowkv.prompt.structure import Layout
-
-TOKENS = 200  # three chunks of 64, behind one of 8
-CHUNK, CEILING = 64, 80
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-APART = ("prefill_seconds", "compress_seconds", "peak_bytes")  # what a report says otherwise of chunks
-
-
-def read(model: PreTrainedModel, cache: wk.CompactCache, tokens: int = TOKENS, **chunks: Any) -> Tensor:
-    return prefill(model, prompt(tokens), cache, **chunks)
-
-
-def assert_told(chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
-    """Whether two reports say the same but for seconds and the peak; shares of scores as far as float32 goes."""
-    mine, theirs = (
-        {name: value for name, value in cache.report.to_dict().items() if name not in APART} for cache in (chunked, whole)
-    )
-    assert mine.pop("kept_mass") == pytest.approx(theirs.pop("kept_mass"), abs=1e-5)
-    assert mine == theirs
-
-
-def assert_same(model: PreTrainedModel, chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
-    """Whether a cache read in chunks is the one read at once, and goes on as it does."""
-    assert same_positions(positions(chunked), positions(whole))
-    assert_told(chunked, whole)
-    for mine, theirs in zip(chunked.compact_layers, whole.compact_layers, strict=True):
-        assert (mine.length, mine.seen, mine.prompt, mine.pads, mine.room) == (
-            theirs.length, theirs.seen, theirs.prompt, theirs.pads, 0,
-        )  # fmt: skip
-        torch.testing.assert_close(mine.entries_in_use(), theirs.entries_in_use(), **CLOSE)
-    more = prompt(70, seed=1)
-    torch.testing.assert_close(
-        extend(model, chunked, more, [TOKENS]), extend(model, whole, more, [TOKENS]), rtol=1e-4, atol=1e-5
-    )
 
 
 def assert_exact(model: PreTrainedModel, *args: Any, tokens: int = TOKENS, chunk: int = CHUNK, **options: Any) -> None:
@@ -390,116 +358,3 @@ def test_few_queries_are_kept_but_of_a_policy_that_wants_all(llama: PreTrainedMo
 
 
 # What is refused
-
-
-@pytest.mark.parametrize(
-    ("spec", "options", "message"),
-    [
-        ("snapkv:observe=8", {"chunk": 63}, "chunk=63 is too small: give at least 64"),
-        ("snapkv:observe=8", {"chunk": 100.0}, "chunk=100.0 is too small"),
-        ("snapkv:observe=90", {"chunk": 64}, "below the 90 last tokens that snapkv looks from: give chunk=90"),
-        ("winnow:observe=90", {"chunk": 64}, "below the 90 last tokens that winnow looks from"),
-        ("snapkv:observe=8", {"ceiling": 100}, "give chunk= too"),
-        ("snapkv:observe=8", {"chunk": 64, "ceiling": 0}, "ceiling=0 must be entries"),
-        ("snapkv:observe=8", {"chunk": 64, "ceiling": 1.5}, "ceiling=1.5 must be entries"),
-        ("snapkv:observe=8", {"chunk": 64, "ceiling": "half"}, "ceiling='half' must be entries"),
-        ("snapkv:observe=8", {"chunk": 64, "ceiling": 30}, "below the 95 that the budget"),
-        ("full", {"chunk": 64, "ceiling": 30}, "below the 36 that"),
-    ],
-)
-def test_a_chunk_or_ceiling_that_cannot_be_is_refused(llama: PreTrainedModel, spec: str, options: Any, message: str) -> None:
-    cache = wk.CompactCache(llama, spec, 95)
-    with pytest.raises(wk.InputError, match=message):
-        read(llama, cache, **options)
-    assert cache.get_seq_length() == 0
-
-
-def test_a_question_longer_than_a_chunk_is_refused(llama: PreTrainedModel) -> None:
-    task = wk.TaskProfile("localization", layout=Layout(TOKENS, 70, 3, (20, 100)))
-    with pytest.raises(wk.InputError, match="below the 70 last tokens"):
-        read(llama, wk.CompactCache(llama, "winnow", 95, task=task), chunk=CHUNK)
-
-
-def test_several_or_padded_prompts_are_refused(llama: PreTrainedModel) -> None:
-    cache, mask = wk.CompactCache(llama, "snapkv:observe=8", 20), torch.ones(1, TOKENS, dtype=torch.long)
-    prefill(llama, prompt(TOKENS), cache, mask, chunk=CHUNK)
-    cache.reset()
-    mask[0, :3] = 0
-    with pytest.raises(wk.InputError, match="one prompt without padding"):
-        prefill(llama, prompt(TOKENS), cache, mask, chunk=CHUNK)
-    with pytest.raises(wk.InputError, match="batch of 2"):
-        prefill(llama, prompt(TOKENS).repeat(2, 1), cache, chunk=CHUNK)
-
-
-def test_a_used_cache_is_refused(llama: PreTrainedModel) -> None:
-    cache = wk.CompactCache(llama, "snapkv:observe=8", 20)
-    read(llama, cache)
-    with pytest.raises(wk.CacheError, match="reset"):
-        read(llama, cache, chunk=CHUNK)
-
-
-def test_recording_under_a_ceiling_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(wk.CacheError, match="leave the ceiling out"):
-        read(llama, wk.CompactCache(llama, "full", 1, record=8), chunk=CHUNK, ceiling=CEILING)
-
-
-def test_a_budget_below_the_window_is_refused_before_anything_is_read(llama: PreTrainedModel) -> None:
-    cache = wk.CompactCache(llama, "snapkv:observe=32", 20)
-    with pytest.raises(wk.BudgetError, match="keep at least 32"):
-        read(llama, cache, chunk=CHUNK)
-    assert cache.get_seq_length() == 0
-
-
-def test_an_interrupted_prompt_leaves_an_empty_cache(llama: PreTrainedModel) -> None:
-    cache, calls = wk.CompactCache(llama, "snapkv:observe=8", 20), []
-    whole = wk.CompactCache(llama, "snapkv:observe=8", 20)
-
-    def interrupt(*_: object) -> None:
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    hook = llama.model.layers[2].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        read(llama, cache, chunk=CHUNK, ceiling=CEILING)
-    hook.remove()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(read(llama, cache), read(llama, whole))
-    assert_same(llama, cache, whole)
-
-
-def test_chunks_are_read_within_a_compress_block(llama: PreTrainedModel) -> None:
-    cache, whole = (wk.CompactCache(llama, "snapkv:observe=8", 20) for _ in range(2))
-    read(llama, whole)
-    with wk.compress(llama, "streaming", 8) as run:
-        read(llama, cache, chunk=CHUNK)
-    assert_same(llama, cache, whole)
-    assert not run.reports
-
-
-def test_a_model_that_uses_the_cache_in_part_is_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = wk.CompactCache(llama, "snapkv:observe=8", 20)
-    update, skipped = cache.update, []
-
-    def forgetful(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        if layer == 3:
-            skipped.append(layer)
-            return keys, values
-        return update(keys, values, layer, *args, **kwargs)
-
-    monkeypatch.setattr(cache, "update", forgetful)
-    with pytest.raises(wk.UnsupportedModelError, match="every attention layer"):
-        read(llama, cache, chunk=CHUNK, ceiling=CEILING)
-    assert len(skipped) == 1  # after the first chunk
-
-
-def test_a_users_own_chunks_compress_the_first_only(llama: PreTrainedModel) -> None:
-    """As before there was ``chunk=``: a forward pass on a fresh cache is the prompt, whatever comes after is not."""
-    own, generated = (wk.CompactCache(llama, "snapkv:observe=8", 20) for _ in range(2))
-    with torch.no_grad():
-        for part in prompt(150).split(64, 1):
-            llama(input_ids=part, past_key_values=own)
-    assert own.report.prompt_tokens == [64]
-    assert own.compact_layers[0].length == 20 + 86
-    generate(llama, prompt(150), 2, past_key_values=generated, prefill_chunk_size=64)
-    assert generated.report.prompt_tokens == [64]

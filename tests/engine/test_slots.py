@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import winnowkv as wk
 from support.cases import Case
 from support.models import DEVICE, TINY, prompt
-from winnowkv.cache.reading import extend, prefill
-from winnowkv.engine import compiled as compiling
+from support.slots import LENGTHS, ROOM, alone, assert_same, more, read, together
+from winnowkv.cache.reading import prefill
 from winnowkv.engine.slots import Slots, _Request, bucket, row_bucket
 from winnowkv.errors import CacheError
-
-LENGTHS = (72, 19, 46, 60)
-STEPS = (9, 14, 3, 11)  # tokens that each request goes on for
-ROOM = 6  # less than most of them: buffers grow
 
 
 def hybrid() -> PreTrainedModel:
@@ -31,49 +24,6 @@ def hybrid() -> PreTrainedModel:
         torch.manual_seed(4)
         config = Gemma3TextConfig(**TINY, num_hidden_layers=4, head_dim=8, sliding_window=16, layer_types=kinds)
         return Gemma3ForCausalLM(config).eval().to(DEVICE)
-
-
-def read(model: PreTrainedModel, row: int, settings: dict[str, object]) -> wk.CompactCache:
-    cache = wk.CompactCache(model, **settings)
-    prefill(model, prompt(LENGTHS[row], seed=row), cache)
-    return cache
-
-
-def more(row: int) -> Tensor:
-    """What a request goes on with, ``[1, n]``."""
-    return prompt(STEPS[row], seed=20 + row)
-
-
-def alone(model: PreTrainedModel, row: int, settings: dict[str, object]) -> Tensor:
-    """The logits of each of a request's further tokens, ``[n, vocabulary]``: one row, the cache it was read into."""
-    cache = read(model, row, settings)
-    steps = [extend(model, cache, more(row)[:, at : at + 1], [LENGTHS[row] + at])[0] for at in range(STEPS[row])]
-    return torch.cat(steps)
-
-
-def together(model: PreTrainedModel, slots: Slots, settings: dict[str, object], rows: int) -> list[Tensor]:
-    """The same with up to ``rows`` requests at a time: one is placed whenever one has ended."""
-    waiting, active = list(range(len(LENGTHS))), list[int]()
-    logits: list[list[Tensor]] = [[] for _ in LENGTHS]
-    while waiting or active:
-        if waiting and len(active) < rows:
-            active.append(waiting.pop(0))
-            slots.place(read(model, active[-1], settings), ROOM)
-        tokens = torch.tensor([int(more(row)[0, len(logits[row])]) for row in active], device=DEVICE)
-        for row, line in zip(active, slots.step(tokens), strict=True):
-            logits[row].append(line)
-        for at in reversed(range(len(active))):
-            if len(logits[active[at]]) == STEPS[active[at]]:
-                slots.drop(at)
-                active[at] = active[-1]
-                active.pop()
-    return [torch.stack(lines) for lines in logits]
-
-
-def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
-        assert mine.argmax(-1).tolist() == theirs.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -215,94 +165,3 @@ def test_compiled_slots_hold_as_many_requests_as_eager_ones(llama: PreTrainedMod
     uneven = [16 * count for count in (9, 50, 31, 3, 20)]
     held = [slots.bytes_alone(uneven, 64) for slots in (eager, compiled, fixed)]
     assert held[0] == held[1] < held[2] / 2  # a graph of one shape has the columns of the largest layer everywhere
-
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"
-)
-cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="only on the CPU")
-
-
-def shallow(model: PreTrainedModel) -> PreTrainedModel:
-    """Its first two layers, since compiling takes seconds a layer; graphs of tests before are forgotten."""
-    torch._dynamo.reset()
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    return model
-
-
-@needs_compiler
-@pytest.mark.parametrize("flexible", [True, False])
-def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel, flexible: bool) -> None:
-    shallow(llama)
-    settings = {"policy": "adakv:observe=4:floor=0", "budget": 0.5}
-    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
-    slots = Slots(llama, compile=True)
-    slots._flexible = flexible  # False as on a GPU
-    assert slots.warm_up(2, 40, ROOM) > 0
-    assert slots.rows == slots.held_bytes == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same(together(llama, slots, settings, 2), expected)
-
-
-@cpu_only
-@needs_compiler
-def test_two_graphs_serve_any_rows_and_columns(llama: PreTrainedModel) -> None:
-    """Buffers grow and shrink, layers come to differ, other slots of the model come after these: nothing is compiled again."""
-    shallow(llama)
-    full, uneven = {"policy": "full", "budget": 1}, {"policy": "pyramidkv:observe=4:slope=5", "budget": 30}
-    counters, first, shapes = torch._dynamo.utils.counters["stats"], Slots(llama, compile=True), set[tuple[int, ...]]()
-    before = counters["unique_graphs"]
-    first.warm_up(3, 200, ROOM)
-    for slots, rows, settings in ((first, 2, full), (Slots(llama, compile=True), 4, full), (first, 3, uneven)):
-        expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
-        step = slots.step
-        slots.step = lambda tokens, slots=slots, step=step: (step(tokens), shapes.add(slots.layers[0].keys.shape))[0]
-        assert_same(together(llama, slots, settings, rows), expected)
-    assert {rows for rows, *_ in shapes} == {1, 2, 3, 4}
-    assert len({columns for _, _, columns, _ in shapes}) >= 3
-    assert len({layer.keys.shape[2] for layer in read(llama, 0, uneven).layers}) == 2
-    assert counters["unique_graphs"] == before + 2
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_one_row_of_a_linear_layer(dtype: torch.dtype, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, given, more = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((24, 40), (3, 1, 40), (24,)))
-    added = more if bias else None
-    for rows in (given[:1], given[0, 0], given):
-        exact = torch.nn.functional.linear(rows.double(), weight.double(), None if added is None else added.double())
-        got = compiling.linear(rows, weight, added)
-        assert (got.dtype, got.shape) == (dtype, exact.shape)
-        torch.testing.assert_close(got.double(), exact, rtol=2e-2 if dtype is torch.bfloat16 else 2e-3, atol=2e-2)
-
-
-@cpu_only
-@needs_compiler
-def test_compiled_steps_of_one_row_use_it(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    shallow(llama).to(torch.bfloat16)
-    settings, replaced, linear = {"policy": "full", "budget": 1}, list[tuple[int, ...]](), compiling.linear
-    monkeypatch.setattr(compiling, "linear", lambda given, *args: replaced.append(given.shape) or linear(given, *args))
-    (expected, got) = (together(llama, Slots(llama, compile=compile), settings, 1) for compile in (False, True))
-    assert len(replaced) >= 2 * 7 + 1  # each projection, and the logits
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
-
-
-def test_a_model_that_cannot_be_compiled_goes_on_eagerly(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = llama.model.forward
-
-    def breaks(*args: object, **kwargs: object) -> object:
-        torch._dynamo.graph_break()
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(llama.model, "forward", breaks)
-    settings = {"policy": "snapkv:observe=4", "budget": 0.5}
-    expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
-    slots = Slots(llama, compile=True)
-    with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be compiled .*: decode steps are eager") as told:
-        got = together(llama, slots, settings, 3)
-    assert len(told) == 1
-    assert_same(got, expected)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.cases import EVICTING, Case
 from support.models import tiny_model
+from support.texts import TEXTS
 from support.tokenizers import Letters
 from winnowkv.cache.reading import greedy, prefill
 from winnowkv.evaluate import settings as settings_module
@@ -25,12 +24,9 @@ from winnowkv.evaluate.audit import audit as auditor
 from winnowkv.evaluate.audit.audit import Audit, AuditPrompt
 from winnowkv.evaluate.audit.recommend import summarize
 from winnowkv.evaluate.report.store import ResultStore
-from winnowkv.models import load as models
 from winnowkv.prompt.classifier import task_profile
 from winnowkv.prompt.structure import read_layout
 
-WORDS = "The wind went round the old mill and nobody at the long table said a word before the lamp was lit again. "
-TEXTS = [WORDS[at:] + WORDS[:at] for at in (31, 77, 9)]
 BROKEN = ord("~")  # a token that no text but a broken one holds
 
 
@@ -283,76 +279,3 @@ def test_prompts_of_tasks(data_dir: Any) -> None:
     assert [p.id.split("/")[0] for p in second] == [names[0]] * 2 + [names[1]] * 2
     assert not {p.digest for p in first} & {p.digest for p in second}
     assert all(len(p.text) > 100 for p in [*first, *second])
-
-
-@pytest.fixture
-def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    import typer
-
-    from winnowkv.cli import audit as command
-    from winnowkv.cli.main import one_sentence
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        app = typer.Typer(pretty_exceptions_enable=False)
-        command.register(app)
-        monkeypatch.setattr(sys, "argv", ["audit", *arguments])
-        code = 0
-        try:
-            with one_sentence("winnow"):
-                app()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "no prompts to audit"),
-        (("--prompts", "/no/such/file.jsonl"), "prompt file /no/such/file.jsonl cannot be read"),
-        (("--prompts", __file__, "--policies", "snapvk"), "Did you mean 'snapkv'"),
-        (("--prompts", __file__, "--budgets", "0"), "budget 0 keeps nothing"),
-        (("--prompts", __file__, "--keep", "1.5"), "'--keep'"),
-        (("--tasks", "longbench_qaspr"), "Did you mean 'longbench_qasper'"),
-    ],
-)
-def test_bad_values_exit_with_two(winnow: Callable, arguments: tuple[str, ...], message: str) -> None:
-    code, out, err = winnow(*arguments)
-    assert code == 2
-    assert message in err
-    assert out == ""
-
-
-@pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
-def test_the_command_on_the_embedded_model(winnow: Callable, tmp_path: Any) -> None:
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text(WORDS * 12 + "\nSay in one sentence what this text is about.")
-    arguments = ("--prompts", str(prompt), "--policies", "full,snapkv:observe=16", "--budgets", "0.25,1000",
-                 "--max-new-tokens", "12", "--out", str(tmp_path / "out"))  # fmt: skip
-    if models.best_device() != "cpu":
-        arguments += ("--float32",)
-    code, out, err = winnow(*arguments, "--json")
-    assert code == 0, err
-    summary = json.loads(out)
-    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
-    full, quarter, everything = summary["groups"]
-    assert full["agreement"]["mean"] == everything["agreement"]["mean"] == everything["exact_match"]["mean"] == 1
-    assert everything["kl_p99"]["mean"] < 1e-4
-    assert 0 <= quarter["agreement"]["mean"] <= 1
-    assert quarter["kl_mean"]["mean"] > everything["kl_mean"]["mean"]
-    assert quarter["kept_bytes"] == pytest.approx(quarter["full_bytes"] / 4, rel=0.01)
-    # 30 layers, 3 KV heads, keys and values of 64 numbers in the dtype that the model is served in.
-    line = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[0])
-    itemsize = getattr(torch, summary["served_dtype"]).itemsize
-    assert line["full_bytes"] == line["prompt_tokens"] * 30 * 3 * 2 * 64 * itemsize
-    assert 250 < line["prompt_tokens"] < 350
-    assert summary["dtype"] == "float32"
-    assert "only 1 row: no interval can be given" in summary["notes"]
-    before = (tmp_path / "out" / "results.jsonl").read_bytes()
-    code, out, _ = winnow(*arguments)  # as a table, of what is there already
-    assert code == 0
-    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
-    assert "snapkv:observe=16 at 25%" in out
-    assert summary["recommendation"]["sentence"] in out

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import winnowkv as wk
 from support.models import PROMPT, hybrid, prompt
@@ -339,72 +339,3 @@ def test_what_cannot_work_is_told_before_anything_is_read(llama: PreTrainedModel
     with pytest.raises(wk.WinnowError) as raised:
         replace(make(), **change).check(llama, builder)
     assert message in str(raised.value)
-
-
-Winnow = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama: LlamaForCausalLM) -> Winnow:
-    """The command on the tiny model."""
-    import sys
-
-    import typer
-
-    from winnowkv.cli import bench as command
-    from winnowkv.cli.main import one_sentence
-
-    monkeypatch.setattr(command, "load_model", lambda name, random: (llama, Letters()))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(pretty_exceptions_enable=False)
-        command.register(app)
-        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
-        code: Any = 0
-        try:
-            with one_sentence("winnow"):
-                app()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_the_command_prints_json_and_then_tables(winnow: Winnow, tmp_path: Path) -> None:
-    arguments = ("--policies", SNAP, "--budgets", 0.25, "--contexts", "300", "--batches", 1, "--rounds", 1, "--steps", 2,
-                 "--kv-memory", "1MiB", "--serve-context", 300, "--new-tokens", 30, "--requests", 0,
-                 "--out", tmp_path)  # fmt: skip
-    code, out, err = winnow(*arguments, "--json")
-    assert code == 0, err
-    summary = json.loads(out)
-    assert summary["lines"] == summary["expected_lines"] == 3
-    code, out, err = winnow(*arguments)
-    assert code == 0, err
-    assert "3 measurements are in" in err
-    for said in (
-        "Prefill, median of pairs",
-        "Decode, steps in turns",
-        "dynamic",
-        "Decode in a given KV memory",
-        "not measured",
-    ):
-        assert said in out
-    assert f"requests that fit in the KV memory over the full cache's, {SNAP} at 25%: " in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--policies", "snapvk"), "Did you mean 'snapkv'"),
-        (("--contexts", "8q"), "--contexts: '8q' is not a number"),
-        (("--batches", "one"), "--batches: 'one' is not a number"),
-        (("--kv-memory", "lots"), "--kv-memory 'lots' is no size"),
-        (("--rounds", "0"), "'--rounds'"),
-    ],
-)
-def test_bad_values_exit_with_two(winnow: Winnow, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    code, out, err = winnow(*arguments, "--out", tmp_path)
-    assert code == 2
-    assert message in err
-    assert out == ""

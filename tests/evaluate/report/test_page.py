@@ -1,36 +1,18 @@
 """The report as a page: complete as text, safe against what models write, and opened and clicked in Chromium."""
 
-import io
-import json
 import re
-import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from support.browser import open_page, start_browser
-from support.results import CONFIG, MACHINE, broken, line, write_run
-from winnowkv.cli.report import show
+from support.results import CONFIG, MACHINE, broken, evaluation, line
 from winnowkv.errors import InputError
 from winnowkv.evaluate.report import charts
 from winnowkv.evaluate.report.page import FAILURES, render, write_page
 from winnowkv.evaluate.report.summary import OVER_TASKS, summarize
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;"
-POLICIES = {"full": 0.0, "streaming": 0.3, "snapkv:observe=16": 0.1, "int8": 0.01}
-
-
-def evaluation():
-    """Two tasks in one protocol and one in the other; scores fall with the policy's cost and rise with the budget."""
-    lines = []
-    for protocol, tasks in (("official", ("qasper", "trec")), ("context-only", ("qasper",))):
-        for task in tasks:
-            for row in range(3):
-                for policy, cost in POLICIES.items():
-                    for budget in (0.12, 256) if cost >= 0.1 else (0.12,):
-                        score = 0.6 + 0.1 * row - cost * (1.0 if budget == 0.12 else 0.5)
-                        lines.append(line(policy, score, task=task, row=f"{task}-{row}", protocol=protocol, budget=budget))
-    return lines
 
 
 def page_of(lines, file, **config):
@@ -264,36 +246,3 @@ def test_it_reads_without_javascript(browser, page):
         assert "what full said" in text
     finally:
         open_page(browser, page)
-
-
-def test_report_on_the_command_line(winnow, tmp_path):
-    lines = evaluation()
-    runs = [write_run(tmp_path / name, [one for one in lines if one["protocol"] == name], protocol=name)
-            for name in ("official", "context-only")]  # fmt: skip
-    code, out, err = winnow("report", *runs, "--out", tmp_path / "page.html")
-    assert (code, err) == (0, "")
-    assert "official: tiny in float32, mean over tasks (6 rows)" in out
-    assert "context-only: tiny in float32, mean over tasks (3 rows)" in out
-    assert re.search(r"streaming +12% +40\.0 +\S+ to \S+ +-30\.0 +-30\.0 to -30\.0 +0 / 0 / 6", out)
-    assert "2 protocols (official, context-only): shown side by side, never averaged, never paired." in out
-    assert "what full said" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    code, out, _ = winnow("report", *runs, "--out", tmp_path / "page.html", "--json")
-    assert [section["protocol"] for section in json.loads(out)["sections"]] == ["official", "context-only"]
-
-
-def test_report_tells_bad_input_in_one_sentence(winnow, tmp_path):
-    run = write_run(tmp_path / "run", [line()])
-    (run / "results.jsonl").open("a").write("{oops\n")
-    for arguments, message in (((tmp_path / "none",), "none is not a folder: give folders that winnow eval wrote"),
-                               ((run,), "results.jsonl, line 2: not JSON")):  # fmt: skip
-        code, out, err = winnow("report", *arguments)
-        assert (code, out) == (2, "")
-        assert message in err
-        assert err.startswith("winnow: ")
-
-
-def test_names_with_brackets_are_shown_as_they_are(monkeypatch, tmp_path):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", stream)
-    show(summarize([line("full"), line("mine:x=[bold]", 0.2)], CONFIG), tmp_path)
-    assert "mine:x=[bold]" in stream.getvalue().replace("\n", "")

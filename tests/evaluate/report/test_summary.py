@@ -5,54 +5,36 @@ from statistics import mean
 
 import pytest
 
-from support.results import CONFIG, MACHINE, VERSIONS, broken, line, write_run
-from winnowkv.errors import InputError
-from winnowkv.evaluate.report.merge import merge
+from support.results import CONFIG, FULL_SCORES, MACHINE, SNAPKV_SCORES, broken, group, line, lines_of
 from winnowkv.evaluate.report.stats import mean_interval, paired
 from winnowkv.evaluate.report.summary import OVER_ROWS, OVER_TASKS, summarize
-
-FULL = {"a": [0.5, 0.7, 0.9, 0.1], "b": [1.0, 0.0]}
-SNAP = {"a": [0.5, 0.1, 0.8, 0.2], "b": [0.0, 0.0]}
-
-
-def lines_of(policy, scores, **different):
-    return [line(policy, score, task=task, row=f"{task}{r}", **different)
-            for task, values in scores.items() for r, score in enumerate(values)]  # fmt: skip
-
-
-def group(summary, task, policy, budget=0.12, section=0):
-    found = [
-        g for g in summary["sections"][section]["groups"] if (g["task"], g["policy"], g["budget"]) == (task, policy, budget)
-    ]
-    assert len(found) == 1
-    return found[0]
 
 
 @pytest.fixture
 def two():
-    return summarize([*lines_of("full", FULL), *lines_of("snapkv", SNAP)], CONFIG)
+    return summarize([*lines_of("full", FULL_SCORES), *lines_of("snapkv", SNAPKV_SCORES)], CONFIG)
 
 
 def test_a_task_and_both_means_by_hand(two):
-    assert group(two, "a", "snapkv")["score"] == pytest.approx(mean(SNAP["a"]))
-    assert group(two, OVER_ROWS, "snapkv")["score"] == pytest.approx(mean(SNAP["a"] + SNAP["b"]))
-    assert group(two, OVER_TASKS, "snapkv")["score"] == pytest.approx((mean(SNAP["a"]) + mean(SNAP["b"])) / 2)
-    interval = mean_interval(SNAP["a"] + SNAP["b"], strata=list("aaaabb"))
+    assert group(two, "a", "snapkv")["score"] == pytest.approx(mean(SNAPKV_SCORES["a"]))
+    assert group(two, OVER_ROWS, "snapkv")["score"] == pytest.approx(mean(SNAPKV_SCORES["a"] + SNAPKV_SCORES["b"]))
+    assert group(two, OVER_TASKS, "snapkv")["score"] == pytest.approx((mean(SNAPKV_SCORES["a"]) + mean(SNAPKV_SCORES["b"])) / 2)
+    interval = mean_interval(SNAPKV_SCORES["a"] + SNAPKV_SCORES["b"], strata=list("aaaabb"))
     assert (group(two, OVER_TASKS, "snapkv")["low"], group(two, OVER_TASKS, "snapkv")["high"]) == interval[1:]
     assert {key: two["sections"][0][key] for key in ("protocol", "model", "dtype")} == {
         "protocol": "official", "model": "tiny", "dtype": "float32"}  # fmt: skip
 
 
 def test_against_full_is_paired_by_row_and_not_by_place(two):
-    shuffled = summarize([*lines_of("snapkv", SNAP)[::-1], *lines_of("full", FULL)], CONFIG)
+    shuffled = summarize([*lines_of("snapkv", SNAPKV_SCORES)[::-1], *lines_of("full", FULL_SCORES)], CONFIG)
     for summary in (two, shuffled):
         pair = group(summary, OVER_ROWS, "snapkv")["against_full"]
-        expected = paired(FULL["a"] + FULL["b"], SNAP["a"] + SNAP["b"])
+        expected = paired(FULL_SCORES["a"] + FULL_SCORES["b"], SNAPKV_SCORES["a"] + SNAPKV_SCORES["b"])
         assert (pair["wins"], pair["ties"], pair["losses"], pair["rows"], pair["excluded"]) == (1, 2, 3, 6, 0)
         assert pair["mean_difference"] == pytest.approx(expected.mean_difference)
     assert group(two, "b", "snapkv")["against_full"]["mean_difference"] == pytest.approx(-0.5)
     over_tasks = group(two, OVER_TASKS, "snapkv")["against_full"]["mean_difference"]
-    assert over_tasks == pytest.approx((mean(SNAP["a"]) - mean(FULL["a"]) - 0.5) / 2)
+    assert over_tasks == pytest.approx((mean(SNAPKV_SCORES["a"]) - mean(FULL_SCORES["a"]) - 0.5) / 2)
     assert group(two, OVER_ROWS, "full")["against_full"] is None
 
 
@@ -88,11 +70,11 @@ def test_kept_fraction_is_of_what_was_compressed():
 
 
 def test_protocols_are_never_mixed():
-    official = [*lines_of("full", FULL), *lines_of("snapkv", SNAP)]
+    official = [*lines_of("full", FULL_SCORES), *lines_of("snapkv", SNAPKV_SCORES)]
     other = [{**one, "protocol": "context-only", "score": 0.25} for one in official]
     summary = summarize(official + other, CONFIG)
     assert [section["protocol"] for section in summary["sections"]] == ["official", "context-only"]
-    assert group(summary, OVER_ROWS, "full")["score"] == pytest.approx(mean(FULL["a"] + FULL["b"]))
+    assert group(summary, OVER_ROWS, "full")["score"] == pytest.approx(mean(FULL_SCORES["a"] + FULL_SCORES["b"]))
     assert group(summary, OVER_ROWS, "full", section=1)["score"] == 0.25
     assert group(summary, OVER_ROWS, "snapkv", section=1)["against_full"]["ties"] == 6
     assert "2 protocols (official, context-only): shown side by side, never averaged, never paired." in summary["notes"]
@@ -189,114 +171,3 @@ def test_no_line_and_no_finished_line_are_summaries_too():
     only = group(summarize([broken("too long")], CONFIG), OVER_TASKS, "snapkv")
     assert (only["rows"], only["failed_rows"], only["score"], only["kept_bytes"], only["prefill_ms_per_token"]) == (
         0, 1, None, None, None)  # fmt: skip
-
-
-def test_merged_runs_are_compared_with_the_full_cache_of_any_of_them(tmp_path):
-    a = write_run(tmp_path / "a", lines_of("full", FULL))
-    b = write_run(tmp_path / "b", lines_of("snapkv", SNAP))
-    lines, config = merge([a, b])
-    assert group(summarize(lines, config), OVER_ROWS, "snapkv")["against_full"]["losses"] == 3
-    assert config["model"] == "tiny"
-    assert config["machine"] == MACHINE
-    assert config["differs"] == {}
-    assert list(config["runs"]) == [str(a), str(b)]
-
-
-def test_the_later_of_equal_measurements_is_kept(tmp_path):
-    a = write_run(tmp_path / "a", [line("full", 0.2), line("snapkv", 0.1)])
-    b = write_run(tmp_path / "b", [line("full", 0.6)])
-    lines, _ = merge([a, b])
-    assert sorted((one["policy"], one["score"]) for one in lines) == [("full", 0.6), ("snapkv", 0.1)]
-    assert sorted((one["policy"], one["score"]) for one in merge([b, a])[0]) == [("full", 0.2), ("snapkv", 0.1)]
-
-
-def test_models_and_dtypes_stay_apart_and_are_labelled(tmp_path):
-    runs = [write_run(tmp_path / "a", [line("full", 0.9)]), write_run(tmp_path / "b", [line("snapkv", 0.1)], model="other"),
-            write_run(tmp_path / "c", [line("full", 0.5)], dtype="bfloat16")]  # fmt: skip
-    summary = summarize(*merge(runs))
-    labels = [(section["model"], section["dtype"]) for section in summary["sections"]]
-    assert labels == [("tiny", "float32"), ("other", "float32"), ("tiny", "bfloat16")]
-    assert group(summary, "qa", "snapkv", section=1)["against_full"] is None
-    assert "2 models (tiny, other): shown side by side, never averaged, never paired." in summary["notes"]
-    assert "2 dtypes (float32, bfloat16): shown side by side, never averaged, never paired." in summary["notes"]
-
-
-def test_prompts_that_differ_between_runs_are_not_paired(tmp_path):
-    a = write_run(tmp_path / "a", [line("full", 0.9), line("full", 0.9, row="r1")])
-    cut = line("snapkv", 0.1, row="r1", prompt_tokens=500, kept_entries=60)
-    b = write_run(tmp_path / "b", [line("snapkv", 0.1), cut], max_context=500)
-    summary = summarize(*merge([a, b]))
-    snap = group(summary, "qa", "snapkv")
-    assert (snap["against_full"]["rows"], snap["against_full"]["excluded"]) == (1, 1)
-    assert snap["kept_fraction"] == pytest.approx(0.12)
-    assert [bad["row"] for bad in summary["sections"][0]["worst"]] == ["r0"]
-    assert "1 measurements read another prompt than the full cache did and are not paired with it." in (
-        summary["sections"][0]["notes"])  # fmt: skip
-    assert f"The runs differ in max_context: 6000 ({a}), 500 ({b})." in summary["notes"]
-
-
-def test_other_machines_and_versions_are_told(tmp_path):
-    a = write_run(tmp_path / "a", [line("full")])
-    b = write_run(tmp_path / "b", [line("snapkv", versions={**VERSIONS, "torch": "2.6.0"})], machine={**MACHINE, "threads": 8})
-    notes = summarize(*merge([a, b]))["notes"]
-    assert f"The runs differ in machine: AMD EPYC, 2 threads ({a}), AMD EPYC, 8 threads ({b})." in notes
-    assert "Times of different machines are not comparable." in notes
-    assert "Results of several versions of torch: 2.13.0, 2.6.0." in notes
-
-
-def test_rows_of_other_data_under_one_name_are_refused(tmp_path):
-    a = write_run(tmp_path / "a", [line("full")])
-    b = write_run(tmp_path / "b", [line("snapkv", answers=["another"])])
-    with pytest.raises(InputError, match=r"a and .*b hold different rows under one name \(qa, row r0\)"):
-        merge([a, b])
-
-
-def test_half_a_line_at_the_end_is_left_out_and_stays_in_the_file(tmp_path):
-    run = write_run(tmp_path / "a", [line("full")], machine=None)
-    with (run / "results.jsonl").open("a") as file:
-        file.write('{"task": "qa", "ro')
-    before = (run / "results.jsonl").read_bytes()
-    assert len(merge([run])[0]) == 1
-    assert (run / "results.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{broken\n", "line 2: not JSON"),
-        ("[1]\n", "line 2: not a JSON object"),
-        ('{"policy": "full", "budget": 1}\n', "line 2: field 'task' is missing, so it is no line of winnow eval"),
-        (json.dumps(line(score="high")) + "\n", "line 2: score 'high' is neither a number nor null"),
-        (json.dumps(line(budget="12%", kept_entries=1, kept_bytes=1, held_bytes=1) | {"budget": "12%"}) + "\n",
-         "line 2: budget '12%' is not a number"),
-        (json.dumps(line(kept_bytes=None)) + "\n", "line 2: field 'kept_bytes' is missing or not a number"),
-        (json.dumps(line(prediction=None)) + "\n", "line 2: field 'prediction' is missing or not a text"),
-    ],
-)  # fmt: skip
-def test_a_broken_line_is_named_by_file_and_number(tmp_path, text, message):
-    run = write_run(tmp_path / "a", [line("full")])
-    with (run / "results.jsonl").open("a") as file:
-        file.write(text)
-    with pytest.raises(InputError, match=f"results.jsonl, {message}"):
-        merge([run])
-
-
-def test_a_line_that_is_no_text_is_named_by_number(tmp_path):
-    run = write_run(tmp_path / "a", [line("full")])
-    with (run / "results.jsonl").open("ab") as file:
-        file.write(b'{"task": "\xff"}\n')
-    with pytest.raises(InputError, match=r"results.jsonl, line 2: not UTF-8 text"):
-        merge([run])
-
-
-def test_folders_that_are_no_runs(tmp_path):
-    (tmp_path / "empty").mkdir()
-    none = write_run(tmp_path / "none", [])
-    needle = write_run(tmp_path / "needle", [line("full")], command="needle")
-    lost = write_run(tmp_path / "lost", [line("full")])
-    (lost / "results.jsonl").unlink()
-    for folder, message in ((tmp_path / "absent", "is not a folder"), (tmp_path / "empty", "config.yaml cannot be read"),
-                            (none, "holds no finished line"), (needle, "holds results of winnow needle"),
-                            (lost, "results.jsonl cannot be read")):  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            merge([folder])

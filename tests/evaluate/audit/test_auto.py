@@ -1,0 +1,48 @@
+"""Curves from an audit: what is measured, written into the profile, and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import winnowkv as wk
+from support.auto import profile_file, read
+from support.results import mass_line
+from winnowkv.evaluate.audit.auto import check_curves, curves_of, write_curves
+from winnowkv.models.calibration import read_profile
+
+
+def test_curves_are_written_into_the_profile(llama: Any, tmp_path: Path) -> None:
+    path = profile_file(llama, tmp_path, None)
+    lines = [mass_line("snapkv:observe=4", at, 0.1 * at, 0.5 + 0.05 * at) for at in range(9)]
+    write_curves(path, llama, lines, lines)
+    curve = read_profile(path).curve("snapkv")
+    assert curve == curves_of(lines)["snapkv"]
+    assert curve.expected(0.4) == pytest.approx(0.7)
+    write_curves(path, llama, [{**each, "policy": "cake"} for each in lines], [{**each, "policy": "cake"} for each in lines])
+    assert sorted(read_profile(path).curves) == ["cake", "snapkv"]
+
+
+@pytest.mark.parametrize(
+    ("policies", "budgets", "reason"),
+    [
+        (["full"], [0.1, 0.2, 0.3], "evicts"),
+        (["snapkv", "snapkv:observe=8"], [0.1, 0.2, 0.3], "twice"),
+        (["snapkv"], [0.1, 0.2, "auto:0.9"], "numbers"),
+        (["snapkv"], [0.1], "at least 3"),
+    ],
+)
+def test_what_makes_no_curve_is_refused_before_the_work(policies: list[str], budgets: list[Any], reason: str) -> None:
+    with pytest.raises(wk.InputError, match=reason):
+        check_curves(policies, budgets)
+
+
+def test_few_prompts_make_no_curve() -> None:
+    with pytest.raises(wk.InputError, match="at least 8"):
+        curves_of([mass_line("snapkv", 0, 0.5, 0.5)])
+
+
+def test_what_is_kept_whole_has_all_the_mass(llama: Any) -> None:
+    assert read(llama, "snapkv:observe=4", 1.0).report.kept_mass == [1.0]

@@ -1,0 +1,77 @@
+"""Prompts for an engine, what each answers alone, and what is held at every moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import winnowkv as wk
+from support.models import prompt
+from support.tokenizers import word_tokenizer
+from winnowkv.engine.engine import Engine
+from winnowkv.engine.request import Event, Request
+from winnowkv.engine.sampling import Sampling
+
+LENGTHS = (72, 45, 60, 91, 50, 72, 47)
+NEW = (9, 4, 1, 7, 12, 2, 9)
+SNAP = {"policy": "snapkv:observe=8:kernel=3", "budget": 20}
+
+
+def ids(tokens: int, seed: int = 0) -> list[int]:
+    return prompt(tokens, seed)[0].tolist()
+
+
+def alone(model: PreTrainedModel, tokens: Sequence[int], new: int, policy: str, budget: float, task: Any = None) -> list[int]:
+    """The slow truth: one prompt in a compress block, and what the framework makes of it."""
+    read = torch.tensor([list(tokens)])
+    with wk.compress(model, policy, budget, task=task, tokenizer=word_tokenizer()):
+        return model.generate(read, max_new_tokens=new, do_sample=False)[0, len(tokens) :].tolist()
+
+
+def asked(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] = NEW) -> list[list[int]]:
+    """The tokens of all prompts at once."""
+    samplings = [Sampling(max_new_tokens=count) for count in new]
+    done = engine.generate([ids(tokens, row) for row, tokens in enumerate(lengths)], samplings)
+    assert [one.prompt_tokens for one in done] == list(lengths)
+    assert [one.error for one in done] == [None] * len(done)
+    return [one.tokens for one in done]
+
+
+class Watch:
+    """What is held at every moment that the engine tells of: between steps, and at each prompt's worst."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.most, self.waited, self.queued, self.peaks = 0, 0, 0, []
+        step, read = Engine.step, Engine._prefilled
+
+        def watched_step(engine: Engine) -> list[Event]:
+            events = step(engine)
+            self.most = max(self.most, engine.held_bytes)
+            self.waited += engine._current is not None
+            self.queued = max(self.queued, engine.waiting)
+            return events
+
+        def watched_read(engine: Engine, request: Request, cache: wk.CompactCache) -> torch.Tensor:
+            before = engine._slots.held_bytes
+            logits = read(engine, request, cache)
+            self.most = max(self.most, before + cache.report.peak_bytes)
+            self.peaks.append((cache.report.peak_bytes, request.claim.peak))
+            return logits
+
+        monkeypatch.setattr(Engine, "step", watched_step)
+        monkeypatch.setattr(Engine, "_prefilled", watched_read)
+
+
+def least(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] = NEW) -> int:
+    """The memory in which each of these requests just fits."""
+    needed = 0
+    for row, (tokens, count) in enumerate(zip(lengths, new, strict=True)):
+        request = engine.submit(ids(tokens, row), Sampling(max_new_tokens=count))
+        claim = request.claim
+        needed = max(needed, claim.peak, engine._slots.bytes_alone(claim.entries, claim.room))
+        engine.cancel(request)
+    return needed
