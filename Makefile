@@ -9,10 +9,11 @@ OLD := .venv-oldest/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-oldest check lint bench eval gemma peers peers-speed clean
+.PHONY: help demo test test-fast test-oldest check lint bench eval gemma peers peers-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
+	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
@@ -27,6 +28,9 @@ demo: .venv/done-demo
 
 test: .venv/done-dev
 	$(BIN)/python -m pytest
+
+test-fast: .venv/done-dev
+	$(BIN)/python -m pytest -m "not slow"
 
 test-oldest: .venv-oldest/done-test
 	$(OLD)/python -m pytest

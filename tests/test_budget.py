@@ -1,4 +1,4 @@
-"""Budgets: what a user may ask for, and allocators whose sums are exact (law 2)."""
+"""Budgets: entries, fractions and ``auto``, and errors that name a way out."""
 
 from __future__ import annotations
 
@@ -99,6 +99,6 @@ def test_auto_is_a_budget(text: str, target: float, profile: str | None) -> None
 
 
 @pytest.mark.parametrize("text", ["auto:", "auto:1", "auto:0", "auto:1.2.3", "automatic", "auto:x"])
-def test_what_is_no_target_is_refused(text: str) -> None:
+def test_a_budget_auto_with_a_bad_target_is_refused(text: str) -> None:
     with pytest.raises(wk.BudgetError, match="auto"):
         Budget.of(text)

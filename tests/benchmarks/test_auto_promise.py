@@ -24,7 +24,7 @@ def promise_script() -> Any:
     return module
 
 
-def test_the_picture_of_what_was_promised(tmp_path: Path) -> None:
+def test_the_picture_shows_promised_and_reached_agreement(tmp_path: Path) -> None:
     script = promise_script()
     lines = [
         {**mass_line("winnow", at, 0.5, 0.7 + 0.1 * at), "budget": budget, "kept_bytes": 3 + at, "full_bytes": 10}

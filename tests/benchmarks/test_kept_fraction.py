@@ -38,7 +38,7 @@ def runs(tmp_path):
     return [write_run(tmp_path / "one", [*full, *snapkv]), write_run(tmp_path / "two", winnow)]
 
 
-def test_only_prompts_that_the_full_cache_answers_and_all_were_asked_count(tmp_path):
+def test_only_prompts_count_that_the_full_cache_answers_and_every_policy_read(tmp_path):
     lines, answered = KEPT["counted"](KEPT["read_lines"](runs(tmp_path)))
     found = [(p["policy"], p["budget"], p["prompts"], p["correct"], p["kept_bytes"]) for p in KEPT["points"](lines)]
     assert answered == 3
@@ -57,7 +57,7 @@ def test_prompts_of_another_model_are_other_prompts(tmp_path):
         KEPT["counted"](KEPT["read_lines"]([one, other]))
 
 
-def test_what_cannot_be_drawn_is_told(tmp_path):
+def test_runs_without_a_picture_are_refused(tmp_path):
     folder = write_run(tmp_path / "one", [needle_line("full", 1, 0.1, False, 100), needle_line("snapkv", 0.1, 0.1, True)])
     with pytest.raises(InputError, match="no prompt here is answered by the full cache"):
         KEPT["counted"](KEPT["read_lines"]([folder]))
@@ -67,7 +67,7 @@ def test_what_cannot_be_drawn_is_told(tmp_path):
         KEPT["main"]([str(folder), "--out", "picture.png"])
 
 
-def test_the_picture_is_800_pixels_wide_on_white_and_the_same_every_time(tmp_path, capsys):
+def test_the_picture_is_800_pixels_wide_on_white_and_reproducible(tmp_path, capsys):
     folders, out = [str(folder) for folder in runs(tmp_path)], tmp_path / "docs" / "kept.svg"
     KEPT["main"]([*folders, "--out", str(out)])
     first = out.read_bytes()

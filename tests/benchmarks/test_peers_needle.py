@@ -10,7 +10,7 @@ PEERS = runpy.run_path(str(BENCHMARKS / "peers_needle.py"))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 997, 2999, 3000, 32_768])
-def test_ratio_keeps_exactly_what_was_asked(tokens):
+def test_the_ratio_keeps_exactly_the_entries_of_the_budget(tokens):
     for kept in range(1, tokens + 1):
         left = tokens * (1 - PEERS["ratio_for"](kept, tokens))
         assert int(left) == round(left) == kept  # kvpress rounds down, its PyramidKV to the nearest
@@ -36,7 +36,7 @@ def test_rows_are_ranked_within_each_budget_and_the_full_cache_comes_once():
     ]
 
 
-def test_the_markdown_table_names_what_broke():
+def test_the_markdown_table_names_failed_policies():
     rows = PEERS["rows_of"]([line("snapkv", 0.12, True, pace=None)], "winnowkv")
     text = PEERS["markdown"](rows, "title", {"BadPress()": "ValueError: no"})
     assert "| snapkv | winnowkv | 0.12 | 1/1 | 12 | 0.00 | 0.00 | - |" in text

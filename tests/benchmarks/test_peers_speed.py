@@ -1,4 +1,4 @@
-"""The parts of benchmarks/peers_speed.py that need no peer: the work they are given, and the table of everybody's numbers."""
+"""The parts of benchmarks/peers_speed.py that need no peer: the work they are given, and the table of all peers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_peers_get_the_work_without_the_policies() -> None:
         PEERS["budget_of"]({"prefill": [setting("full", 300, kept_bytes=5, full_bytes=5)]})
 
 
-def test_presses_keep_exactly_what_our_budget_keeps() -> None:
+def test_presses_keep_exactly_as_many_entries_as_our_budget() -> None:
     (job,) = PEERS["kvpress_jobs"](PEERS["cells_of"](bench(), CONFIG), ["A()", "B()"], 0.25)
     assert len(job["cells"]) == 2 * 7
     for cell in job["cells"]:
@@ -88,7 +88,7 @@ def test_vllm_gets_one_start_for_each_size_of_memory() -> None:
     assert PEERS["vllm_jobs"](none, 10, None) == []
 
 
-def test_the_table_has_everybody_once_and_in_order() -> None:
+def test_the_table_has_every_peer_once_and_in_order() -> None:
     theirs = [
         {"side": "vllm", "kind": "decode", "context": 300, "batch": 4, "running": 4, "step_ms": 12.5, "tokens_s": 320.0},
         {"side": "kvpress", "kind": "prefill", "press": "A()", "context": 600, "prefill_s": 2.1, "over_plain": 1.1},
@@ -109,7 +109,7 @@ def test_the_table_has_everybody_once_and_in_order() -> None:
     assert text.endswith("- vllm did not run to its end: it stopped\n")
 
 
-def test_a_side_that_breaks_off_keeps_what_it_said_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_fails_keeps_its_finished_lines_and_reports_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "side.py"
     script.write_text(
         "import json, sys\n"
@@ -124,7 +124,7 @@ def test_a_side_that_breaks_off_keeps_what_it_said_and_says_why(tmp_path: Path, 
     call = ("vllm", Path(sys.executable), [{"cells": cells}], {"threads": 1}, store, told.append)
     assert "no room" in PEERS["measure"](*call)
     assert [(line["context"], line["tokens_s"]) for line in store.lines] == [(300, 7.0)]
-    PEERS["measure"](*call)  # goes on behind what is there
+    PEERS["measure"](*call)  # continues after the finished lines
     store.close()
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [line["context"] for line in lines] == [300, 600]
@@ -174,7 +174,7 @@ def test_only_full_decode_steps_of_vllm_count(monkeypatch: pytest.MonkeyPatch) -
         ),
     ],
 )
-def test_bad_values_are_told(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_values_are_refused(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["peers_speed.py", *arguments])
     with pytest.raises(wk.InputError) as raised:
         PEERS["main"]()

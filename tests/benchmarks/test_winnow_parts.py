@@ -1,4 +1,4 @@
-"""benchmarks/winnow_parts.py on tiny models, and what benchmarks/kept_fraction.py counts and draws."""
+"""benchmarks/winnow_parts.py on tiny models."""
 
 import json
 import runpy
@@ -49,7 +49,7 @@ def test_another_attention_keeps_other_tokens(name, llama):
     assert positions(recorded.replay(part, 24, task=FOUND)) != positions(recorded.replay(Winnow(**SMALL), 24, task=FOUND))
 
 
-def test_parts_forget_what_they_must_not_know(llama):
+def test_a_variant_without_a_part_does_not_use_that_part(llama):
     recorded = read(llama)
     still, guessing, equal = (PARTS["Part"](**SMALL, **flag) for flag in ({"moved": False}, {"guessed": True}, {"equal": True}))
     assert recorded.replay(Winnow(**SMALL), 24, task=FOUND).policies[0].rotation is not None
@@ -76,7 +76,7 @@ def test_closed_forms_are_those_of_single_heads():
     assert not torch.allclose(normals, expected_attention(queries, keys, 0.4, 25)[0], rtol=0.05)
 
 
-def test_the_oracle_hears_what_the_answer_attends_to(model):
+def test_the_oracle_records_what_the_answer_attends_to(model):
     ids, answer = prompt(TOKENS), prompt(6, seed=1)
     heard = PARTS["Heard"](model)
     prefill(model, ids, heard)
@@ -91,7 +91,7 @@ def test_the_oracle_hears_what_the_answer_attends_to(model):
         assert preference > 0
 
 
-def test_the_oracle_keeps_what_it_heard(llama):
+def test_the_oracle_keeps_what_it_recorded(llama):
     recorded, heard = read(llama), PARTS["Heard"](llama)
     prefill(llama, prompt(TOKENS), heard)
     extend(llama, heard, prompt(6, seed=1), [TOKENS])
@@ -133,7 +133,7 @@ def test_texts_are_compared_with_the_best_published_policy_on_the_same_rows(tmp_
     assert rows["winnow", 0.05]["kl_mean"] == [None, None, None]
 
 
-def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_run_loses_nothing_and_continues(tmp_path, monkeypatch):
     add, added = ResultStore.add, []
 
     def stop_soon(store, line):
@@ -157,6 +157,7 @@ def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, monkeypatch):
         texts(tmp_path, "--max-new-tokens", 9)
 
 
+@pytest.mark.slow
 def test_needles_count_where_the_full_cache_answers(tmp_path):
     if models.find_wheel() is None:
         pytest.skip(f"the embedded model's wheel is not installed ({models.INSTALL})")
@@ -171,7 +172,7 @@ def test_needles_count_where_the_full_cache_answers(tmp_path):
     assert [line.get("skipped") for line in lines] == [None, None, *["not answered by the full cache"] * 2]
 
 
-def test_unknown_variants_are_told_before_anything_is_loaded():
+def test_unknown_variants_are_refused_before_anything_is_loaded():
     with pytest.raises(InputError, match="variant 'oracle' is unknown in the table 'needles'"):
         PARTS["parse"](["needles", "--variants", "oracle"])
 

@@ -1,4 +1,4 @@
-"""``budget="auto"``: the curve, the budget that a prompt's scores ask for, and where the curve comes from."""
+"""``budget="auto"``: the budget that a prompt's scores ask for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from winnowkv.models.curve import Curve
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_auto_keeps_the_least_that_keeps_the_mass(model: Any, spec: str, tmp_path: Path) -> None:
+def test_auto_keeps_the_fewest_entries_that_keep_the_mass(model: Any, spec: str, tmp_path: Path) -> None:
     """With a straight curve the kept share of the scores is the target, and the result that of the budget in numbers."""
     path = profile_file(model, tmp_path, Curve(((0.0, 0.0), (1.0, 1.0)), 9))
     chosen = read(model, spec, f"auto:0.8:{path}")
@@ -39,7 +39,7 @@ def test_a_recorded_prompt_chooses_the_same(llama: Any, tmp_path: Path) -> None:
     assert same_positions(positions(live), positions(again))
 
 
-def test_rows_of_a_batch_choose_by_themselves(llama: Any, tmp_path: Path) -> None:
+def test_each_row_of_a_batch_chooses_its_own_budget(llama: Any, tmp_path: Path) -> None:
     path = profile_file(llama, tmp_path, Curve(((0.0, 0.0), (1.0, 1.0)), 9))
     ids = torch.cat([prompt(PROMPT, 1), prompt(PROMPT, 2)])
     cache = wk.CompactCache(llama, "snapkv:observe=4", f"auto:0.75:{path}")
@@ -52,7 +52,7 @@ def test_rows_of_a_batch_choose_by_themselves(llama: Any, tmp_path: Path) -> Non
     assert cache.report.kept_entries == alone
 
 
-def test_what_eviction_cannot_reach_keeps_everything(llama: Any, tmp_path: Path) -> None:
+def test_a_target_that_eviction_cannot_reach_keeps_everything(llama: Any, tmp_path: Path) -> None:
     path = profile_file(llama, tmp_path, Curve(((0.5, 0.5),), 9))
     cache = read(llama, SPECS[0], f"auto:0.9:{path}")
     assert cache.report.kept_bytes == cache.report.full_bytes
@@ -66,7 +66,7 @@ def test_a_short_prompt_is_kept_whole(llama: Any, tmp_path: Path) -> None:
     assert cache.report.kept_bytes == cache.report.full_bytes
 
 
-def test_a_profile_without_a_curve_says_how_to_get_one(llama: Any, tmp_path: Path) -> None:
+def test_a_profile_without_a_curve_is_refused_with_the_command_that_measures_one(llama: Any, tmp_path: Path) -> None:
     path = profile_file(llama, tmp_path, None)
     with pytest.raises(wk.ProfileError, match="winnow audit --prompts FILE --policies snapkv --curves"):
         wk.CompactCache(llama, "snapkv", f"auto:0.9:{path}")

@@ -57,7 +57,7 @@ def test_chunks_change_nothing_beside_sliding_windows(sliding: PreTrainedModel, 
     assert_exact(sliding, asked.spec.replace(PROFILES, str(tmp_path)), asked.budget, task=asked.task)
 
 
-def test_sliding_windows_hold_the_same(sliding: PreTrainedModel) -> None:
+def test_sliding_windows_hold_the_same_entries_with_chunks(sliding: PreTrainedModel) -> None:
     whole, chunked = (wk.CompactCache(sliding, "snapkv:observe=4", 20) for _ in range(2))
     read(sliding, whole)
     read(sliding, chunked, chunk=CHUNK, ceiling=CEILING)
@@ -78,7 +78,7 @@ def test_quantized_entries_are_the_same(llama: PreTrainedModel, case: Case) -> N
 
 
 @pytest.mark.parametrize("spec", ["winnow:observe=4:samples=16", "snapkv:observe=4", "adakv:observe=4"])
-def test_auto_asks_for_the_same(llama: PreTrainedModel, spec: str, tmp_path: Path) -> None:
+def test_auto_chooses_the_same_budget_with_chunks(llama: PreTrainedModel, spec: str, tmp_path: Path) -> None:
     made = random_profile(Fingerprint.of(llama), 5)
     made.curves[spec.split(":")[0]] = Curve(((0.1, 0.2), (1.0, 1.0)), 3)
     made.write(tmp_path / "p.json")
@@ -111,7 +111,7 @@ def test_a_prompt_recorded_in_chunks_is_replayed(model: PreTrainedModel, evictin
     assert_same(model, replayed, live)
 
 
-def test_what_is_recorded_are_the_last_queries(llama: PreTrainedModel) -> None:
+def test_the_last_queries_are_recorded(llama: PreTrainedModel) -> None:
     caches = [wk.CompactCache(llama, "full", 1, record=90) for _ in range(2)]  # more than lie in a chunk
     for cache, chunk in zip(caches, (None, CHUNK), strict=True):
         read(llama, cache, chunk=chunk)
@@ -177,7 +177,7 @@ def buffers(cache: wk.CompactCache) -> list[Tensor]:
     return [part for layer in cache.compact_layers if layer.keys is not None for part in (layer.keys, layer.values)]
 
 
-def test_dropping_entries_copies_those_that_stay_of_one_half_of_a_layer(llama: PreTrainedModel) -> None:
+def test_dropping_entries_copies_keys_and_values_one_after_the_other(llama: PreTrainedModel) -> None:
     """Beside the buffers, which stay where they are, there is never more than the ceiling's keys or values of one layer."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -243,7 +243,7 @@ def test_a_dropped_entry_is_seen_by_no_later_chunk(llama: PreTrainedModel) -> No
     torch.testing.assert_close(logits[0], expected[-1], **CLOSE)
 
 
-def test_generation_goes_on_behind_the_whole_prompt(llama: PreTrainedModel, case: Case) -> None:
+def test_generation_continues_after_the_whole_prompt(llama: PreTrainedModel, case: Case) -> None:
     cache = wk.CompactCache(llama, **case.settings)
     logits = read(llama, cache, chunk=CHUNK, ceiling=CEILING)
     tokens = list(greedy(llama, cache, logits, 6))
@@ -297,18 +297,18 @@ def test_spans_of_the_text_stay_whole_beside_sinks_and_recent_tokens() -> None:
     assert held[staying(scores, held, 2, 22)].tolist() == [0, 1, *range(96, 112), *range(160, 164)]
 
 
-def test_the_nearest_known_position() -> None:
+def test_nearest_finds_the_closest_known_position() -> None:
     known = torch.tensor([0, 10, 11, 40])
     assert known[nearest(known, torch.tensor([0, 4, 5, 6, 11, 25, 26, 90]))].tolist() == [0, 0, 0, 10, 11, 11, 40, 40]
 
 
-def test_a_layout_follows_what_is_left() -> None:
+def test_a_layout_is_mapped_to_the_remaining_tokens() -> None:
     held = torch.tensor([0, 1, 2, 8, 9, 10, 11])
     assert remaining(Layout(12, 4, 1, (1, 3, 5, 9, 12)), held) == Layout(7, 4, 1, (1, 3, 4))
     assert remaining(Layout(11, 4, 1, (1, 3)), held) is None
 
 
-def test_the_policy_gets_the_layout_of_what_is_left(llama: PreTrainedModel) -> None:
+def test_the_policy_gets_the_layout_of_the_remaining_tokens(llama: PreTrainedModel) -> None:
     """Sentences of 10 tokens that stayed in part or whole end where their tokens end, and the question is the question."""
     task = wk.TaskProfile("localization", layout=Layout(TOKENS, 40, 3, tuple(range(10, TOKENS, 10))))
     cache = wk.CompactCache(llama, "winnow:observe=4:samples=16", 60, task=task)
@@ -323,7 +323,7 @@ def test_the_policy_gets_the_layout_of_what_is_left(llama: PreTrainedModel) -> N
     assert list(left.ends) == [at + 1 for at in range(143) if held[at] // 10 != held[at + 1] // 10]
 
 
-def test_samples_look_from_where_the_answer_will_stand() -> None:
+def test_sampled_queries_are_moved_to_the_positions_of_the_answer() -> None:
     """Equal queries before any rotation, wherever they were read: moved, they must look from the same place in the text."""
     rotation = Rotation((1.0, 0.05))
     torch.manual_seed(1)
@@ -342,7 +342,7 @@ def test_samples_look_from_where_the_answer_will_stand() -> None:
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_few_queries_are_kept_but_of_a_policy_that_wants_all(llama: PreTrainedModel) -> None:
+def test_few_queries_are_kept_unless_the_policy_needs_all(llama: PreTrainedModel) -> None:
     kept = {}
     for spec in ("winnow:observe=4", "snapkv:observe=8", "h2o"):
         cache = wk.CompactCache(llama, spec, 20)

@@ -50,7 +50,7 @@ def test_decoding_equals_masked_attention(model: PreTrainedModel, spec: str, siz
     assert BUDGET <= cache.report.decode_entries < FULL
 
 
-def test_the_reference_sees_another_choice(llama: PreTrainedModel) -> None:
+def test_the_reference_notices_another_choice_of_entries(llama: PreTrainedModel) -> None:
     # Keeping the worst of the older entries must show, or the law above would prove little.
     ids, more, sizes = prompt(40), prompt(FULL + 20, seed=1), [1] * (FULL + 20)
     cache = cache_of(llama)
@@ -60,7 +60,7 @@ def test_the_reference_sees_another_choice(llama: PreTrainedModel) -> None:
     assert (logits[FULL + 1 :] - wrong[FULL + 1 :]).abs().max() > 1e-3
 
 
-def test_a_quantized_prompt_does_as_its_values_read(llama: PreTrainedModel) -> None:
+def test_decoding_after_a_quantized_prompt_equals_decoding_after_its_dequantized_values(llama: PreTrainedModel) -> None:
     """Against a cache in full precision that holds what the codes stand for."""
     ids, more = prompt(40), prompt(len(STEPS), seed=1)
     cache, plain = cache_of(llama, "snapkv:observe=8:quantize=int8"), cache_of(llama, "snapkv:observe=8")
@@ -111,7 +111,7 @@ def test_memory_is_flat_over_two_thousand_tokens(llama: PreTrainedModel) -> None
     assert cache.held_bytes == sum(part.untyped_storage().nbytes() for part in parts)
 
 
-def test_a_long_text_at_once_leaves_no_room_behind(llama: PreTrainedModel) -> None:
+def test_a_long_text_read_at_once_leaves_no_unused_storage(llama: PreTrainedModel) -> None:
     cache = cache_of(llama)
     compact_logits(llama, cache, prompt(PROMPT), [prompt(600, seed=1)])
     entry = sum(layer.entry_bytes for layer in cache.compact_layers)
@@ -186,7 +186,7 @@ def test_rows_change_places_in_the_middle_of_a_block(llama: PreTrainedModel) -> 
     torch.testing.assert_close(*runs, **BATCH_CLOSE)
 
 
-def test_beams_go_on_past_an_eviction(llama: PreTrainedModel) -> None:
+def test_beam_search_continues_after_an_eviction(llama: PreTrainedModel) -> None:
     whole = generate(llama, prompt(40), 100, num_beams=2)
     assert generate(llama, prompt(40), 100, num_beams=2, past_key_values=cache_of(llama, "full", 1, limit=100)) == whole
     cache = cache_of(llama, "full", 1)
@@ -208,7 +208,7 @@ def test_stacked_settings_decode_as_alone(llama: PreTrainedModel) -> None:
     assert torch.stack(rows, 1).tolist() == expected
 
 
-def test_what_cannot_be_stacked(llama: PreTrainedModel) -> None:
+def test_caches_that_cannot_be_stacked_are_refused(llama: PreTrainedModel) -> None:
     caches = [cache_of(llama), cache_of(llama, limit=None)]
     for cache in caches:
         prefill(llama, prompt(PROMPT), cache)
@@ -247,7 +247,7 @@ def test_a_replay_holds_the_decode_budget(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("done", [0, 100, FULL - 5, FULL + 7])
-def test_saved_and_loaded_goes_on_with_the_same_logits(llama: PreTrainedModel, tmp_path: Path, done: int) -> None:
+def test_a_saved_and_loaded_cache_gives_the_same_logits(llama: PreTrainedModel, tmp_path: Path, done: int) -> None:
     ids, more = prompt(PROMPT), prompt(FULL + BLOCK + 20, seed=1)
     cache = cache_of(llama)
     compact_logits(llama, cache, ids, [*more[:, :done].split(1, dim=1)] if done else [])
@@ -261,7 +261,7 @@ def test_saved_and_loaded_goes_on_with_the_same_logits(llama: PreTrainedModel, t
     assert loaded.report.decode_entries == cache.report.decode_entries == BUDGET + 20
 
 
-def test_a_file_from_before_there_was_a_decode_budget(llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_file_of_an_older_version_loads_without_a_decode_budget(llama: PreTrainedModel, tmp_path: Path) -> None:
     cache = cache_of(llama, limit=None)
     logits = prefill(llama, prompt(PROMPT), cache)
     wk.save_cache(cache, llama, tmp_path / "cache")
@@ -307,7 +307,7 @@ def test_evicted_entries_cannot_be_taken_back(llama: PreTrainedModel) -> None:
 # Other models, the options, the command line
 
 
-def test_a_hybrid_model(tmp_path: Path) -> None:
+def test_a_hybrid_model_holds_the_decode_budget(tmp_path: Path) -> None:
     """Only the layers that attend to everything are held to the budget; sliding windows are small already."""
     model = hybrid()
     expected = generate(model, prompt(PROMPT), 100, past_key_values=cache_of(model, limit=None))
@@ -323,7 +323,7 @@ def test_a_hybrid_model(tmp_path: Path) -> None:
     [(LEAST - 1, "decode budget 63 is below 64"), (0, "below 64"), (-1, "below 64"), (0.5, "0.5 is not a whole number"),
      (True, "True is not a whole number"), ("128", "'128' is not a whole number")],
 )  # fmt: skip
-def test_decode_budgets_that_cannot_be_kept(llama: PreTrainedModel, budget: Any, message: str) -> None:
+def test_decode_budgets_that_are_too_small_or_no_number_are_refused(llama: PreTrainedModel, budget: Any, message: str) -> None:
     before = llama.config._attn_implementation
     for opened in (
         lambda: wk.CompactCache(llama, decode_budget=budget),
@@ -336,7 +336,7 @@ def test_decode_budgets_that_cannot_be_kept(llama: PreTrainedModel, budget: Any,
     check_decode_budget(LEAST)
 
 
-def test_generate_says_what_is_held_of_the_answer(winnow: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_generate_reports_the_held_entries_of_the_answer(winnow: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     arguments = ("generate", "w1 w2 w3 " * 20, "--model", model, "--policy", "streaming", "--budget", 20, "--no-chat")
     code, out, err = winnow(*arguments, "--max-new-tokens", 200, "--decode-budget", 64)
@@ -354,7 +354,7 @@ def test_generate_says_what_is_held_of_the_answer(winnow: Callable[..., tuple[in
 # The pure functions
 
 
-def test_the_choice_by_hand() -> None:
+def test_evicted_entries_equal_a_worked_example() -> None:
     scores = torch.full((1, 2, 130), 0.5)
     scores[0, 0, [3, 90]] = 1.0
     scores[0, 1, 5:37] = 2.0

@@ -112,7 +112,7 @@ def test_stored_bytes_are_the_storage(entries: int, size: int, stored: str) -> N
         assert packed.entries == entries
 
 
-def test_selected_rows_are_rows() -> None:
+def test_selecting_rows_selects_their_codes() -> None:
     packed = quantize(torch.randn(3, 2, 70, 8), "int4", per_channel=True)
     assert torch.equal(packed.select(torch.tensor([2, 0, 2])).dequantize(), packed.dequantize()[[2, 0, 2]])
 
@@ -157,7 +157,7 @@ def test_int8_and_int4_are_the_quantized_full_cache(model: PreTrainedModel, stor
     assert f"in {stored}, held" in str(cache.report)
 
 
-def test_values_that_are_refused(llama: PreTrainedModel) -> None:
+def test_unknown_values_of_quantize_are_refused(llama: PreTrainedModel) -> None:
     for wrong in ("int3", 4, "INT8"):
         with pytest.raises(wk.PolicyError, match=r"quantize=.* must be one of int8, int4"):
             wk.policy("snapkv", quantize=wrong)
@@ -175,7 +175,7 @@ def test_without_the_package_the_error_says_what_to_install(llama: PreTrainedMod
     wk.CompactCache(llama, "snapkv", 20)
 
 
-def test_what_does_not_quantize_does_not_load_the_package() -> None:
+def test_a_cache_without_quantization_does_not_import_the_package() -> None:
     code = (
         "import sys, winnowkv.cache.cache, winnowkv.policies as p\n[p.policy(n) for n in p.names()]\n"
         "assert 'optimum' not in sys.modules"

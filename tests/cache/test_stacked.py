@@ -37,7 +37,7 @@ def test_every_policy_stacks_beside_a_longer_prompt(model: PreTrainedModel, case
             torch.testing.assert_close(logits[row : row + 1], single, rtol=0, atol=1e-4)
 
 
-def test_what_cannot_be_stacked(llama: PreTrainedModel) -> None:
+def test_caches_that_cannot_be_stacked_are_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(wk.CacheError, match="no cache was given"):
         stack([])
     other = tiny_model("llama")

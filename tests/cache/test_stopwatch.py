@@ -9,7 +9,7 @@ from winnowkv.cache import stopwatch
 from winnowkv.cache.stopwatch import Stopwatch
 
 
-def test_stretches_add_up_and_what_lies_between_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_add_up_and_the_time_between_them_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 3.0, 10.0, 10.5])
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(times))
     watch = Stopwatch()
@@ -21,7 +21,7 @@ def test_stretches_add_up_and_what_lies_between_does_not_count(monkeypatch: pyte
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_on_cuda_the_devices_work_counts() -> None:
+def test_on_cuda_the_work_of_the_device_counts() -> None:
     watch, many = Stopwatch(), torch.randn(4096, 4096, device="cuda")
     for _ in range(2):
         with watch.running(many.device):

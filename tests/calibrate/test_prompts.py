@@ -35,7 +35,7 @@ def enumerate_bytes() -> list[tuple[int, str]]:
     return [(byte, "\u0120" if byte == 32 else chr(byte)) for byte in range(32, 127)]
 
 
-def test_facts_hang_on_their_seed_and_share_nothing_with_the_evaluation() -> None:
+def test_facts_depend_on_their_seed_and_share_nothing_with_the_evaluation() -> None:
     first, again, other = generate_facts(60, 0), generate_facts(60, 0), generate_facts(60, 1)
     assert first == again != other
     assert len({fact.question for fact in first}) == 60
@@ -53,7 +53,7 @@ def test_every_kind_meets_every_length() -> None:
     assert len({(fact.kind, length) for fact, length, _, _ in cases}) == 10
 
 
-def test_own_prompts(tmp_path: Path) -> None:
+def test_prompts_of_a_users_file_are_read(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"needle": "The key is blue.", "question": "Which key?", "answer": "blue"}\n')
     assert read_prompts(file)[0].kind == "own"

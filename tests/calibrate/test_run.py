@@ -1,4 +1,4 @@
-"""Calibration: prompts and spans, the run on a tiny model, resuming, and what is refused."""
+"""Calibration: scores and errors, the run on a tiny model, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from winnowkv.calibrate.prompts import read_filler
 from winnowkv.calibrate.run import Calibration, answered_by, calibrate, open_store
 
 
-def test_answers() -> None:
+def test_an_answer_counts_if_most_of_its_words_are_said() -> None:
     assert answered_by("pale turquoise", "It is Pale Turquoise.")
     assert not answered_by("pale turquoise", "It is pale.")
     long = "to feed the goldfish every morning and to sweep the stairs"
@@ -60,7 +60,7 @@ def test_a_model_that_cannot_retrieve_gets_no_profile(tmp_path: Path) -> None:
     assert (tmp_path / "results.jsonl").read_text() == lines, "finished prompts were measured again"
 
 
-def test_lengths_out_of_reach(llama: PreTrainedModel) -> None:
+def test_lengths_beyond_the_model_or_below_a_prompt_are_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(wk.InputError, match="1024 positions: ask for at most 984"):
         Calibration(lengths=(1000,)).check(llama)
     with pytest.raises(wk.InputError, match="fits in the small cache"):

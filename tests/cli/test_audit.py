@@ -12,6 +12,8 @@ import torch
 from support.texts import WORDS
 from winnowkv.models import load as models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -24,6 +24,7 @@ def bench(winnow: Winnow, monkeypatch: pytest.MonkeyPatch, llama: LlamaForCausal
     return functools.partial(winnow, "bench")
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_then_tables(bench: Winnow, tmp_path: Path) -> None:
     arguments = ("--policies", SNAP, "--budgets", 0.25, "--contexts", "300", "--batches", 1, "--rounds", 1, "--steps", 2,
                  "--kv-memory", "1MiB", "--serve-context", 300, "--new-tokens", 30, "--requests", 0,

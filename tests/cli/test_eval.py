@@ -66,7 +66,7 @@ def test_json_is_the_summary_and_nothing_else(winnow, options_of, finished, tmp_
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
-def test_the_table_tells_scores_bytes_and_where_the_page_is(winnow, options_of, finished, monkeypatch):
+def test_the_table_shows_scores_bytes_and_the_path_of_the_page(winnow, options_of, finished, monkeypatch):
     monkeypatch.setattr(runner.Worker, "answer", None)  # everything is there already
     code, out, err = winnow(*options_of, "--out", finished)
     assert code == 0
@@ -80,7 +80,7 @@ def test_the_table_tells_scores_bytes_and_where_the_page_is(winnow, options_of, 
     assert all(" ".join(note.split()) in " ".join(out.split()) for note in section["notes"])
 
 
-def test_a_killed_run_goes_on_where_it_was(winnow, options_of, finished, tmp_path):
+def test_a_killed_run_continues_with_the_missing_lines(winnow, options_of, finished, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, *options_of, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     before = (tmp_path / "results.jsonl").read_text()
@@ -121,7 +121,7 @@ def test_an_interrupt_before_the_first_line(asked, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text())["lines"] == 0
 
 
-def test_protocols_do_not_mix_and_that_is_told_before_the_model_loads(winnow, options_of, finished, monkeypatch):
+def test_another_protocol_in_the_same_folder_is_refused_before_the_model_loads(winnow, options_of, finished, monkeypatch):
     monkeypatch.setattr(options, "load_model", None)
     code, out, err = winnow(*options_of, "--protocol", "context-only", "--out", finished)
     assert code == 2
@@ -136,7 +136,7 @@ def test_the_other_protocol_in_a_folder_of_its_own(asked, tmp_path):
     assert {line["protocol"] for line in lines_in(tmp_path)} == {"context-only"}
 
 
-def test_rows_that_cannot_be_answered_fail_and_the_run_goes_on(winnow, options_of, tmp_path):
+def test_rows_that_cannot_be_answered_fail_and_the_run_continues(winnow, options_of, tmp_path):
     changed = [word.replace("0.5,20", "5,20") for word in options_of]
     code, out, _ = winnow(*changed, "--out", tmp_path)
     assert code == 0
@@ -182,7 +182,7 @@ def test_a_limit_draws_the_same_rows_by_its_seed(asked, tmp_path):
     assert again == drawn[3]
 
 
-def test_a_full_disk_says_that_the_lines_are_safe(asked, finished, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_lines_are_kept(asked, finished, monkeypatch):
     def write(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "summary.json")
 

@@ -12,7 +12,7 @@ needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embed
 @pytest.mark.parametrize(
     "command", [(), ("demo",), ("generate",), ("audit",), ("needle",), ("eval",), ("report",), ("policies",), ("plan",)]
 )
-def test_help(winnow, command):
+def test_every_command_has_help(winnow, command):
     code, out, _ = winnow(*command, "--help")
     assert code == 0
     assert "Usage" in out
@@ -79,6 +79,7 @@ def test_an_empty_standard_input(winnow):
     assert "the prompt is empty" in err
 
 
+@pytest.mark.slow
 @needs_model
 def test_an_output_folder_that_cannot_be_written(winnow, tmp_path):
     (tmp_path / "file").write_text("in the way")
@@ -87,8 +88,9 @@ def test_an_output_folder_that_cannot_be_written(winnow, tmp_path):
     assert "cannot be written" in err
 
 
+@pytest.mark.slow
 @needs_model
-def test_generate_streams_the_answer_and_says_what_was_kept(winnow):
+def test_generate_streams_the_answer_and_reports_what_was_kept(winnow):
     question = "What is the capital of France?"
     code, out, _ = winnow("generate", "--policy", "snapkv:observe=8", "--budget", "36", stdin=question)
     answer, kept = out.strip().splitlines()
@@ -110,8 +112,9 @@ def test_task_prints_a_label_and_a_probability_a_row(winnow, tmp_path):
     assert all(0.5 <= row["probability"] <= 1 for row in tasks)
 
 
+@pytest.mark.slow
 @needs_model
-def test_generate_classifies_where_no_task_is_given(winnow):
+def test_generate_classifies_the_prompt_if_no_task_is_given(winnow):
     code, out, _ = winnow(
         "generate", "Question: What is the capital of France?\nAnswer:", "--policy", "windowkv", "--budget", "64"
     )
@@ -119,6 +122,7 @@ def test_generate_classifies_where_no_task_is_given(winnow):
     assert "-- task: localization, probability" in out
 
 
+@pytest.mark.slow
 @needs_model
 def test_generate_as_json(winnow):
     code, out, _ = winnow("generate", "What is the capital of France?", "--policy", "full", "--json")
@@ -129,13 +133,15 @@ def test_generate_as_json(winnow):
     assert answer["kept_entries"] == [answer["prompt_tokens"] * 30]
 
 
+@pytest.mark.slow
 @needs_model
-def test_a_prompt_shorter_than_the_window_is_kept_and_it_says_so(winnow):
+def test_a_prompt_shorter_than_the_window_is_kept_whole_with_a_note(winnow):
     code, out, _ = winnow("generate", "Hi", "--budget", "5", "--max-new-tokens", "2")
     assert code == 0
     assert "no longer than the observation window of 32: everything is kept" in out
 
 
+@pytest.mark.slow
 @needs_model
 def test_a_budget_below_the_window(winnow):
     code, _, err = winnow("generate", "word " * 60, "--policy", "snapkv", "--budget", "0.12")
@@ -148,6 +154,7 @@ def test_a_budget_below_the_window(winnow):
     assert code == 0  # the default policy's window shrinks with the budget
 
 
+@pytest.mark.slow
 @needs_model
 def test_needle_as_json_and_as_table(winnow, tmp_path):
     arguments = ("needle", "--policies", "full,streaming", "--budgets", "0.5", "--lengths", "250", "--depths", "0.5",

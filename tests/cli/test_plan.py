@@ -70,15 +70,15 @@ def test_a_config_file_serves_as_its_folder_does(winnow: Winnow, planned: Callab
 
 def test_all_that_evict_are_planned_unless_they_cannot_be(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned(*ASKED, "--budgets", "20")
-    said = {policy for policy, _ in rows(plan)}
-    assert said >= {"full", "streaming", "tova", "pyramidkv", "dynamickv"}
+    planned_policies = {policy for policy, _ in rows(plan)}
+    assert planned_policies >= {"full", "streaming", "tova", "pyramidkv", "dynamickv"}
     # No profile of the tiny model ships with the package, and some windows are longer than 20.
-    assert not said & {"headkv", "compresskv", "snapkv", "int8"}
+    assert not planned_policies & {"headkv", "compresskv", "snapkv", "int8"}
     assert sum("headkv" in note for note in plan["notes"]) == 1
     assert sum("snapkv: a budget of 20 entries" in note for note in plan["notes"]) == 1
 
 
-def test_options_change_what_they_say(planned: Callable[..., dict[str, Any]]) -> None:
+def test_dtype_weights_and_quantization_change_the_planned_bytes(planned: Callable[..., dict[str, Any]]) -> None:
     asked = (*ASKED, "--policies", "full,streaming", "--budgets", "100")
     plain, wide = planned(*asked), planned(*asked, "--dtype", "float32")
     assert wide["weights_bytes"] == 2 * plain["weights_bytes"]
@@ -95,7 +95,7 @@ def test_options_change_what_they_say(planned: Callable[..., dict[str, Any]]) ->
     assert rows(planned(*asked[:-4], "--policies", "int4"))[("int4", None)]["quantize"] == "int4"
 
 
-def test_windows_are_counted_and_said(winnow: Winnow, tmp_path: Path) -> None:
+def test_sliding_windows_are_counted_and_reported(winnow: Winnow, tmp_path: Path) -> None:
     hybrid().config.save_pretrained(tmp_path / "hybrid")
     asked = ("plan", "--model", tmp_path / "hybrid", "--context", 200, "--memory", "1GiB", "--dtype", "float32")
     code, out, _ = winnow(*asked, "--json")
@@ -176,7 +176,7 @@ def test_a_config_that_cannot_be_planned(winnow: Winnow, tmp_path: Path, text: s
     assert "Traceback" not in err
 
 
-def test_quantized_weights_are_left_out_by_hand(winnow: Winnow, tmp_path: Path) -> None:
+def test_a_quantized_model_is_planned_without_its_weights(winnow: Winnow, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", **TINY, "quantization_config": {"quant_method": "awq"}})
     )
@@ -195,7 +195,7 @@ def test_quantized_weights_are_left_out_by_hand(winnow: Winnow, tmp_path: Path) 
          {"memory", "batch", "context"}),
     ],
 )  # fmt: skip
-def test_an_impossible_request_is_told_what_would_work(
+def test_an_impossible_request_is_refused_with_numbers_that_work(
     winnow: Winnow, folder: Path, asked: tuple[object, ...], message: str, ways: set[str]
 ) -> None:
     given = ("plan", "--model", folder, "--context", 1000, *asked)
@@ -217,22 +217,23 @@ def test_an_impossible_request_is_told_what_would_work(
         ("2TiB", 2**41), ("3kb", 3000),
     ],
 )  # fmt: skip
-def test_sizes_are_read(text: str, size: int) -> None:
+def test_sizes_with_units_are_read(text: str, size: int) -> None:
     assert read_size(text) == size
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 2**30 - 1, 2**30 + 1, 123456789012, 2**50 + 7])
-def test_a_size_that_is_proposed_is_enough(size: int) -> None:
+def test_a_proposed_size_is_enough(size: int) -> None:
     assert size <= read_size(enough(size)) <= size * 1.01 + 1
     assert read_size(size_text(size)) == pytest.approx(size, rel=0.01)
 
 
-def test_tokens_are_read() -> None:
+def test_token_counts_with_units_are_read() -> None:
     assert [read_tokens(text) for text in ("32k", "4096", "1.5K", "1m")] == [32768, 4096, 1536, 2**20]
     with pytest.raises(wk.InputError, match="write it as 32768 or 32k"):
         read_tokens("-5")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model's wheel is not installed ({models.INSTALL})")
 def test_the_embedded_model_is_planned(winnow: Winnow) -> None:
     code, out, err = winnow("plan", "--context", "4k", "--memory", "1GiB", "--dtype", "bfloat16", "--json")
@@ -243,7 +244,7 @@ def test_the_embedded_model_is_planned(winnow: Winnow) -> None:
     assert ("compresskv", 0.25) in rows(plan)  # its profile ships with the package
 
 
-def test_help_says_what_is_assumed(winnow: Winnow) -> None:
+def test_help_states_the_assumptions(winnow: Winnow) -> None:
     code, out, _ = winnow("plan", "--help")
     assert code == 0
     assert "Usage" in out

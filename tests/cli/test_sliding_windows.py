@@ -18,6 +18,8 @@ from winnowkv.calibrate import run as calibration
 from winnowkv.calibrate.probe import ProbedCache
 from winnowkv.models.calibration import read_profile
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "needle": ("--lengths", 700, "--depths", 0.5, "--max-new-tokens", 6),
     "audit": ("--max-new-tokens", 6),
@@ -47,7 +49,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(
+def test_needle_audit_and_eval_run(
     command: str,
     folder: Path,
     inputs: dict[str, tuple[object, ...]],
@@ -71,7 +73,7 @@ def test_commands_run(
 def test_calibration_measures_the_layers_that_are_compressed(
     folder: Path, winnow: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A random model answers nothing, so here it is told what to say."""
+    """A random model answers nothing, so its answers are replaced by the right ones."""
 
     @torch.no_grad()
     def told(made: Any, model: PreTrainedModel, watch: Any, limit: int, stop: set[int]) -> list[int]:

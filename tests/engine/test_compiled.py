@@ -1,4 +1,4 @@
-"""Compiled steps say what eager ones say, with few graphs."""
+"""Compiled steps give the logits of eager ones, with few graphs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from support.models import DEVICE
 from support.slots import LENGTHS, ROOM, alone, assert_same, read, together
 from winnowkv.engine import compiled as compiling
 from winnowkv.engine.slots import Slots
+
+pytestmark = pytest.mark.slow
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"
@@ -30,7 +32,7 @@ def shallow(model: PreTrainedModel) -> PreTrainedModel:
 
 @needs_compiler
 @pytest.mark.parametrize("flexible", [True, False])
-def test_compiled_steps_say_what_eager_ones_say(llama: PreTrainedModel, flexible: bool) -> None:
+def test_compiled_steps_give_the_logits_of_eager_ones(llama: PreTrainedModel, flexible: bool) -> None:
     shallow(llama)
     settings = {"policy": "adakv:observe=4:floor=0", "budget": 0.5}
     expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
@@ -88,7 +90,7 @@ def test_compiled_steps_of_one_row_use_it(llama: PreTrainedModel, monkeypatch: p
         torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
 
 
-def test_a_model_that_cannot_be_compiled_goes_on_eagerly(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_compiled_decodes_eagerly(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = llama.model.forward
 
     def breaks(*args: object, **kwargs: object) -> object:

@@ -29,7 +29,7 @@ def test_a_step_is_recorded_at_its_second_call_and_again_for_other_buffers() -> 
     assert len(recorded) == 2
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once() -> None:
+def test_a_step_that_cannot_be_recorded_runs_eagerly_and_warns_once() -> None:
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

@@ -1,4 +1,4 @@
-"""The engine: what a request gets is what it would get alone, and what is held never passes the memory that was given."""
+"""The engine: a request gets the tokens it would get alone, and what is held never exceeds the given memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ CHOSEN = [case for case in CASES if str(case).startswith(BEGINS)]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_many_prompts_get_what_each_gets_alone(model: PreTrainedModel, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_gets_the_tokens_it_gets_alone(
+    model: PreTrainedModel, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     truth = [
         alone(model, ids(tokens, row), count, **case.settings)
         for row, (tokens, count) in enumerate(zip(LENGTHS, NEW, strict=True))
@@ -44,7 +46,7 @@ def test_many_prompts_get_what_each_gets_alone(model: PreTrainedModel, case: Cas
 
 
 @pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:kernel=3", "cake:observe=4"])
-def test_models_with_sliding_windows(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_sliding_window_models_get_the_tokens_they_get_alone(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lengths = hybrid(), (72, 9, 33, 16, 15, 50)
     new = (24, 30, 3, 9, 20, 18)
     truth = [
@@ -59,7 +61,7 @@ def test_models_with_sliding_windows(spec: str, monkeypatch: pytest.MonkeyPatch)
     assert 0 < watch.most <= memory
 
 
-def test_greedy_is_what_generate_gives(model: PreTrainedModel) -> None:
+def test_greedy_tokens_equal_those_of_generate(model: PreTrainedModel) -> None:
     model.generation_config.eos_token_id = [5, 6]
     engine = Engine(model, word_tokenizer(), **SNAP)
     for seed in range(6):
@@ -70,7 +72,7 @@ def test_greedy_is_what_generate_gives(model: PreTrainedModel) -> None:
         assert done.finish_reason == ("stop" if len(done.tokens) < 40 else "length")
 
 
-def test_draws_are_those_of_generate(llama: PreTrainedModel) -> None:
+def test_sampled_tokens_equal_those_of_generate(llama: PreTrainedModel) -> None:
     how = {"temperature": 1.5, "top_p": 0.9, "top_k": 40}
     engine = Engine(llama, word_tokenizer(), **SNAP)
     for seed in range(3):
@@ -81,7 +83,7 @@ def test_draws_are_those_of_generate(llama: PreTrainedModel) -> None:
         assert done.tokens == whole[0, 60:].tolist()
 
 
-def test_draws_are_the_same_whatever_decodes_beside_them(llama: PreTrainedModel) -> None:
+def test_sampled_tokens_do_not_depend_on_other_requests(llama: PreTrainedModel) -> None:
     def how(seed: int | None) -> Sampling:
         return Sampling(max_new_tokens=10, temperature=1.2, top_p=0.95, seed=seed)
 
@@ -92,9 +94,7 @@ def test_draws_are_the_same_whatever_decodes_beside_them(llama: PreTrainedModel)
     assert engine.generate([ids(60)], how(None))[0].tokens != engine.generate([ids(60)], how(None))[0].tokens
 
 
-def test_layers_that_share_the_budget_wait_for_what_they_turn_out_to_need(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_whose_layers_need_more_than_claimed_waits(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers are as wide as the widest request of each layer: the third keeps more of one than was claimed."""
     watch = Watch(monkeypatch)
     spec, lengths, new = "dynamickv:observe=4:kernel=3:every=2:ceiling=2", (90, 80, 91, 85, 92, 70), (40,) * 6
@@ -111,9 +111,9 @@ def test_layers_that_share_the_budget_wait_for_what_they_turn_out_to_need(
     assert found == asked(Engine(llama, word_tokenizer(), spec, 20), lengths, new)
 
 
-def test_prompts_are_served_in_their_order(llama: PreTrainedModel) -> None:
+def test_prompts_are_served_in_the_order_of_submission(llama: PreTrainedModel) -> None:
     engine = Engine(llama, word_tokenizer(), **SNAP)
-    # The second is large: the small ones behind it would fit, and wait.
+    # The second is large: the small ones after it would fit, and wait.
     lengths = (90, 400, 30, 30, 30)
     memory = engine.submit(ids(400), Sampling(max_new_tokens=8)).claim.peak
     engine = Engine(llama, word_tokenizer(), kv_memory=memory, **SNAP)
@@ -130,7 +130,7 @@ def test_prompts_are_served_in_their_order(llama: PreTrainedModel) -> None:
     assert all(one.completion.queue_seconds < one.completion.first_token_seconds for one in requests)
 
 
-def test_rows_of_requests_that_have_ended_make_room(llama: PreTrainedModel) -> None:
+def test_finished_rows_are_freed_if_a_prompt_needs_the_memory(llama: PreTrainedModel) -> None:
     """Buffers are not cut when a row leaves, but when a prompt needs the memory."""
     many = [Sampling(max_new_tokens=4)] * 7
     free = Engine(llama, word_tokenizer(), **SNAP)
@@ -139,13 +139,15 @@ def test_rows_of_requests_that_have_ended_make_room(llama: PreTrainedModel) -> N
     engine.generate([ids(60, seed) for seed in range(7)], many)
     held = engine.held_bytes
     assert long.completion is None
-    engine.kv_memory = held + long.claim.peak - 1  # only without the rows that nobody needs
+    engine.kv_memory = held + long.claim.peak - 1  # only without the rows of finished requests
     engine.generate([ids(60)], many[0])
     assert long.completion is None
     assert engine.held_bytes < held
 
 
-def test_a_prompt_that_turns_out_too_large_ends_alone(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_needs_more_than_claimed_and_does_not_fit_fails_alone(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claims that are too low, as those of a policy that is not ours may be."""
     claim = Engine._claim
     monkeypatch.setattr(Engine, "_claim", lambda self, tokens, *more: Claim(9, [4] * 5, claim(self, tokens, *more).room))
@@ -159,7 +161,7 @@ def test_a_prompt_that_turns_out_too_large_ends_alone(llama: PreTrainedModel, mo
 
 
 @pytest.mark.parametrize("spec", ["snapkv:observe=8:kernel=3", "expected:observe=4:samples=16", "full"])
-def test_prompts_in_chunks(llama: PreTrainedModel, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_in_chunks_stay_within_the_memory(llama: PreTrainedModel, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, new = (200, 70, 150, 40), (6, 8, 4, 9)
     whole = asked(Engine(llama, word_tokenizer(), spec, 30), lengths, new)
     watch = Watch(monkeypatch)
@@ -203,7 +205,7 @@ def test_warming_up_leaves_the_engine_empty(llama: PreTrainedModel, monkeypatch:
     engine.cancel(request)
 
 
-def test_the_report_is_that_of_a_single_run(llama: PreTrainedModel) -> None:
+def test_the_report_equals_that_of_a_single_run(llama: PreTrainedModel) -> None:
     engine = Engine(llama, word_tokenizer(), **SNAP)
     done = engine.generate([ids(60), ids(72, 1)], [Sampling(max_new_tokens=n) for n in (5, 1)])
     for one, (tokens, seed, steps) in zip(done, ((60, 0, 4), (72, 1, 0)), strict=True):
@@ -224,13 +226,13 @@ def test_the_report_is_that_of_a_single_run(llama: PreTrainedModel) -> None:
         assert (one.report.decode_seconds > 0) == (steps > 0)
 
 
-def test_quantized_caches_go_on_as_alone(llama: PreTrainedModel) -> None:
+def test_quantized_caches_decode_as_alone(llama: PreTrainedModel) -> None:
     pytest.importorskip("optimum.quanto")
     spec = "snapkv:observe=8:kernel=3:quantize=int8"
     truth = [alone(llama, ids(tokens, row), 6, spec, 20) for row, tokens in enumerate((60, 72))]
     assert asked(Engine(llama, word_tokenizer(), spec, 20), (60, 72), (6, 6)) == truth
 
 
-def test_profiles_lie_where_the_cases_look() -> None:
+def test_the_chosen_cases_include_policies_with_profiles() -> None:
     assert any(PROFILES in case.spec for case in CHOSEN)
     assert len({case.name for case in CHOSEN}) == 8

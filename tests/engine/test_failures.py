@@ -23,7 +23,7 @@ from winnowkv.engine.request import Completion, Request
 from winnowkv.engine.sampling import Sampling
 
 
-def test_a_row_without_numbers_ends_alone(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_logits_that_are_not_finite_fails_alone(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(llama, word_tokenizer(), **SNAP)
     step, count = engine._slots.step, itertools.count()
 
@@ -43,7 +43,7 @@ def test_a_row_without_numbers_ends_alone(llama: PreTrainedModel, monkeypatch: p
     assert "not a finite number" in str(done[1].error)
 
 
-def test_a_prompt_that_fails_ends_alone(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_fails_does_not_stop_the_others(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(llama, word_tokenizer(), **SNAP)
     read = Engine._prefilled
 
@@ -64,7 +64,7 @@ def test_a_prompt_that_fails_ends_alone(llama: PreTrainedModel, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("where", ["_prefilled", "step"])
-def test_what_nobody_is_to_blame_for_is_raised_and_the_engine_goes_on(
+def test_an_error_of_the_forward_pass_is_raised_and_the_engine_continues(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     engine, count = Engine(llama, word_tokenizer(), **SNAP), itertools.count()
@@ -92,7 +92,7 @@ def test_what_nobody_is_to_blame_for_is_raised_and_the_engine_goes_on(
     assert engine.held_bytes == 0
 
 
-def test_ctrl_c_cancels_what_is_left(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_cancels_unfinished_requests(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(llama, word_tokenizer(), max_rows=2, **SNAP)
     step, count, submit, seen = engine._slots.step, itertools.count(), engine.submit, []
 
@@ -114,7 +114,7 @@ def test_ctrl_c_cancels_what_is_left(llama: PreTrainedModel, monkeypatch: pytest
     assert engine.generate([ids(60)], Sampling(max_new_tokens=5))[0].tokens == alone(llama, ids(60), 5, **SNAP)
 
 
-def test_cancelled_requests_leave_at_once_and_nobody_notices(llama: PreTrainedModel) -> None:
+def test_cancelled_requests_leave_at_once_and_change_no_other_tokens(llama: PreTrainedModel) -> None:
     engine = Engine(llama, word_tokenizer(), max_rows=3, **SNAP)
     requests = [engine.submit(ids(60, seed), Sampling(max_new_tokens=12)) for seed in range(6)]
     truth = [alone(llama, ids(60, seed), 12, **SNAP) for seed in range(6)]
@@ -139,7 +139,7 @@ def test_cancelled_requests_leave_at_once_and_nobody_notices(llama: PreTrainedMo
     assert engine.held_bytes == 0
 
 
-def test_what_was_held_back_of_a_cancelled_request_never_comes(llama: PreTrainedModel) -> None:
+def test_withheld_text_of_a_cancelled_request_is_dropped(llama: PreTrainedModel) -> None:
     engine = Engine(llama, word_tokenizer(), **SNAP)
     first, second = alone(llama, ids(60), 2, **SNAP)
     stream = engine.stream(ids(60), Sampling(stop=(f"w{second} and more",)))
@@ -149,8 +149,10 @@ def test_what_was_held_back_of_a_cancelled_request_never_comes(llama: PreTrained
 
 
 @pytest.mark.parametrize("where", ["_prefilled", "step"])
-def test_cancelled_while_the_model_works(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """From another thread, in the middle of a forward pass: neither call waits for the other, the row is free behind it."""
+def test_a_request_may_be_cancelled_during_a_forward_pass(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """From another thread, during a forward pass: neither call waits for the other, and the row is free afterwards."""
     engine = Engine(llama, word_tokenizer(), **SNAP)
     kept, gone = engine.submit(ids(60), Sampling(max_new_tokens=6)), engine.submit(ids(70), Sampling(max_new_tokens=6))
     target = engine if where == "_prefilled" else engine._slots
@@ -191,7 +193,7 @@ def test_a_stream_that_is_closed_is_cancelled(llama: PreTrainedModel) -> None:
     assert [event.finished and event.finished.finish_reason for event in other][-1] == "cancelled"
 
 
-def test_threads_share_an_engine(llama: PreTrainedModel) -> None:
+def test_threads_that_share_an_engine_get_their_own_tokens(llama: PreTrainedModel) -> None:
     """Streams, lists and cancellations at once: everyone gets its own."""
     engine = Engine(llama, word_tokenizer(), max_rows=4, kv_memory="256KiB", **SNAP)
     truth = {seed: alone(llama, ids(40 + seed, seed), 10, **SNAP) for seed in range(12)}
@@ -248,7 +250,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(llama: PreTrainedModel) -> 
     assert not gc.collect() or not [one for one in gc.get_objects() if isinstance(one, wk.CompactCache | Completion)]
 
 
-def test_the_model_is_as_it_was_once_the_engine_is_gone(llama: PreTrainedModel) -> None:
+def test_the_model_is_restored_when_the_engine_is_deleted(llama: PreTrainedModel) -> None:
     before = llama.config._attn_implementation
     engine = Engine(llama, word_tokenizer(), **SNAP)
     engine.generate([ids(60)], Sampling(max_new_tokens=3))

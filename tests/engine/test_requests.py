@@ -34,7 +34,7 @@ def talk() -> Engine:
     return Engine(copy.deepcopy(speaker()), spoken, "full", 1)
 
 
-def test_a_request_that_can_never_fit_is_told_what_would_do(llama: PreTrainedModel) -> None:
+def test_a_request_that_can_never_fit_is_refused_with_a_size_that_works(llama: PreTrainedModel) -> None:
     how = Sampling(max_new_tokens=40)
     with pytest.raises(
         wk.InputError, match=r"80 tokens with 40 new ones needs (\d+) bytes .* kv_memory is 1024: give"
@@ -68,7 +68,7 @@ def test_memory_is_a_number_or_a_size(llama: PreTrainedModel, asked: int | str, 
         ({"task": "chess"}, wk.PolicyError, "task 'chess' is unknown"),
     ],
 )
-def test_what_can_serve_no_prompt_is_refused_at_once(
+def test_settings_that_serve_no_prompt_are_refused_at_once(
     llama: PreTrainedModel, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -115,7 +115,7 @@ def test_prompts_as_text_messages_and_tokens(llama: PreTrainedModel) -> None:
         engine.submit(messages)
 
 
-def test_the_task_is_read_from_the_prompt_where_nobody_says(llama: PreTrainedModel) -> None:
+def test_the_prompt_is_classified_if_no_task_is_given(llama: PreTrainedModel) -> None:
     spec, budget = "windowkv:observe=4:window=4:top=2:group=2:sinks=2", 20
     engine = Engine(llama, word_tokenizer(), spec, budget)
     read = engine.submit(ids(60))
@@ -128,7 +128,7 @@ def test_the_task_is_read_from_the_prompt_where_nobody_says(llama: PreTrainedMod
     assert done.tokens == alone(llama, ids(60), 8, spec, budget, "aggregation")
 
 
-def test_end_tokens_and_those_that_end_nothing(talk: Engine) -> None:
+def test_end_tokens_stop_unless_ignored_or_too_early(talk: Engine) -> None:
     assert talk.ends == {200, 0}  # the model's, and the tokenizer's
     prompts = [torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
     hot = {"temperature": 3.0, "max_new_tokens": 300}
@@ -147,7 +147,7 @@ def test_end_tokens_and_those_that_end_nothing(talk: Engine) -> None:
     assert all(len(one.tokens) > 150 for one in late)
 
 
-def test_pieces_make_the_text(talk: Engine) -> None:
+def test_streamed_pieces_add_up_to_the_text(talk: Engine) -> None:
     for seed in range(6):
         how = Sampling(temperature=1.5, seed=seed, max_new_tokens=80, logprobs=2)
         (whole,) = talk.generate(["Once upon"], how)
@@ -159,7 +159,7 @@ def test_pieces_make_the_text(talk: Engine) -> None:
         assert whole.text == talk.tokenizer.decode([token for token in whole.tokens if token not in talk.ends])
 
 
-def test_a_stop_string_ends_a_request_and_is_no_part_of_its_text(talk: Engine) -> None:
+def test_a_stop_string_ends_a_request_and_is_not_in_its_text(talk: Engine) -> None:
     how = {"temperature": 1.5, "seed": 0, "max_new_tokens": 60, "ignore_eos": True}
     (whole,) = talk.generate(["Once"], Sampling(**how))
     at = next(n for n in range(20, 50) if "\ufffd" not in whole.text[n : n + 3] and whole.text.find(whole.text[n : n + 3]) == n)

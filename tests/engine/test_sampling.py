@@ -1,4 +1,4 @@
-"""Sampling: values and their limits, draws that are a request's own, and text that never changes once it is out."""
+"""Sampling: limits of its options, draws that depend on the seed only, and streamed text that never changes later."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_without_numbers_is_none_and_the_others_go_on(bad: float) -> None:
+def test_a_row_with_logits_that_are_not_finite_gives_none_and_the_others_tokens(bad: float) -> None:
     rows = logits(3)
     rows[1, 4] = bad
     samplers = [Sampler(Sampling(temperature=1.0, seed=1), (), CPU) for _ in rows]
@@ -82,7 +82,7 @@ def test_a_row_without_numbers_is_none_and_the_others_go_on(bad: float) -> None:
     assert chosen[2] is not None
 
 
-def test_draws_hang_on_their_seed_only() -> None:
+def test_draws_depend_on_their_seed_only() -> None:
     hot = {"temperature": 1.3, "top_p": 0.95, "top_k": 20}
     alone = draws(Sampling(seed=5, **hot))
     assert alone == draws(Sampling(seed=5, **hot)) != draws(Sampling(seed=6, **hot))
@@ -102,7 +102,7 @@ def test_top_k_and_top_p_leave_only_likely_tokens() -> None:
     assert draws(Sampling(temperature=1e-6, seed=0)) == [row[0] for row in order[:30]]
 
 
-def test_end_tokens_wait_for_the_least_tokens() -> None:
+def test_end_tokens_are_excluded_before_min_new_tokens() -> None:
     order = [logits(seed=seed)[0].argsort(descending=True).tolist() for seed in range(4)]
     ends = {row[0] for row in order}
     for sampling in (Sampling(min_new_tokens=3), Sampling(min_new_tokens=3, temperature=1e-6, seed=0)):
@@ -111,7 +111,7 @@ def test_end_tokens_wait_for_the_least_tokens() -> None:
         assert tokens[3] == order[3][0]
 
 
-def test_logprobs_are_those_of_the_model_whatever_is_asked() -> None:
+def test_logprobs_are_those_of_the_model_with_any_options() -> None:
     rows = logits()
     expected = rows[0].log_softmax(-1)
     for sampling in (Sampling(logprobs=4), Sampling(logprobs=4, temperature=5.0, top_k=10, seed=3)):
@@ -153,7 +153,7 @@ def test_no_half_character_comes_out(text: str) -> None:
     assert stream.flush() == ""
 
 
-def test_bytes_that_are_no_character_come_out_in_the_end() -> None:
+def test_incomplete_bytes_come_out_at_the_end() -> None:
     words, ids = byte_tokenizer(bos=False), [*bytes_of("a"), *bytes_of("é")[:1]]
     stream = TextStream(words)
     assert [stream.push(token) for token in ids] == ["a", ""]
@@ -202,23 +202,23 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(cut: int) -> None:
     assert stream.flush() == ""
 
 
-def test_what_may_begin_a_stop_string_waits_and_comes_out_in_the_end() -> None:
+def test_a_possible_start_of_a_stop_string_is_withheld_until_it_is_decided() -> None:
     stream = TextStream(byte_tokenizer(bos=False), ("###",))
     assert [stream.push(token) for token in bytes_of("a#b##c##")] == ["a", "", "#b", "", "", "##c", "", ""]
     assert stream.flush() == "##"
     assert not stream.stopped
 
 
-def test_stop_strings_wait_for_the_least_tokens() -> None:
+def test_stop_strings_do_not_count_before_min_new_tokens() -> None:
     stream = TextStream(byte_tokenizer(bos=False), ("xx",), least=4)
     pieces = [stream.push(token) for token in bytes_of("xxxxx")]
     assert stream.stopped
-    assert "".join(pieces) == "xxx"  # the first that ends behind the fourth token
+    assert "".join(pieces) == "xxx"  # the first that ends after the fourth token
     stream = TextStream(byte_tokenizer(bos=False), ("xx",), least=4)
     assert "".join(stream.push(token) for token in bytes_of("xxabcxx")) == "xxabc"
 
 
-def test_pieces_make_the_text_that_a_search_would_find() -> None:
+def test_streamed_pieces_with_stop_strings_equal_a_search_in_the_whole_text() -> None:
     draw = random.Random(0)
     words = byte_tokenizer(bos=False)
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""Requests in slots decode as they would alone, whoever sits beside them, and what is held is what was said."""
+"""Requests in slots decode as they would alone, and the held bytes are the predicted ones."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def test_every_policy_decodes_as_alone(model: PreTrainedModel, case: Case, rows:
 
 
 @pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:floor=0"])
-def test_windows_slide_on_in_their_rings(spec: str) -> None:
+def test_sliding_windows_decode_as_alone(spec: str) -> None:
     model = hybrid()
     settings = {"policy": spec, "budget": 0.5}
     expected = [alone(model, row, settings) for row in range(len(LENGTHS))]
     assert_same(together(model, Slots(model), settings, 3), expected)
 
 
-def test_quantized_entries_decode_as_they_read(llama: PreTrainedModel) -> None:
+def test_quantized_entries_decode_as_alone(llama: PreTrainedModel) -> None:
     pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
     settings = {"policy": "snapkv:observe=4:quantize=int8", "budget": 0.5}
     assert_same(together(llama, Slots(llama), settings, 2), [alone(llama, row, settings) for row in range(len(LENGTHS))])
 
 
 @pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "cake:observe=4", "adakv:observe=4:floor=0"])
-def test_what_is_held_is_what_was_said(llama: PreTrainedModel, spec: str) -> None:
+def test_held_bytes_are_the_storage_and_within_the_predicted_bytes(llama: PreTrainedModel, spec: str) -> None:
     slots = Slots(llama)
     assert slots.held_bytes == 0
     for row in range(len(LENGTHS)):
@@ -71,7 +71,7 @@ def test_what_is_held_is_what_was_said(llama: PreTrainedModel, spec: str) -> Non
     assert slots.held_bytes == 0
 
 
-def test_what_is_not_a_number_stays_with_its_request(llama: PreTrainedModel) -> None:
+def test_values_that_are_not_finite_stay_with_their_request(llama: PreTrainedModel) -> None:
     """Not even as a column of zero weight does it reach who comes into its slot."""
     settings, slots = {"policy": "full", "budget": 1}, Slots(llama)
     slots.place(read(llama, 3, settings), ROOM)
@@ -84,7 +84,7 @@ def test_what_is_not_a_number_stays_with_its_request(llama: PreTrainedModel) -> 
     torch.testing.assert_close(logits, alone(llama, 1, settings)[0], rtol=0, atol=1e-4)
 
 
-def test_trim_gives_back_what_a_large_request_took(llama: PreTrainedModel) -> None:
+def test_trim_frees_the_memory_of_a_large_request(llama: PreTrainedModel) -> None:
     slots = Slots(llama)
     slots.place(read(llama, 1, {"policy": "full", "budget": 1}), ROOM)
     small = slots.held_bytes
@@ -106,7 +106,7 @@ def test_nothing_is_copied_while_there_is_room(llama: PreTrainedModel) -> None:
     assert [layer.keys.data_ptr() for layer in slots.layers] != buffers
 
 
-def test_what_slots_cannot_hold_is_refused(llama: PreTrainedModel) -> None:
+def test_caches_that_slots_cannot_hold_are_refused(llama: PreTrainedModel) -> None:
     slots = Slots(llama)
     two = wk.CompactCache(llama, "full", 1)
     prefill(llama, torch.cat([prompt(9), prompt(9, seed=1)]), two)
@@ -119,7 +119,7 @@ def test_what_slots_cannot_hold_is_refused(llama: PreTrainedModel) -> None:
         slots.warm_up(1, 10, 4)
 
 
-def test_the_model_is_put_back(llama: PreTrainedModel) -> None:
+def test_the_model_is_restored(llama: PreTrainedModel) -> None:
     slots = Slots(llama)
     assert llama.config._attn_implementation == "winnow"
     del slots
@@ -129,7 +129,7 @@ def test_the_model_is_put_back(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("size", "most", "count", "waste", "share"), [(bucket, 40_000, 32, 128, 0.25), (row_bucket, 1_000, 18, 4, 0.5)]
 )
-def test_sizes_are_few_cover_what_is_asked_and_waste_little(
+def test_buffer_sizes_are_few_large_enough_and_waste_little(
     size: Callable[[int], int], most: int, count: int, waste: int, share: float
 ) -> None:
     sizes = [size(wanted) for wanted in range(most)]
@@ -139,7 +139,7 @@ def test_sizes_are_few_cover_what_is_asked_and_waste_little(
     assert all(wanted <= each < wanted + max(waste, share * wanted) for wanted, each in enumerate(sizes[1:], 1))
 
 
-def test_row_counts_that_need_a_graph_are_those_of_the_buffers(llama: PreTrainedModel) -> None:
+def test_row_counts_with_a_graph_are_those_of_the_buffers(llama: PreTrainedModel) -> None:
     """Whatever is placed, its rows are among the graphs that were made for so many requests."""
     slots = Slots(llama, compile=True)
     slots._flexible = True  # as on the CPU

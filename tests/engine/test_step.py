@@ -1,4 +1,4 @@
-"""Greedy answers of many caches: each row says what it would alone, ends by itself, and frees its slot at once."""
+"""Greedy answers of many caches: each row gets the tokens it would get alone, ends by itself, and frees its slot at once."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def test_every_policy_answers_as_alone(llama: PreTrainedModel, case: Case) -> No
 
 
 @pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:floor=0"])
-def test_windows_slide_on(spec: str) -> None:
+def test_rows_of_sliding_window_models_answer_as_alone(spec: str) -> None:
     rows, alone = answers(hybrid(), [{"policy": spec, "budget": budget} for budget in BUDGETS], 30)
     assert rows == alone
 
 
-def test_rows_outlive_the_room_that_they_were_given(llama: PreTrainedModel) -> None:
+def test_rows_decode_past_their_initial_buffers(llama: PreTrainedModel) -> None:
     rows, alone = answers(llama, [{"policy": "adakv:observe=4", "budget": budget} for budget in BUDGETS], BLOCKS)
     assert rows == alone
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=str)
-def test_quantized_rows_go_on_from_what_they_read(llama: PreTrainedModel, case: Case) -> None:
+def test_quantized_rows_answer_as_alone(llama: PreTrainedModel, case: Case) -> None:
     pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
     rows, alone = answers(llama, [case.settings, {"policy": "full", "budget": 1}, case.settings], 12)
     assert rows == alone
@@ -97,7 +97,7 @@ def test_a_logit_that_is_no_number_ends_its_row_only(llama: PreTrainedModel) -> 
     assert greedy_rows(caches, logits, 12, never) == [None, alone[1], None]
 
 
-def test_what_slots_do_not_take(llama: PreTrainedModel) -> None:
+def test_caches_that_slots_do_not_take_are_refused(llama: PreTrainedModel) -> None:
     cache, logits = read(llama, 0, policy="full", budget=1)
     limited, _ = read(llama, 1, policy="full", budget=1, decode_budget=64)
     foreign, _ = read(tiny_model("llama"), 1, policy="full", budget=1)

@@ -59,7 +59,7 @@ def test_answers_equal_single_live_runs(model: PreTrainedModel, question: int) -
         assert answers[setting].steps == 10
 
 
-def test_a_setting_that_cannot_does_not_stop_the_others(llama: PreTrainedModel) -> None:
+def test_a_setting_that_fails_does_not_stop_the_others(llama: PreTrainedModel) -> None:
     ids = prompt(60)[0].tolist()
     asked = [Setting("snapkv:observe=32", 16), Setting("streaming:observe=8", 16)]
     made = policies_for(asked, llama, TASK)
@@ -91,5 +91,5 @@ def test_rows_of_other_prompts_decode_together(llama: PreTrainedModel) -> None:
         assert (single.batch, answer.batch) == (1, 6)
 
 
-def test_nothing_to_decode(llama: PreTrainedModel) -> None:
+def test_a_limit_of_no_tokens_decodes_nothing(llama: PreTrainedModel) -> None:
     assert continue_all(llama, [], torch.zeros(1, 5), [], 4, never) == {}

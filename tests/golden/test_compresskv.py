@@ -55,14 +55,14 @@ def chooser(case: Case) -> Policy:
     )  # fmt: skip
 
 
-def test_every_fault_of_the_vectors_is_treated_here() -> None:
+def test_every_fault_listed_in_the_vectors_has_a_test() -> None:
     document = golden.document("compresskv")
     assert {bug["id"][:2] for bug in document["reference_bugs"]} == {"C1", "C2", "C3", "C4", "C5"}
     assert all(case["parity_usable"] for case in document["cases"])
 
 
 @pytest.mark.parametrize("case", SELECTION)
-def test_selection(case: Case) -> None:
+def test_selections_equal_those_of_the_authors(case: Case) -> None:
     """One set for all KV heads, at the published budgets."""
     ours = chooser(case)
     for layer, budget in enumerate(case.numbers("budgets")):
@@ -94,7 +94,7 @@ def published_budgets(row: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("row", entries("budget_allocation"))
-def test_budgets(row: dict[str, Any]) -> None:
+def test_budgets_equal_those_of_the_authors(row: dict[str, Any]) -> None:
     """The published rule reproduces the vectors; ours has their sum and bounds, and their numbers where no bound bites."""
     assert published_budgets(row) == row["budgets"]
     low, high, count = row["min_tokens"], row["max_tokens"], len(row["ratios"])
@@ -119,7 +119,7 @@ def test_budgets(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sample", entries("srh"))
-def test_semantic_scores(sample: dict[str, Any]) -> None:
+def test_semantic_scores_equal_those_of_the_authors(sample: dict[str, Any]) -> None:
     stored = golden.tensors("compresskv")
     attention, generated = stored[sample["attn"]], stored[sample["generated_ids"]].tolist()
     begin, end = sample["needle_span"]
@@ -144,8 +144,8 @@ def test_the_published_ranking_from_our_scores() -> None:
     assert torch.equal(ranking, stored[document["srh_ranking"]])
 
 
-def test_the_watch_gathers_what_the_scores_want() -> None:
-    """Two layers, three steps of a growing cache, by hand."""
+def test_the_probe_gathers_the_attention_that_the_scores_need() -> None:
+    """Two layers, three steps of a growing cache, computed step by step."""
     generator = torch.Generator().manual_seed(0)
     watch = HeadWatch(2, (3, 6))
     expected = []
@@ -164,7 +164,7 @@ def test_the_watch_gathers_what_the_scores_want() -> None:
 
 
 @pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
-def test_layer_error() -> None:
+def test_layer_errors_equal_those_of_the_authors() -> None:
     stored, about = golden.tensors("compresskv"), golden.document("compresskv")["layer_error"]
     prompt, steps, window = about["n_prompt"], about["decode_steps"], about["window"]
     profile = ranked_profile(stored[about["head_ranking"]], 2)

@@ -47,7 +47,7 @@ def check_laws(case: Case, plan: PrefillPlan) -> None:
             assert row[-case["window"] :] == list(range(case.context, case["n"]))
 
 
-def test_every_fault_of_the_vectors_is_treated_here() -> None:
+def test_every_fault_listed_in_the_vectors_has_a_test() -> None:
     assert {bug["id"] for bug in golden.document("dynamickv")["reference_bugs"]} == BUGS
 
 

@@ -39,7 +39,7 @@ def compare(case: Case, layer: int, kept: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "streamingllm"])
-def test_every_fault_of_the_vectors_is_treated_here(method: str) -> None:
+def test_every_fault_listed_in_the_vectors_has_a_test(method: str) -> None:
     document = golden.document(method)
     assert {bug["id"] for bug in document["reference_bugs"]} == {"P1_pyramid_total", "P2_kv_head_mode"}
     assert all(case["parity_usable"] for case in document["cases"])  # nothing is skipped here

@@ -43,7 +43,7 @@ def published_kept(case: Case, layer: int) -> list[int]:
     return ours.select(0, scores, context + ours.observe, case.prompt(case["capacity"]))[0, 0].tolist()
 
 
-def test_every_fault_of_the_vectors_is_treated_here() -> None:
+def test_every_fault_listed_in_the_vectors_has_a_test() -> None:
     assert {bug["id"] for bug in golden.document("windowkv")["reference_bugs"]} == BUGS
 
 
@@ -92,7 +92,7 @@ def test_w5_our_budgets_are_exact_for_every_vector_and_any_number_of_layers() ->
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
 def test_w5_group_size_does_not_bend_our_pyramid(group: int) -> None:
-    """The published ends are ``cap * group // beta``; ours hang on mean and slope only."""
+    """The published ends are ``cap * group // beta``; ours depend on mean and slope only."""
     budgets = arithmetic_groups(32, group, 140, 14, cap=10**9)
     assert budgets[0] == 270
     assert budgets[-1] == 10

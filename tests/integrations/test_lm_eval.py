@@ -20,6 +20,8 @@ from winnowkv.evaluate.__main__ import LOCAL_TASKS, with_local_tasks
 from winnowkv.evaluate.tasks.tasks import GROUPS, MAKERS, find_tasks
 from winnowkv.models import load as models
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["The wine is kept in the north tower. " * n + "Where is the wine?" for n in (8, 5, 3)]
 SNAP = {"policy": "snapkv:observe=8:kernel=3", "budget": 0.3}
 
@@ -131,7 +133,7 @@ def test_a_long_prompt_keeps_both_ends(loaded):
         lm._loglikelihood_tokens([(None, [1], [2] * 41)], disable_tqdm=True)
 
 
-def test_prompts_are_classified_where_no_task_is_given(loaded):
+def test_prompts_are_classified_if_no_task_is_given(loaded):
     lm = winnow(loaded, policy="windowkv:observe=8:window=4:group=2", budget=0.5, batch_size=3)
     assert len(lm.generate_until(generation(2), disable_tqdm=True)) == 3
     assert len(winnow(loaded, policy="windowkv", budget=256, task="localization").loglikelihood(choices(), True)) == 6

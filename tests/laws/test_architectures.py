@@ -1,4 +1,4 @@
-"""Any model whose attention goes through the interface is served, on both ends of transformers; others are refused."""
+"""Any model whose attention goes through the interface is served, on the oldest and newest transformers; others are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def answer(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_served(name: str) -> None:
+def test_supported_architectures_are_served(name: str) -> None:
     config, arguments, layers = SERVED[name]
     model = build(config, arguments)
     batch = prompt(60).repeat(2, 1)
@@ -37,7 +37,7 @@ def test_served(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
+def test_unsupported_architectures_are_refused(name: str) -> None:
     config, arguments, message = REFUSED[name]
     model = build(config, arguments)
     before = model.config._attn_implementation

@@ -55,7 +55,7 @@ def same_storage(batch: wk.CompactCache, row: int, single: wk.CompactCache, whol
             assert layer.entries(row) == BATCH_LENGTHS[row]
 
 
-def test_what_stands_in_the_padding_changes_nothing(model: PreTrainedModel, case: Case) -> None:
+def test_the_content_of_the_padding_changes_nothing(model: PreTrainedModel, case: Case) -> None:
     rows, more = [prompt(n, seed=i) for i, n in enumerate(BATCH_LENGTHS)], torch.cat([prompt(3, seed=9)] * 3)
     runs = []
     for filler in (0, VOCABULARY - 1):
@@ -68,9 +68,9 @@ def test_what_stands_in_the_padding_changes_nothing(model: PreTrainedModel, case
 def test_the_cache_remembers_the_padding(llama: PreTrainedModel, case: Case) -> None:
     """Decoding without an attention mask equals decoding with it."""
     rows, more = [prompt(n, seed=i) for i, n in enumerate(BATCH_LENGTHS)], torch.cat([prompt(3, seed=9)] * 3)
-    told, untold = wk.CompactCache(llama, **case.settings), wk.CompactCache(llama, **case.settings)
-    expected = batch_logits(llama, told, *padded(rows), more)
-    torch.testing.assert_close(batch_logits(llama, untold, *padded(rows), more, tell=False), expected, **CLOSE)
+    with_mask, without_mask = wk.CompactCache(llama, **case.settings), wk.CompactCache(llama, **case.settings)
+    expected = batch_logits(llama, with_mask, *padded(rows), more)
+    torch.testing.assert_close(batch_logits(llama, without_mask, *padded(rows), more, tell=False), expected, **CLOSE)
 
 
 def test_generate_on_a_batch_equals_single_runs(model: PreTrainedModel, case: Case) -> None:
@@ -103,7 +103,7 @@ def test_replay_of_a_batch_equals_the_live_batch(llama: PreTrainedModel, case: C
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        (slice(30, 40), "pad on the left"),  # behind the prompt
+        (slice(30, 40), "pad on the left"),  # after the prompt
         (slice(10, 12), "pad on the left"),  # inside the prompt
         (slice(0, 40), "padding only"),
     ],

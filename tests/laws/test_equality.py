@@ -156,7 +156,7 @@ def test_generated_tokens_can_be_taken_back(model: PreTrainedModel, case: Case) 
 
 
 def test_generate_continues_from_a_cache(model: PreTrainedModel, case: Case) -> None:
-    """Prefill by hand, then generate() on the same cache: as generate() on a cache of its own."""
+    """A forward pass over the prompt, then generate() on the same cache, equals generate() on a cache of its own."""
     ids = prompt(PROMPT)
     cache = wk.CompactCache(model, **case.settings)
     expected = generate(model, ids, past_key_values=cache)

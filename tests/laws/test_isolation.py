@@ -149,7 +149,7 @@ def test_threads_with_blocks_of_their_own(model: PreTrainedModel) -> None:
         with wk.compress(model, **settings) as run:
             both_open.wait()
             tokens = [generate(model, prompt(PROMPT, seed=seed), 8) for seed in range(4)]
-            both_open.wait()  # nobody leaves while the other still works
+            both_open.wait()  # neither leaves while the other still works
         return tokens, [report.kept_entries[0] for report in run.reports]
 
     results = in_threads(lambda: job(SNAP), lambda: job(STREAM))
@@ -186,8 +186,8 @@ def test_a_helper_thread_uses_the_only_block_there_is(model: PreTrainedModel) ->
     assert len(run.reports) == 1
 
 
-def test_a_thread_without_a_block_among_several_must_say_which(model: PreTrainedModel) -> None:
-    """Told so by an error, and the error's way out works: a cache of its own."""
+def test_a_thread_without_a_block_among_several_is_refused(model: PreTrainedModel) -> None:
+    """The error names a way out that works: a cache of its own."""
     expected = generate(model, prompt(PROMPT), 4, past_key_values=wk.CompactCache(model, **SNAP))
     opened, done = threading.Barrier(3, timeout=30), threading.Event()
 
@@ -196,7 +196,7 @@ def test_a_thread_without_a_block_among_several_must_say_which(model: PreTrained
             opened.wait()
             assert done.wait(30)
 
-    def stranger() -> list[list[int]]:
+    def thread_without_block() -> list[list[int]]:
         opened.wait()
         try:
             with pytest.raises(wk.CacheError, match="past_key_values"):
@@ -205,7 +205,7 @@ def test_a_thread_without_a_block_among_several_must_say_which(model: PreTrained
         finally:
             done.set()
 
-    assert in_threads(lambda: holder(SNAP), lambda: holder(STREAM), stranger)[2] == expected
+    assert in_threads(lambda: holder(SNAP), lambda: holder(STREAM), thread_without_block)[2] == expected
 
 
 # Law 10
@@ -248,7 +248,7 @@ def test_leaving_a_block_restores_the_model(model: PreTrainedModel, attention: s
     assert generate(model, ids, 8) == expected
 
 
-def test_leaving_by_an_exception_restores_the_model(model: PreTrainedModel) -> None:
+def test_an_exception_in_a_block_restores_the_model(model: PreTrainedModel) -> None:
     before = state(model)
 
     def fail_inside() -> None:
@@ -285,7 +285,7 @@ def test_wrong_settings_are_refused_before_anything_is_touched(
     assert state(model) == before
 
 
-def test_a_dead_cache_restores_the_model(model: PreTrainedModel) -> None:
+def test_deleting_the_cache_restores_the_model(model: PreTrainedModel) -> None:
     before = state(model)
     first, second = wk.CompactCache(model, **SNAP), wk.CompactCache(model, **STREAM)
     compact_logits(model, first, prompt(PROMPT), [])
@@ -317,7 +317,7 @@ def test_a_cache_of_a_block_ends_with_the_block(model: PreTrainedModel) -> None:
             model(input_ids=prompt(tokens), past_key_values=cache)
 
 
-def test_other_caches_are_served_as_before(model: PreTrainedModel) -> None:
+def test_other_caches_work_as_before(model: PreTrainedModel) -> None:
     """While a compact cache lives, generation without it is the framework's, padding included."""
     ids = torch.cat([prompt(30), prompt(30, seed=1)])
     mask = torch.ones_like(ids)

@@ -29,7 +29,7 @@ def no_collector() -> Iterator[None]:
 
 
 def storage_bytes(cache: wk.CompactCache) -> int:
-    """Bytes behind keys and values, every storage counted once."""
+    """Bytes of the storage of keys and values, every storage counted once."""
     storages = [t.untyped_storage() for layer in cache.compact_layers for t in (layer.keys, layer.values)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -154,7 +154,7 @@ def test_peak_of_one_shot_policies_on_a_longer_prompt(llama: PreTrainedModel) ->
     assert cache.report.peak_bytes == 4 * full_layer_bytes(llama, 20) + full_layer_bytes(llama, 400)
 
 
-def test_nothing_keeps_a_dead_cache_alive(model: PreTrainedModel, case: Case, no_collector: None) -> None:
+def test_a_deleted_cache_is_freed(model: PreTrainedModel, case: Case, no_collector: None) -> None:
     cache = wk.CompactCache(model, **case.settings)
     compact_logits(model, cache, prompt(PROMPT), [prompt(2)])
     held = [weakref.ref(cache)]
@@ -182,7 +182,7 @@ def test_a_finished_generation_frees_its_cache(model: PreTrainedModel, case: Cas
     hook.remove()
 
 
-def test_a_dead_model_is_not_kept_alive(no_collector: None) -> None:
+def test_a_deleted_model_is_freed(no_collector: None) -> None:
     from support.models import tiny_model
 
     model = tiny_model("llama")

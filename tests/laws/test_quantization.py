@@ -178,7 +178,7 @@ def test_logits_stay_close_to_full_precision(model: PreTrainedModel, spec: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_models(llama: PreTrainedModel, dtype: torch.dtype) -> None:
+def test_half_precision_models_are_quantized_in_their_dtype(llama: PreTrainedModel, dtype: torch.dtype) -> None:
     llama = llama.to(dtype)
     exact = compact_logits(llama, wk.CompactCache(llama, "snapkv:observe=8", 20), prompt(PROMPT), [prompt(5, seed=3)])
     cache = wk.CompactCache(llama, "int8", 20)
@@ -193,7 +193,7 @@ def test_half_precision_models(llama: PreTrainedModel, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("sizes", [[6], [1] * 6, [2, 3, 1]], ids=str)
-def test_going_on_equals_a_plain_cache_of_what_is_read(
+def test_decoding_equals_that_of_a_plain_cache_of_the_dequantized_values(
     model: PreTrainedModel, quantized: Case, dequantized: Callable[..., wk.CompactCache], sizes: list[int]
 ) -> None:
     more = prompt(6, seed=4)
@@ -223,7 +223,7 @@ def test_a_long_answer_stays_in_full_precision(
     assert [layer.length for layer in cache.compact_layers] == [layer.length for layer in reference.compact_layers]
 
 
-def test_cropped_selected_and_repeated_rows(
+def test_rows_can_be_cropped_selected_and_repeated(
     model: PreTrainedModel, quantized: Case, dequantized: Callable[..., wk.CompactCache]
 ) -> None:
     ids = torch.cat([prompt(PROMPT), prompt(PROMPT, seed=1)])
@@ -245,7 +245,7 @@ def test_cropped_selected_and_repeated_rows(
         cache.crop(PROMPT - 1)
 
 
-def test_beam_search_and_greedy_generation(
+def test_beam_search_and_greedy_generation_equal_those_of_a_plain_cache(
     model: PreTrainedModel, quantized: Case, plainly: Callable[[], AbstractContextManager[None]]
 ) -> None:
     def answers() -> list[list[list[int]]]:
@@ -260,7 +260,7 @@ def test_beam_search_and_greedy_generation(
 # Batches, replay, stack, reset, snapshot
 
 
-def test_a_padded_batch(model: PreTrainedModel, quantized: Case) -> None:
+def test_a_padded_batch_equals_single_runs_to_within_a_step(model: PreTrainedModel, quantized: Case) -> None:
     """Rows keep, count and read what they would alone; float noise may move a value by one step."""
     rows = [prompt(n, seed=i) for i, n in enumerate(BATCH_LENGTHS)]
     more = torch.cat([prompt(3, seed=10 + i) for i in range(3)])
@@ -319,7 +319,7 @@ def test_entries_in_use_copies_only_what_it_must(llama: PreTrainedModel) -> None
             assert torch.equal(keys[:, :, layer.frozen :], layer.keys[:, :, : 23 - layer.frozen])
 
 
-def test_stacked_beside_others(llama: PreTrainedModel) -> None:
+def test_quantized_caches_stack_beside_others(llama: PreTrainedModel) -> None:
     specs = ("full", "int8", "snapkv:observe=8:quantize=int4", "adakv:observe=8:quantize=int8")
     caches = [wk.CompactCache(llama, spec, 20) for spec in specs]
     for cache in caches:
@@ -342,7 +342,7 @@ def test_a_reset_cache_reads_the_next_prompt_as_a_fresh_one(llama: PreTrainedMod
 
 
 @pytest.mark.parametrize("answered", [0, 3], ids=["after-prefill", "in-an-answer"])
-def test_saved_and_loaded_goes_on_with_the_same_tokens(
+def test_a_saved_and_loaded_cache_gives_the_same_tokens(
     model: PreTrainedModel, quantized: Case, tmp_path: Path, answered: int
 ) -> None:
     cache = wk.CompactCache(model, **quantized.settings)
@@ -361,7 +361,7 @@ def test_saved_and_loaded_goes_on_with_the_same_tokens(
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_other_architectures(name: str, dequantized: Callable[..., wk.CompactCache]) -> None:
+def test_other_architectures_are_quantized(name: str, dequantized: Callable[..., wk.CompactCache]) -> None:
     """Fused projections, other head sizes, no grouped heads; sliding-window layers stay as they are."""
     config, arguments, layers = SERVED[name]
     model = build(config, arguments)

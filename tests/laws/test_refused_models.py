@@ -63,7 +63,7 @@ def refused(model: Any, message: str) -> None:
         wk.CompactCache(model, **SNAP)
 
 
-def test_attention_that_bypasses_the_interface_is_noticed(llama: PreTrainedModel) -> None:
+def test_attention_that_bypasses_the_interface_is_refused(llama: PreTrainedModel) -> None:
     """A model that looks right, with one layer whose attention stores keys and never comes to our function."""
     inner = llama.model.layers[2].self_attn
 

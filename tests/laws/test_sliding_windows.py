@@ -1,4 +1,4 @@
-"""Models with sliding-window layers beside full ones: replay, batches, crop and reset keep the laws, and commands run."""
+"""Models with sliding-window layers beside full ones: replay, batches, crop and reset keep the laws."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_replay_equals_a_live_prefill(model: PreTrainedModel, asked: tuple[str, 
 
 
 @pytest.mark.parametrize("tokens", [40, 9])
-def test_a_replayed_cache_that_goes_on_changes_no_other(model: PreTrainedModel, tokens: int) -> None:
+def test_a_replayed_cache_that_decodes_changes_no_other(model: PreTrainedModel, tokens: int) -> None:
     recorded, logits = read(model, tokens, record=tokens)
     before = windows(recorded)
     first, second, third = (recorded.replay("streaming", budget) for budget in (8, 8, 6))
@@ -140,7 +140,7 @@ def test_crop_takes_back_what_no_window_has_lost(model: PreTrainedModel) -> None
 @pytest.mark.parametrize(
     ("prompt_tokens", "back", "why"), [(40, 2, "slid on and lost"), (11, 4, "slid on"), (4, 9, "came after")]
 )
-def test_crop_that_cannot_be_takes_nothing_back(model: PreTrainedModel, prompt_tokens: int, back: int, why: str) -> None:
+def test_a_crop_that_is_refused_takes_nothing_back(model: PreTrainedModel, prompt_tokens: int, back: int, why: str) -> None:
     cache, logits = read(model, prompt_tokens)
     list(greedy(model, cache, logits, 7))
     before = windows(cache)
@@ -159,10 +159,11 @@ def test_a_cache_that_was_reset_reads_the_next_prompt_afresh(model: PreTrainedMo
     assert list(greedy(model, cache, expected, 20)) == list(greedy(model, fresh, expected, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not models.find_parts(models.GEMMA), reason=f"Gemma-3-270M is not installed ({models.PACKAGED[models.GEMMA].install})"
 )
-def test_gemma_replays_behind_its_window() -> None:
+def test_gemma_replays_prompts_longer_than_its_window() -> None:
     model, words = wk.load(models.GEMMA, dtype=torch.float32, device="cpu")
     text = " ".join(f"Line {n}: the register of town {n * 7 % 50} is {n * 331 % 997}." for n in range(40))
     ids = words(text, return_tensors="pt").input_ids

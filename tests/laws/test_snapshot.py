@@ -29,7 +29,7 @@ print(json.dumps(list(greedy(model, cache, torch.load(logits), 12))))
 """
 
 
-def test_saved_and_loaded_goes_on_with_the_same_tokens(model: PreTrainedModel, case: Case, tmp_path: Path) -> None:
+def test_a_saved_and_loaded_cache_gives_the_same_tokens(model: PreTrainedModel, case: Case, tmp_path: Path) -> None:
     cache = wk.CompactCache(model, **case.settings)
     logits = prefill(model, prompt(PROMPT), cache)
     wk.save_cache(cache, model, tmp_path / "cache.safetensors")
@@ -40,7 +40,7 @@ def test_saved_and_loaded_goes_on_with_the_same_tokens(model: PreTrainedModel, c
     assert list(greedy(model, loaded, logits, 12)) == list(greedy(model, cache, logits, 12))
 
 
-def test_a_padded_batch_saved_in_the_middle_of_an_answer(model: PreTrainedModel, case: Case, tmp_path: Path) -> None:
+def test_a_padded_batch_can_be_saved_in_the_middle_of_an_answer(model: PreTrainedModel, case: Case, tmp_path: Path) -> None:
     ids = prompt(PROMPT).repeat(2, 1)
     mask = torch.ones(2, PROMPT + 6, dtype=torch.long)
     mask[1, :9] = 0
@@ -55,7 +55,7 @@ def test_a_padded_batch_saved_in_the_middle_of_an_answer(model: PreTrainedModel,
         assert torch.equal(model(more[:, 2:], attention_mask=mask, past_key_values=loaded).logits, expected)
 
 
-def test_a_fresh_process_goes_on_with_the_same_tokens(llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_cache_loaded_in_a_fresh_process_gives_the_same_tokens(llama: PreTrainedModel, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "model")
     cache = wk.CompactCache(llama, "snapkv:observe=8:kernel=3", 20)
     logits = prefill(llama, prompt(PROMPT), cache)
@@ -66,7 +66,7 @@ def test_a_fresh_process_goes_on_with_the_same_tokens(llama: PreTrainedModel, tm
     assert json.loads(done.stdout) == list(greedy(llama, cache, logits, 12))
 
 
-def test_what_is_not_a_saved_cache_or_of_another_model(llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_files_that_are_no_saved_cache_of_this_model_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(wk.CacheError, match="nothing was read into this cache yet"):
         wk.save_cache(wk.CompactCache(llama, "full", 1), llama, tmp_path / "nothing")
     cache = wk.CompactCache(llama, "full", 1)

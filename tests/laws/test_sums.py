@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import entry_points
-from typing import Any
 
 import pytest
 import torch
@@ -16,14 +14,13 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.cases import CASES, QUANTIZED, Case
 from support.models import PROMPT, prompt
-from support.profiles import random_profile
+from support.policies import HEADS, KV_HEADS, decided
 from support.reference import compact_logits, positions
 from winnowkv.cache.session import PrefillPlan
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.rope import Rotation
+from winnowkv.policies import names as policy_names
 from winnowkv.policies.expected import Expected
 
-HEADS, KV_HEADS, SIZE = 4, 2, 4
+SIZE = 4
 
 
 def test_every_built_in_policy_has_a_case() -> None:
@@ -116,15 +113,6 @@ def no_task(spec: str) -> tuple[str, str | None]:
     return spec, None
 
 
-def decided(spec: str, task: str | None, layers: int) -> wk.Policy:
-    """The policy with everything that hangs on model and task decided; a calibration profile is drawn."""
-    made: Any = wk.policy(spec)
-    shape = Fingerprint("Drawn", layers, HEADS, KV_HEADS, "", Rotation((1.0, 0.1)))
-    if made.by_profile or (made.name == "winnow" and (made.profile or made.heads in (None, 1, 3, 5))):  # with and without one
-        made = replace(made, profile=random_profile(shape, layers))
-    return made.for_model(shape).for_task(wk.TaskProfile.of(task))
-
-
 def entries_of(kept: Tensor | None, tokens: int) -> Fraction:
     """Entries per KV head of one layer, mean over its heads."""
     return Fraction(tokens) if kept is None else Fraction(int((kept >= 0).sum()), kept.shape[1])
@@ -177,7 +165,7 @@ def check_positions(kept: Tensor, policy: wk.Policy, tokens: int, budget: int) -
 )
 @example(spec=("dynamickv:observe=4:sinks=5:every=3", None), tokens=40, layers=7, budget=9, seed=0, constant=True)
 @example(spec=("pyramidkv:observe=4", None), tokens=40, layers=1, budget=4, seed=0, constant=False)
-def test_any_prompt_and_budget(
+def test_every_policy_is_exact_for_any_prompt_and_budget(
     spec: tuple[str, str | None], tokens: int, layers: int, budget: int | float, seed: int, constant: bool
 ) -> None:
     name, task = spec
@@ -202,7 +190,7 @@ def test_any_prompt_and_budget(
 
 @pytest.mark.parametrize("constant", [False, True], ids=["random", "ties"])
 @pytest.mark.parametrize("budget", [1, 20, 33, 34, 40, 71, 0.5, 0.77])
-def test_each_case(case: Case, budget: int | float, constant: bool) -> None:
+def test_each_case_is_exact(case: Case, budget: int | float, constant: bool) -> None:
     """The cases of the other laws, one by one: hypothesis need not have met them."""
     policy = decided(case.spec, case.task, 7)
     entries = wk.Budget.of(budget).entries(PROMPT)
@@ -221,8 +209,23 @@ def test_each_case(case: Case, budget: int | float, constant: bool) -> None:
             check_positions(kept[0], policy, PROMPT, entries)
 
 
+@pytest.mark.parametrize("layers", [1, 4, 30])
+@pytest.mark.parametrize("name", [name for name in policy_names() if wk.policy(name).evicts])
+def test_default_options_are_exact(name: str, layers: int) -> None:
+    """No more than sinks and window, little more, and all but one token."""
+    policy, tokens = decided(name, "localization", layers), 100
+    least = policy.minimum_budget()
+    for budget in (least, least + 1, least + 30, tokens - 1):
+        plan = PrefillPlan(policy, wk.Prompt(tokens, layers, min(budget, tokens - 1)))
+        drive(plan, policy, tokens, layers, 0, False)
+        assert sum(entries_of(kept, tokens) for kept in plan.kept) == min(budget, tokens - 1) * layers
+        for kept in plan.kept:
+            if kept is not None:
+                check_positions(kept[0], policy, tokens, min(budget, tokens - 1))
+
+
 @pytest.mark.parametrize("budget", [40, 71, 0.6, 0.999])
-def test_on_a_model(model: PreTrainedModel, evicting: Case, budget: int | float) -> None:
+def test_kept_entries_of_a_model_sum_to_the_budget(model: PreTrainedModel, evicting: Case, budget: int | float) -> None:
     cache = wk.CompactCache(model, evicting.spec, budget, task=evicting.task)
     compact_logits(model, cache, prompt(PROMPT), [])
     report, layers = cache.report, model.config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""Planned bytes are the bytes that a compact cache really holds; more memory never fits less."""
+"""Planned bytes are the bytes that a compact cache holds; more memory never fits less."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ASKED = {
 
 
 class Watched(wk.CompactCache):
-    """Notes the most storage behind keys and values of all layers, each storage counted once."""
+    """Notes the most storage of keys and values of all layers, each storage counted once."""
 
     most = 0
 
@@ -123,8 +123,8 @@ def test_layers_that_slide_are_counted(tokens: int, spec: str) -> None:
 
 @pytest.mark.parametrize("tokens", [WINDOW - 6, WINDOW, WINDOW + 6, 2 * WINDOW - 2, 3 * WINDOW, PROMPT])
 @pytest.mark.parametrize("spec", ["cake:observe=4", "expected:observe=4", "winnow:observe=4:least=2", "adakv:observe=4"])
-def test_no_plan_is_passed_where_layers_slide(spec: str, tokens: int) -> None:
-    """Policies whose layers share by prompt; what sliding layers hold behind a prompt may be more than their window."""
+def test_plans_with_sliding_layers_are_never_exceeded(spec: str, tokens: int) -> None:
+    """Policies whose layers share by prompt; what sliding layers hold after a prompt may be more than their window."""
     model = hybrid()
     (policy,) = resolve(spec, Fingerprint.of(model))
     cache = Watched(model, spec, 8)
@@ -187,7 +187,7 @@ def test_keys_larger_than_values_are_planned_as_they_are_held_or_refused() -> No
         assert read_shape(model.config, 4).full_bytes(5) == cache.held_bytes
 
 
-def test_a_model_that_decides_by_values_is_told_so() -> None:
+def test_a_model_that_cannot_be_judged_without_weights_is_refused() -> None:
     model = build("LlamaConfig", {**SERVED["mistral"][1], "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
     with pytest.raises(wk.UnsupportedModelError, match="without weights"):
         read_shape(model.config, 4)
@@ -247,7 +247,7 @@ def test_one_request_is_read_while_the_others_rest() -> None:
     )
 
 
-def test_what_cannot_be_planned_is_refused() -> None:
+def test_requests_that_cannot_be_planned_are_refused() -> None:
     (policy,) = resolve("snapkv:observe=32", LLAMA.fingerprint)
     with pytest.raises(wk.InputError, match="a context of 4097 tokens passes the model's 4096 positions: give at most 4096"):
         plan(LLAMA, 4097, 1, 2**20)

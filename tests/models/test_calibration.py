@@ -29,13 +29,13 @@ def test_a_profile_comes_back_as_it_was(written: Path) -> None:
     assert wk.read_profile(written) == random_profile(SHAPE, 3)
 
 
-def test_a_truncated_file(written: Path) -> None:
+def test_a_truncated_file_is_refused(written: Path) -> None:
     written.write_text(written.read_text()[:-40])
     with pytest.raises(wk.ProfileError, match="cut off"):
         wk.read_profile(written)
 
 
-def test_a_newer_schema(written: Path) -> None:
+def test_a_newer_schema_is_refused(written: Path) -> None:
     written.write_text(json.dumps({**json.loads(written.read_text()), "schema": 2}))
     with pytest.raises(wk.ProfileError, match="schema 2, this version reads up to 1"):
         wk.read_profile(written)
@@ -51,20 +51,20 @@ def test_a_newer_schema(written: Path) -> None:
         ({"fingerprint": {"heads": 4}}, "cannot be used"),
     ],
 )
-def test_broken_tables(written: Path, change: dict, says: str) -> None:
+def test_broken_tables_are_refused(written: Path, change: dict, says: str) -> None:
     written.write_text(json.dumps({**json.loads(written.read_text()), **change}))
     with pytest.raises(wk.ProfileError, match=says):
         wk.read_profile(written)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"schema": "1"}'])
-def test_json_that_is_no_profile(tmp_path: Path, text: str) -> None:
+def test_json_that_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(wk.ProfileError, match="names no schema"):
         wk.read_profile(tmp_path / "p.json")
 
 
-def test_a_missing_key_and_a_missing_file(written: Path, tmp_path: Path) -> None:
+def test_a_missing_key_and_a_missing_file_are_named(written: Path, tmp_path: Path) -> None:
     data = json.loads(written.read_text())
     del data["errors"]
     written.write_text(json.dumps(data))
@@ -81,7 +81,7 @@ def test_another_model_is_named(written: Path, llama: PreTrainedModel) -> None:
         find_profile(str(written), Fingerprint("Drawn", 3, 8, 2, "abc"))
 
 
-def test_no_profile_ships_for_a_stranger(llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_an_unknown_model_has_no_packaged_profile(llama: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(wk.ProfileError, match="no profile ships"), wk.compress(llama, "headkv", 20):
         pass
     with pytest.raises(wk.ProfileError, match="holds no profile of"):
@@ -99,19 +99,19 @@ def test_the_embedded_models_profile_ships() -> None:
     assert scores[-1] > 20 * scores[len(scores) // 2]
 
 
-def test_more_heads_than_the_model_has(llama: PreTrainedModel) -> None:
+def test_more_heads_than_the_model_has_are_refused(llama: PreTrainedModel) -> None:
     for spec in (f"compresskv:heads_per_layer=9:profile={PROFILES}", "compresskv:heads=random:9:budgets=uniform"):
         with pytest.raises(wk.PolicyError, match=r"9 heads a layer are asked for, the model has 8"):
             wk.CompactCache(llama, spec)
 
 
 @pytest.mark.parametrize("heads", ["srh2", "random", "random:0", "none"])
-def test_unknown_heads(heads: str) -> None:
+def test_unknown_values_of_heads_are_refused(heads: str) -> None:
     with pytest.raises(wk.PolicyError, match="srh, traditional, all or random:k"):
         wk.policy("compresskv", heads=heads)
 
 
-def test_choosing_heads() -> None:
+def test_heads_are_chosen_by_score_or_drawn_by_seed() -> None:
     profile = random_profile(SHAPE, 3)
     row = profile.semantic[1]
     assert choose_heads("srh", profile, 1, 2, 4, 0) == sorted(range(4), key=lambda h: -row[h])[:2]

@@ -26,7 +26,9 @@ def test_a_fitted_curve_ascends_and_ends_whole(measured: list[tuple[float, float
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=12), st.floats(0.01, 0.99))
 @example([(0.8032301256954291, 0.0), *[(0.8032301256954291, 1.0)] * 3], 0.5)
 @example([(0.9999999999999999, 0.0)], 0.25)
-def test_what_is_needed_is_the_least_mass_that_is_expected_to_do(measured: list[tuple[float, float]], target: float) -> None:
+def test_the_needed_mass_is_the_least_that_is_expected_to_reach_the_target(
+    measured: list[tuple[float, float]], target: float
+) -> None:
     curve = fit_curve(measured, 3)
     needed = curve.needed(target)
     assert curve.expected(needed) >= target - 1e-9
@@ -34,7 +36,7 @@ def test_what_is_needed_is_the_least_mass_that_is_expected_to_do(measured: list[
         assert curve.expected(needed * 0.999) <= target + 1e-9
 
 
-def test_a_fit_by_hand() -> None:
+def test_a_fitted_curve_equals_a_worked_example() -> None:
     curve = fit_curve([(0.2, 0.5), (0.4, 0.9), (0.6, 0.7), (0.8, 1.0)], 4)
     assert curve.points == ((0.2, 0.5), (0.5, 0.8), (0.8, 1.0), (1.0, 1.0))
     assert curve.expected(0.35) == pytest.approx(0.65)

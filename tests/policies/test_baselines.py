@@ -73,7 +73,7 @@ def test_accumulated_attention_is_the_column_sum_of_the_full_map(block: int) -> 
 
 
 @pytest.mark.parametrize("recent", [0.0, 0.5, 0.25])
-def test_h2o(recent: float) -> None:
+def test_h2o_equals_the_naive_reference(recent: float) -> None:
     layers, budget = states(), 16
     found = kept(policy("h2o", recent=recent), budget, layers)
     for layer, (queries, keys) in enumerate(layers):
@@ -84,7 +84,7 @@ def test_h2o(recent: float) -> None:
             assert found[layer][head] == expected
 
 
-def test_tova() -> None:
+def test_tova_equals_the_naive_reference() -> None:
     layers, budget = states(1), 12
     found = kept(policy("tova"), budget, layers)
     for layer, (queries, keys) in enumerate(layers):
@@ -92,7 +92,7 @@ def test_tova() -> None:
         assert found[layer] == [[*best(last[:-1], budget - 1), TOKENS - 1]] * KV_HEADS
 
 
-def test_cake_tokens_and_layers() -> None:
+def test_cake_equals_the_naive_reference() -> None:
     layers, budget, window = states(2), 16, 6
     made = policy("cake", observe=window, kernel=3, gamma=5.0, tau1=2.0, tau2=0.5)
     found = kept(made, budget, layers)
@@ -115,7 +115,7 @@ def test_cake_tokens_and_layers() -> None:
             assert found[layer][head] == best(tokens[layer][head], count) + list(range(TOKENS - window, TOKENS))
 
 
-def test_cake_in_a_cascade_ends_as_if_all_layers_were_known_at_once() -> None:
+def test_cake_in_a_cascade_equals_cake_over_all_layers_at_once() -> None:
     """The paper's claim: shrinking step by step keeps what one allocation at the end would."""
     layers, made = states(3), policy("cake", observe=6)
     prompt, scores = wk.Prompt(TOKENS, LAYERS, 16), []
@@ -135,7 +135,7 @@ def snap_scores(queries: Tensor, keys: Tensor, window: int, kernel: int) -> list
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.2, 1.0])
-def test_adakv(floor: float) -> None:
+def test_adakv_equals_the_naive_reference(floor: float) -> None:
     layers, budget, window = states(4), 18, 6
     found = kept(policy("adakv", observe=window, kernel=3, floor=floor), budget, layers)
     mean, lengths = budget - window, set()
@@ -153,7 +153,7 @@ def test_adakv(floor: float) -> None:
     assert (len(lengths) > 1) == (floor < 1)
 
 
-def test_headkv() -> None:
+def test_headkv_equals_the_naive_reference() -> None:
     layers, budget, window, beta = states(5), 18, 6, 1.5
     profile = random_profile(Fingerprint("Drawn", LAYERS, HEADS, KV_HEADS, ""), LAYERS)
     found = kept(policy("headkv", profile=profile, observe=window, kernel=3, beta=beta), budget, layers)

@@ -112,7 +112,7 @@ def test_scores_are_those_of_the_reference(options: dict[str, int], rotation: Ro
 
 
 def test_moved_queries_look_elsewhere() -> None:
-    """The rotation is not decoration: another token wins when the queries stand behind the prompt."""
+    """The rotation matters: another token wins when the queries are moved past the prompt."""
     queries, keys = drawn(60, 1)
     policies = [Expected(observe=4, samples=16, rotation=rotation) for rotation in (None, ROTATION)]
     still, turned = (scored(policy, queries, keys)[0].argmax(-1).tolist() for policy in policies)
@@ -149,7 +149,7 @@ def layers_of(count: int, tokens: int, seed: int, constant: bool = False) -> lis
 )
 @example(tokens=31, layers=4, budget=30, sinks=30, observe=0, samples=300, seed=0, constant=False)
 @example(tokens=2, layers=2, budget=1, sinks=0, observe=1, samples=4, seed=0, constant=False)
-def test_little_more_than_the_budget_and_one_layer(
+def test_no_more_than_half_above_the_budget_and_one_layer_is_held(
     tokens: int, layers: int, budget: int, sinks: int, observe: int, samples: int, seed: int, constant: bool
 ) -> None:
     """The sum is exact, and what the layers seen hold passes the budget by its half at most while the next one is read."""
@@ -230,7 +230,7 @@ def test_the_best_tokens_of_each_head_stay() -> None:
         ("sample=8", "Did you mean 'samples'?"),
     ],
 )
-def test_options_out_of_bounds(options: str, says: str) -> None:
+def test_options_out_of_bounds_are_refused(options: str, says: str) -> None:
     with pytest.raises(wk.PolicyError, match=says.replace("?", r"\?")):
         wk.policy(f"expected:{options}")
 
@@ -244,7 +244,7 @@ def test_the_rotation_is_the_models(model: PreTrainedModel) -> None:
     assert cache.policies[0].rotation == policy.rotation
 
 
-def test_a_short_prompt_on_a_model(model: PreTrainedModel) -> None:
+def test_a_short_prompt_is_kept_whole_on_a_model(model: PreTrainedModel) -> None:
     """Prompts shorter than the samples, than sinks and window, and than the window."""
     for tokens, budget in ((PROMPT, 40), (38, 37), (34, 34), (33, 40), (32, 2), (5, 2)):
         cache = wk.CompactCache(model, "expected", budget)
@@ -268,7 +268,7 @@ def test_a_budget_below_sinks_and_window_keeps_what_fits(llama: PreTrainedModel,
         compact_logits(llama, wk.CompactCache(llama, spec, 4), prompt(60), [])
 
 
-def test_what_is_held_on_a_model_is_bounded(llama: PreTrainedModel) -> None:
+def test_held_entries_on_a_model_are_bounded(llama: PreTrainedModel) -> None:
     peaks = []
     for budget in (8, 16, 32):
         cache = wk.CompactCache(llama, "expected:observe=4:samples=16", budget)

@@ -29,7 +29,7 @@ from winnowkv.scoring.spans import concentrated, span_owner, span_reduce, window
 
 
 @given(st.integers(1, 60), st.lists(st.integers(0, 60), max_size=8), st.integers(1, 20))
-def test_spans_are_cut_at_ends_and_behind_the_longest(tokens: int, ends: list[int], longest: int) -> None:
+def test_spans_are_cut_at_ends_and_after_the_longest_length(tokens: int, ends: list[int], longest: int) -> None:
     cuts = {0} | {end for end in ends if end < tokens}
     expected, begin, span = [], 0, -1
     for at in range(tokens):
@@ -46,7 +46,7 @@ def test_spans_of_one_length_score_as_windows(tokens: int, width: int, top: int,
     torch.testing.assert_close(span_reduce(scores, owner, top), window_reduce(scores, width, top))
 
 
-def test_tokens_that_are_gone_come_last() -> None:
+def test_evicted_tokens_come_last() -> None:
     scores = torch.tensor([[[5.0, -1.0, 1.0, 2.0]]])
     owner = torch.tensor([0, 0, 1, 1])
     spans = span_reduce(scores.clamp(min=0), owner, 1)
@@ -96,7 +96,7 @@ def test_the_rest_goes_by_each_layers_own_scores() -> None:
 
 @pytest.mark.parametrize("weaker", [0.51, 0.49])
 @pytest.mark.parametrize("swapped", [True, False])
-def test_heads_are_heard_by_their_score(weaker: float, swapped: bool) -> None:
+def test_heads_count_by_their_score(weaker: float, swapped: bool) -> None:
     """Two heads of different layers look at different sentences; the one of the higher score has the first word."""
     layers = [drawn(40, seed, 0.1) for seed in range(3)]
     look(layers[0], 1, range(30, 40), (12, 13))
@@ -107,7 +107,7 @@ def test_heads_are_heard_by_their_score(weaker: float, swapped: bool) -> None:
     little = ends(made(3, least=len(first), share=0.01, **options), Prompt(40, 3, 22), layers)
     assert first <= in_all(little)
     both = ends(made(3, least=19, share=0.01, **options), Prompt(40, 3, 30), layers)
-    assert (first | second <= in_all(both)) == (weaker > 0.5)  # a head of less than half the best score is not heard
+    assert (first | second <= in_all(both)) == (weaker > 0.5)  # a head of less than half the best score does not count
 
 
 @pytest.mark.parametrize(("top", "best"), [(2, range(11, 20)), (32, range(20, 30))])
@@ -118,7 +118,7 @@ def test_a_sentence_scores_its_best_tokens(top: int, best: range) -> None:
     assert policy.shared([scores], Prompt(40, 1, 26), None).tolist() == [[list(best)]]
 
 
-def test_the_question_as_far_as_it_takes_half_of_the_budget() -> None:
+def test_the_question_is_kept_up_to_half_of_the_budget() -> None:
     layers = [drawn(40, seed) for seed in range(2)]
     for budget, recent in ((12, 6), (20, 10), (30, 10), (6, 4)):
         kept = ends(made(2, sinks=1, observe=4, least=0), Prompt(40, 2, budget), layers)
@@ -127,7 +127,7 @@ def test_the_question_as_far_as_it_takes_half_of_the_budget() -> None:
             assert not set().union(*(head for layer in kept for head in layer)) & set(range(30, 40 - recent))
 
 
-def test_the_queries_that_are_wanted() -> None:
+def test_the_needed_queries_are_samples_and_the_question() -> None:
     """Samples of the text and the question without the template's tail; where no sentences are kept, samples only."""
     policy = made(2, samples=8, observe=4, sinks=2)
     assert policy.wanted(40).tolist() == [*policy.places(40)[0].unique().tolist(), *range(30, 37)]
@@ -136,12 +136,12 @@ def test_the_queries_that_are_wanted() -> None:
     assert policy.wanted(3).tolist() == [0, 1, 2]  # shorter than the question: kept whole, whoever asks
 
 
-def test_sentences_are_chosen_once_behind_the_last_head() -> None:
+def test_sentences_are_chosen_once_after_the_last_head() -> None:
     policy, asked = made(4, profile=profile_of(4, {(0, 1): 1.0, (1, 1): 1.0}), least=9), Prompt(40, 4, 26)
-    heard = [torch.rand(1, 1, 30, generator=torch.Generator().manual_seed(at)) for at in range(2)]
-    chosen = policy.shared(heard, asked, None)
-    assert policy.shared([*heard, torch.zeros(1, 0, 30)], asked, chosen) is chosen
-    assert torch.equal(policy.shared([*heard, torch.zeros(1, 0, 30)], asked, None), chosen)
+    gathered = [torch.rand(1, 1, 30, generator=torch.Generator().manual_seed(at)) for at in range(2)]
+    chosen = policy.shared(gathered, asked, None)
+    assert policy.shared([*gathered, torch.zeros(1, 0, 30)], asked, chosen) is chosen
+    assert torch.equal(policy.shared([*gathered, torch.zeros(1, 0, 30)], asked, None), chosen)
 
 
 def test_a_layout_of_another_prompt_is_not_used() -> None:
@@ -165,7 +165,7 @@ def test_a_layout_of_another_prompt_is_not_used() -> None:
         ({"share": 1.0, "least": 9}, 6, 0),
     ],
 )
-def test_what_sentences_get(options: dict[str, float], budget: int, room: int) -> None:
+def test_sentences_get_their_share_within_the_budget(options: dict[str, float], budget: int, room: int) -> None:
     layout = Layout(tokens=400, question=10, tail=3, ends=tuple(range(5, 390, 7)))
     policy = made(4, TaskProfile(layout=layout), sinks=2, observe=4, **options)
     asked = Prompt(400, 4, budget)
@@ -178,7 +178,7 @@ def test_what_sentences_get(options: dict[str, float], budget: int, room: int) -
 
 
 @given(st.integers(4, 400), st.integers(0, 400), st.floats(0, 1), st.integers(0, 60), st.integers(0, 8), st.integers(1, 12))
-def test_sentences_never_take_what_is_not_theirs(
+def test_sentences_take_no_entries_of_sinks_and_question(
     budget: int, more: int, share: float, least: int, sinks: int, observe: int
 ) -> None:
     policy: Any = wk.policy("winnow", share=share, least=least, sinks=sinks, observe=observe)
@@ -201,7 +201,7 @@ def test_aggregation_is_expected_with_the_question_for_a_window(layout: Layout |
     )
 
 
-def test_no_question_known_yet() -> None:
+def test_without_a_known_question_the_policy_is_expected() -> None:
     """``observe="context"`` gives the policy expected, whatever else was asked for the question's sake."""
     model = shape(4)
     for spec in (
@@ -218,7 +218,7 @@ def test_no_question_known_yet() -> None:
     assert policy == replace(Expected(sinks=3, samples=9, ahead=7, quantize="int8"), rotation=model.rotation)
 
 
-def test_on_a_model_no_question_is_the_policy_expected(model: PreTrainedModel) -> None:
+def test_without_a_known_question_a_model_keeps_what_expected_keeps(model: PreTrainedModel) -> None:
     kept = []
     for spec in ("winnow:observe=context:samples=16", "expected:samples=16"):
         cache = wk.CompactCache(model, spec, 40)
@@ -240,7 +240,7 @@ def test_on_a_model_no_question_is_the_policy_expected(model: PreTrainedModel) -
         ({"task": "aggregation"}, TaskProfile("localization", 0.99), "aggregation"),
     ],
 )
-def test_a_task_that_nobody_is_sure_of(options: dict[str, Any], given: TaskProfile, task: str) -> None:
+def test_an_uncertain_task_falls_back(options: dict[str, Any], given: TaskProfile, task: str) -> None:
     assert wk.policy("winnow", **options).for_task(given).task == task  # type: ignore[attr-defined]
 
 
@@ -261,12 +261,12 @@ def test_a_task_that_nobody_is_sure_of(options: dict[str, Any], given: TaskProfi
         ("task=search", "task='search' must be one of localization, aggregation"),
     ],
 )
-def test_options_out_of_bounds(options: str, says: str) -> None:
+def test_options_out_of_bounds_are_refused(options: str, says: str) -> None:
     with pytest.raises(wk.PolicyError, match=says):
         wk.policy(f"winnow:{options}")
 
 
-def test_the_heads_of_a_profile() -> None:
+def test_the_best_heads_of_a_profile_are_chosen() -> None:
     scores = {(0, 3): 0.5, (1, 0): 1.0, (1, 1): 0.49, (2, 2): 0.8}
     profile = profile_of(3, scores)
     assert made(3, profile=profile).chosen == [(1, 0), (2, 2), (0, 3)]  # half of the best score, best first
@@ -279,7 +279,7 @@ def test_the_heads_of_a_profile() -> None:
     assert made(3, share=0.0, least=0, profile=profile).awaited(asked) == range(0)  # no sentences, nothing to wait for
 
 
-def test_heads_of_the_prompt_stand_in() -> None:
+def test_without_a_profile_heads_are_chosen_by_the_prompt() -> None:
     """Those of whose attention most falls on one span; what falls on the sinks or right before the question does not count."""
     scores = torch.zeros(1, 5, 14)
     scores[0, 0, 2:12] = 9.0  # all over the text
@@ -288,9 +288,9 @@ def test_heads_of_the_prompt_stand_in() -> None:
     scores[0, 3, 8:12], scores[0, 3, 13] = 0.7, 0.1
     scores[0, 4, 12:] = 9.0  # right before the question
     owner = span_owner(14, (2, 4, 8, 12), 32)
-    behind = scores.clone()
-    behind[..., :2] = 0
-    shares = behind / behind.sum(-1, keepdim=True)
+    rest = scores.clone()
+    rest[..., :2] = 0
+    shares = rest / rest.sum(-1, keepdim=True)
     assert torch.equal(concentrated(scores, owner, 2, 2, 2), shares[:, [2, 3]])
     assert torch.equal(concentrated(scores, owner, 2, 2, 9), shares)
     assert torch.equal(concentrated(shares, owner, 2, 2, 2), shares[:, [2, 3]])  # a second choice changes nothing
@@ -309,7 +309,7 @@ def test_the_report_says_that_heads_are_guessed(model: PreTrainedModel) -> None:
     assert aggregation.report.notes == []  # it has no heads to guess
 
 
-def test_only_a_profile_that_was_asked_for_must_be_there(llama: PreTrainedModel, tmp_path: Any) -> None:
+def test_only_a_profile_named_by_the_user_must_exist(llama: PreTrainedModel, tmp_path: Any) -> None:
     assert wk.CompactCache(llama, "winnow", 60).policies[0].profile is None
     with pytest.raises(wk.ProfileError, match="holds no profile of"):
         wk.CompactCache(llama, f"winnow:profile={tmp_path}", 60)
@@ -317,6 +317,7 @@ def test_only_a_profile_that_was_asked_for_must_be_there(llama: PreTrainedModel,
     assert resolve(policy, known(llama)) == [policy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [128, 0.12])
 def test_it_finds_needles(budget: float) -> None:
     """The needle's sentence stays whole in all layers and heads; the small model then answers two of three at least."""

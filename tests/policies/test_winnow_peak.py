@@ -1,4 +1,4 @@
-"""What the policy winnow holds while a prompt is read: exact sums, nothing comes back, its bound, few copies."""
+"""The policy winnow while a prompt is read: exact sums, evicted entries stay evicted, a bound on what is held, few copies."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_sum_sentences_and_peak_of_any_prompt(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_was_given_up_for_a_sentence_does_not_come_back(seed: int) -> None:
+def test_entries_evicted_for_a_sentence_do_not_come_back(seed: int) -> None:
     """When the sentences become few at once, a layer that keeps nearly all has more room for tokens than it holds."""
     profile = profile_of(12, {(0, 0): 1, (6, 1): 1})
     policy = made(12, TaskProfile(), observe=4, samples=16, share=0.7, least=0, peak=0.4, profile=profile)
@@ -106,8 +106,8 @@ def test_no_more_than_the_peak_is_held(heads: list[tuple[int, int]], layers: int
     assert peak_of(policy, asked) <= max(0.35, budget * 9 / 8 + 1 / layers)
 
 
-def test_a_head_that_sits_late_is_waited_for() -> None:
-    """Before the first head was heard nobody knows the sentences: all is held, and the policy says so."""
+def test_everything_is_held_until_the_first_head_was_read() -> None:
+    """Until the first head was read no sentence is known: all is held, and the peak says so."""
     asked = Prompt(300, 12, 36)
     late = made(12, TaskProfile(), observe=8, samples=16, profile=profile_of(12, {(9, 0): 1.0}))
     assert peak_of(late, asked) == late.peak_entries(asked) / (12 * 300) == 10 / 12
@@ -126,7 +126,7 @@ def test_guessed_heads_are_compared_over_all_layers() -> None:
 
 
 @pytest.mark.parametrize("layers", [30, 32])
-def test_the_bound_of_long_prompts(layers: int) -> None:
+def test_the_bound_holds_for_long_prompts(layers: int) -> None:
     """What a plan counts with, without driving it."""
     asked = Prompt(100_000, layers, 12_000)
     policy = made(layers, TaskProfile(), profile=profile_of(layers, {(1, 0): 1.0, (layers - 2, 1): 0.9}))
@@ -146,7 +146,7 @@ def test_the_report_stays_within_the_peak(model: PreTrainedModel, spec: str) -> 
 
 
 def shrinking(policy: Policy, asked: Prompt) -> tuple[PrefillPlan, int]:
-    """The plan behind the last layer, and how often a layer was shrunk on the way."""
+    """The plan after the last layer, and how often a layer was shrunk on the way."""
     plan, times = PrefillPlan(policy, asked), 0
     for at in range(asked.layers):
         queries, keys = drawn(asked.tokens, at, 0.8 + 0.03 * (at % 7))
@@ -155,7 +155,7 @@ def shrinking(policy: Policy, asked: Prompt) -> tuple[PrefillPlan, int]:
 
 
 @pytest.mark.parametrize("spec", ["winnow:observe=8:samples=16", "expected:observe=8:samples=16", "cake:observe=8"])
-def test_layers_shrink_seldom_and_end_the_same(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_shrink_rarely_with_the_same_result(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all of them shrank after each layer to what they may hold then."""
     asked = Prompt(400, 24, 48)
     policy = wk.policy(spec).for_model(shape(24)).for_task(TaskProfile())

@@ -50,11 +50,11 @@ def test_a_huge_word_and_an_empty_text_do_no_harm() -> None:
         ),
     ],
 )
-def test_plain_cases(text: str, task: str) -> None:
+def test_plain_prompts_are_classified(text: str, task: str) -> None:
     assert wk.task_profile(text).task == task
 
 
-def test_longbench_rows(data_dir: Path) -> None:
+def test_rows_of_longbench_are_classified(data_dir: Path) -> None:
     """Every row of LongBench in its official prompt; none was trained on."""
     from winnowkv.calibrate.task import longbench, report
 
@@ -65,6 +65,7 @@ def test_longbench_rows(data_dir: Path) -> None:
     assert min(result[task]["recall"] for task in ("localization", "aggregation")) > 0.9
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_splits_by_dataset(data_dir: Path) -> None:
     from winnowkv.calibrate.task import Filler, Row, composed, fit, held_out, report
 
@@ -76,7 +77,7 @@ def test_training_is_repeatable_and_splits_by_dataset(data_dir: Path) -> None:
     again, same = fit(features, rows)
     assert torch.equal(weights, again)
     assert bias == same
-    # Labels that hang on nothing but the dataset: a split by row would learn them, a split by dataset cannot.
+    # Labels that depend on nothing but the dataset: a split by row would learn them, a split by dataset cannot.
     coin = [
         Row(f"{row.dataset} {row.text}", "localization" if hash_of(row.dataset) else "aggregation", row.dataset) for row in rows
     ]
@@ -87,7 +88,7 @@ def hash_of(name: str) -> int:
     return sum(map(ord, name)) % 2
 
 
-def test_weights_of_a_newer_format_and_files_that_are_none(tmp_path: Path) -> None:
+def test_weights_of_a_newer_format_and_other_files_are_refused(tmp_path: Path) -> None:
     newer, broken = tmp_path / "newer.safetensors", tmp_path / "broken.safetensors"
     save_file({"weights": torch.zeros(FEATURES)}, newer, metadata={"winnowkv": json.dumps({"format": 2, "bias": 0.0})})
     broken.write_bytes(b"nothing")
@@ -151,7 +152,7 @@ def test_a_roberta_has_fewer_positions_than_its_table(tmp_path: Path) -> None:
         (["LABEL_0", "LABEL_1"], 0),
     ],
 )
-def test_which_label_is_localization(tmp_path: Path, labels: list[str], localization: int) -> None:
+def test_the_label_of_localization_is_found_by_name(tmp_path: Path, labels: list[str], localization: int) -> None:
     assert load_classifier(bert(tmp_path / "bert", labels))._localization == localization
 
 
@@ -160,7 +161,7 @@ def test_blanks_at_the_ends_hide_nothing() -> None:
     assert list(pieces(" " * 9000 + text + "\n" * 9000)) == list(pieces(text))
 
 
-def test_a_classifier_with_three_labels(tmp_path: Path) -> None:
+def test_a_classifier_with_three_labels_is_refused(tmp_path: Path) -> None:
     folder = bert(tmp_path / "bert3", ["qa", "summary", "code"])
     with pytest.raises(wk.InputError, match=r"3 labels \(qa, summary, code\): it must have two"):
         wk.task_profile("x", folder)
@@ -174,7 +175,7 @@ def test_a_classifier_with_three_labels(tmp_path: Path) -> None:
         ("\n", "holds no prompt"),
     ],
 )
-def test_prompt_files(tmp_path: Path, text: str, says: str) -> None:
+def test_prompt_files_are_read(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(text)
     with pytest.raises(wk.InputError, match=says):

@@ -20,7 +20,7 @@ def tokenizer() -> Any:
 
 
 TEXT = 'It rained. "Stay in!" said Dr. Wu, 3.5 times.\n\nThen it stopped.'
-QUESTION = "Question: what did Dr. Wu say to everybody in the house?\nAnswer:"
+QUESTION = "Question: what did Dr. Wu say to the people in the house?\nAnswer:"
 
 
 def test_question_and_tail_of_a_chat_prompt(tokenizer: Any) -> None:
@@ -54,7 +54,7 @@ def test_a_text_without_lines_is_asked_about_from_its_end(tokenizer: Any) -> Non
     assert read_layout(tokenizer, ids).question == RAW
 
 
-def test_short_prompts(tokenizer: Any) -> None:
+def test_short_prompts_have_a_layout_within_their_tokens(tokenizer: Any) -> None:
     for text in ("a", "a b", "one two three four five six seven"):
         ids = encode(tokenizer, text, chat=False)
         found = read_layout(tokenizer, ids)

@@ -1,4 +1,4 @@
-"""Many processes: on a local Ray with a worker killed in the middle, nothing is lost, nothing is there twice."""
+"""Many processes on a local Ray: with a worker killed in the middle, every line is there once."""
 
 import importlib.util
 import json
@@ -14,6 +14,8 @@ from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.tasks import run as runner
 from winnowkv.evaluate.tasks.run import Evaluation, Worker, identity, missing
 from winnowkv.scale import join, pool
+
+pytestmark = pytest.mark.slow
 
 # Ray itself is not imported here: it listens on loopback only where scale/ imports it first.
 LINES = ROWS * 5  # full once, two other policies at two budgets
@@ -49,15 +51,15 @@ def alone(asked, tmp_path_factory):
 
 
 class Killer:
-    """Told of every line, it kills processes behind the first."""
+    """Called for every line; after the first it kills worker processes."""
 
     def __init__(self, pids):
         self.pids = pids
-        self.told = 0
+        self.lines = 0
 
     def __call__(self, what):
-        self.told += 1
-        if self.told == 1:
+        self.lines += 1
+        if self.lines == 1:
             for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
 
@@ -71,13 +73,13 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(asked, workers, alone
     workers.run(store, work_on(asked, store), killer)
     store.close()
     assert workers.deaths >= 2
-    assert killer.told == len(store.lines) == len({identity(line) for line in store.lines}) == LINES
+    assert killer.lines == len(store.lines) == len({identity(line) for line in store.lines}) == LINES
     assert said(store.lines) == said(expected)
     assert said(map(json.loads, store.file.read_text().splitlines())) == said(expected)
 
 
 @needs_ray
-def test_a_driver_that_stops_goes_on_from_the_results(asked, workers, alone, tmp_path):
+def test_a_restarted_driver_continues_from_the_results(asked, workers, alone, tmp_path):
     store = ResultStore(tmp_path, workers.config, identity)
     told = []
 
@@ -99,7 +101,7 @@ def test_a_driver_that_stops_goes_on_from_the_results(asked, workers, alone, tmp
 
 
 @needs_ray
-def test_a_shard_that_keeps_dying_fails_with_its_reason_and_the_run_goes_on(asked, workers, alone, tmp_path):
+def test_a_shard_that_keeps_dying_fails_with_its_reason_and_the_run_continues(asked, workers, alone, tmp_path):
     store = ResultStore(tmp_path, workers.config, identity)
     workers.run(store, work_on(asked, store), Killer(workers.processes()), retries=0)
     store.close()
@@ -120,25 +122,25 @@ def test_the_local_ray_is_out_of_reach_for_others(workers):
 
 
 @needs_ray
-def test_workers_do_not_step_back_behind_other_processes(workers):
+def test_workers_run_at_the_priority_of_the_driver(workers):
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in workers.processes()] == [mine, mine]
 
 
 @needs_ray
-def test_what_is_wrong_with_a_model_is_told_as_in_one_process(workers, tmp_path):
+def test_a_missing_model_raises_the_error_of_a_single_process(workers, tmp_path):
     broken = Evaluation(tasks=("longeval",), policies=("full",), budgets=(0.5,), model=str(tmp_path / "nowhere"))
     with pytest.raises(wk.ModelNotFoundError, match="nowhere"), pool(broken, 1):
         pass
 
 
 @needs_ray
-def test_more_workers_than_the_cluster_has_room_for(asked, workers):
+def test_more_workers_than_the_cluster_has_cores_are_refused(asked, workers):
     with pytest.raises(wk.InputError, match="4 workers need one each of CPU cores, the cluster has 3"), pool(asked, 4):
         pass
 
 
-def test_ray_that_is_not_installed(asked, monkeypatch):
+def test_a_missing_ray_is_named_with_the_command_that_gets_it(asked, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(wk.InputError, match=r"pip install 'winnowkv\[scale\]'"), pool(asked, 2):
         pass

@@ -142,7 +142,7 @@ def test_pyramid_ends_and_steps(layers: int, mean: int, slope: float, expected: 
     assert pyramid(layers, mean, slope, cap=10**6) == expected
 
 
-def test_arithmetic_groups_by_hand() -> None:
+def test_arithmetic_groups_equal_worked_examples() -> None:
     assert arithmetic_groups(6, 2, 14, 14, cap=99) == [27, 27, 14, 14, 1, 1]
     assert arithmetic_groups(6, 2, 14, 14, cap=20) == [20, 20, 20, 20, 2, 2]
     assert arithmetic_groups(6, 2, 14, 14, cap=99, floor=4) == [25, 25, 13, 13, 4, 4]
@@ -162,7 +162,7 @@ def test_a_pyramid_that_cannot_fit_is_refused() -> None:
         pyramid(4, 50, 20, cap=49)
 
 
-def test_uniform() -> None:
+def test_uniform_budgets_are_equal() -> None:
     assert uniform(3, 7) == [7, 7, 7]
 
 

@@ -114,7 +114,7 @@ def test_tiles_of_any_size_give_the_same(tile: int, monkeypatch: pytest.MonkeyPa
     assert max(sizes) <= max(tile, 40)
 
 
-def test_queries_that_want_a_gradient_are_scored_without_one() -> None:
+def test_queries_that_require_a_gradient_are_scored_without_one() -> None:
     """A model that is called outside of ``no_grad``."""
     queries, keys = rand(1, 4, 3, 5).requires_grad_(), rand(1, 2, 20, 5, seed=1).requires_grad_()
     for found in (window_attention(queries, keys, 0.5), *expected_attention(queries, keys, 0.5, 17)):

@@ -1,4 +1,4 @@
-"""The fused kernels say what scores.py says: through Triton's interpreter, or on a GPU (WINNOW_TEST_DEVICE=cuda)."""
+"""The fused kernels equal scoring/attention.py: through Triton's interpreter, or on a GPU (WINNOW_TEST_DEVICE=cuda)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, f
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_received(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_fused_received_attention_equals_the_eager_scores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     queries, keys, scale = drawn(shape, dtype)
     expected = scores.received(queries.float(), keys.float(), scale)
     torch.testing.assert_close(kernels.received(queries, keys, scale), expected, atol=1e-5, rtol=1e-4)
@@ -36,7 +36,7 @@ def test_received(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_moments(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
+def test_fused_moments_equal_the_eager_scores(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
     queries, keys, scale = drawn(shape, dtype)
     window, tokens, every = shape[3], shape[4], 4
     mean, square, entropy = scores.moments(queries.float(), keys.float(), scale, tokens, causal=causal, every=every)
@@ -47,7 +47,7 @@ def test_moments(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> No
     torch.testing.assert_close(spread.sum() / share, entropy, atol=1e-3, rtol=1e-4)
 
 
-def test_scores_go_through_the_kernels_where_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_use_the_kernels_if_they_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys, scale = drawn(SHAPES[0], torch.float16)
     expected = [
         *scores.expected_attention(queries.float(), keys.float(), scale, 200),
@@ -63,7 +63,7 @@ def test_scores_go_through_the_kernels_where_they_serve(monkeypatch: pytest.Monk
     assert len(called) == 2
 
 
-def test_kernels_serve_sixteen_bits_on_cuda_only() -> None:
+def test_the_kernels_take_sixteen_bits_on_cuda_only() -> None:
     assert not scores.fused(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16))
     if CUDA:
         assert scores.fused(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16, device="cuda"))

@@ -85,7 +85,7 @@ def test_top_windows_fills_to_exactly_n(values: list[int], width: int, data: st.
     assert len(found) == n
 
 
-def test_top_windows_by_hand() -> None:
+def test_top_windows_equal_a_worked_example() -> None:
     tokens = tensor([5, 0, 0, 1, 2, 1, 9, 9, 3, 7])  # the last window of width 4 is short
     windows = window_reduce(tokens, 4, 4)
     assert windows[0, 0].tolist() == [1.5, 5.25, 5.0]

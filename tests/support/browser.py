@@ -1,4 +1,4 @@
-"""Headless Chromium for pages that we write; tests that need it skip where it is not installed."""
+"""Headless Chromium for pages that we write; tests that need it skip if it is not installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUIET = (
 
 
 def start_browser(profile: Path) -> Any:
-    """The system's Chromium with its own driver and an empty profile; it talks to nobody. Skips where it is missing."""
+    """The system's Chromium with its own driver and an empty profile; it opens no connections. Skips if it is missing."""
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):

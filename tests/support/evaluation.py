@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer of words and rows to ask it: what `winnow eval` takes seconds for."""
+"""A tiny random model with a tokenizer of words, and rows that `winnow eval` answers in seconds."""
 
 import json
 from collections.abc import Iterable
@@ -48,5 +48,5 @@ def tiny_evaluation(folder: Path) -> Evaluation:
 
 
 def said(lines: Iterable[dict]) -> list[str]:
-    """What lines say, in an order that does not hang on who was first."""
+    """What lines say, in an order that does not depend on which came first."""
     return sorted(json.dumps({name: line.get(name) for name in SAME}, sort_keys=True) for line in lines)

@@ -34,7 +34,7 @@ def profile_of(layers: int, scores: dict[tuple[int, int], float]) -> wk.Profile:
 
 
 def made(layers: int, task: TaskProfile | None = None, **options: Any) -> Any:
-    """The policy with everything decided that hangs on the model of ``layers`` layers and on the task."""
+    """The policy with everything decided that depends on the model of ``layers`` layers and on the task."""
     return wk.policy("winnow", **options).for_model(shape(layers)).for_task(task or TaskProfile(layout=LAYOUT))
 
 

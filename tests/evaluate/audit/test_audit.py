@@ -1,4 +1,4 @@
-"""The audit against a slow reference, what goes wrong with a prompt, and the command."""
+"""The audit against a slow reference, prompts that fail, and prompt files."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_bytes_are_those_of_the_dtype_that_is_served(spec: str) -> None:
     assert found["held_bytes"] >= found["kept_bytes"]
 
 
-def test_prompt_files(tmp_path: Any) -> None:
+def test_prompt_files_are_read(tmp_path: Any) -> None:
     rows, text = tmp_path / "mine.jsonl", tmp_path / "one.txt"
     rows.write_text('{"prompt": "a b", "id": 7, "label": 3}\n\n{"prompt": "c"}\n{"prompt": "a b"}\n{"prompt": "d"}\n')
     text.write_text("Several\nlines are one prompt.\n")
@@ -262,7 +262,7 @@ def test_prompt_files(tmp_path: Any) -> None:
         ("a.txt", " \n", "a.txt is empty"),
     ],
 )
-def test_bad_prompt_files(tmp_path: Any, name: str, text: str, message: str) -> None:
+def test_bad_prompt_files_are_refused(tmp_path: Any, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(wk.InputError) as raised:
         auditor.file_prompts(tmp_path / name)
@@ -271,7 +271,7 @@ def test_bad_prompt_files(tmp_path: Any, name: str, text: str, message: str) -> 
         auditor.file_prompts(tmp_path / f"absent-{name}")
 
 
-def test_prompts_of_tasks(data_dir: Any) -> None:
+def test_prompts_of_tasks_are_gathered(data_dir: Any) -> None:
     pytest.importorskip("lm_eval")
     names = ["longbench_multi_news", "longbench_trec"]
     first, second = (auditor.gather_prompts([], names, data_dir, skip, 2) for skip in (0, 2))

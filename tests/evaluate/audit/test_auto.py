@@ -34,15 +34,15 @@ def test_curves_are_written_into_the_profile(llama: Any, tmp_path: Path) -> None
         (["snapkv"], [0.1], "at least 3"),
     ],
 )
-def test_what_makes_no_curve_is_refused_before_the_work(policies: list[str], budgets: list[Any], reason: str) -> None:
+def test_settings_that_give_no_curve_are_refused_before_the_work(policies: list[str], budgets: list[Any], reason: str) -> None:
     with pytest.raises(wk.InputError, match=reason):
         check_curves(policies, budgets)
 
 
-def test_few_prompts_make_no_curve() -> None:
+def test_too_few_prompts_give_no_curve() -> None:
     with pytest.raises(wk.InputError, match="at least 8"):
         curves_of([mass_line("snapkv", 0, 0.5, 0.5)])
 
 
-def test_what_is_kept_whole_has_all_the_mass(llama: Any) -> None:
+def test_a_prompt_kept_whole_has_all_the_mass(llama: Any) -> None:
     assert read(llama, "snapkv:observe=4", 1.0).report.kept_mass == [1.0]

@@ -1,4 +1,4 @@
-"""Which setting an audit recommends, on lines that nobody measured."""
+"""Which setting an audit recommends, on made-up lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from winnowkv.evaluate.audit.recommend import more_prompts, recommend, summarize
 
 
 def made(policy: str = "snapkv", budget: int | float = 0.5, agreement: float = 1.0, kept: int = 500, prompt: str = "a") -> Any:
-    """A result line that nobody measured."""
+    """A made-up result line."""
     return {
         "prompt": prompt, "id": prompt, "policy": policy, "budget": budget, "failed": None, "compared_tokens": 10,
         "agreement": agreement, "kl_mean": 0.1, "kl_p99": 0.2, "exact_match": agreement == 1, "first_divergence": None,
@@ -69,7 +69,7 @@ def test_the_mean_reaches_and_the_interval_does_not() -> None:
     assert alone["closest"]["budget"] == alone["undecided"]["budget"] == 0.25
 
 
-def test_a_mean_on_the_target_settles_nothing() -> None:
+def test_no_number_of_prompts_settles_a_mean_on_the_target() -> None:
     group = {"agreement": {"mean": 0.9}, "deviation": 0.1, "prompts": 10}
     assert more_prompts(group, 0.9) is None
     assert more_prompts(group, 0.8999) is None  # millions
@@ -92,7 +92,7 @@ def test_a_setting_that_lacks_prompts_or_saves_nothing_is_no_candidate() -> None
     assert "Nothing could be compared" in recommend([], 0.9)["sentence"]
 
 
-def test_only_what_was_asked_is_summed() -> None:
+def test_only_the_asked_settings_are_summed() -> None:
     lines = [made(budget=budget, prompt=prompt) for budget in (0.5, 1, 1.0) for prompt in "ab"]
     summary = summarize(
         lines, [line for line in lines if line["budget"] is not lines[0]["budget"]][:2], 0.9, {"dtype": "float32"}
@@ -101,8 +101,8 @@ def test_only_what_was_asked_is_summed() -> None:
     assert summary["lines"] == summary["expected_lines"] == 2
 
 
-def test_rounding_is_told() -> None:
+def test_rounding_is_noted() -> None:
     lines = [made(prompt=str(n)) | {"full_agreement": 0.96} for n in range(3)]
-    told = summarize(lines, lines, 0.9, {"dtype": "bfloat16"})["notes"]
-    assert any("96.0% of its own tokens: rounding in bfloat16" in note for note in told)
+    notes = summarize(lines, lines, 0.9, {"dtype": "bfloat16"})["notes"]
+    assert any("96.0% of its own tokens: rounding in bfloat16" in note for note in notes)
     assert not any("rounding" in note for note in summarize([made()], [made()], 0.9, {"dtype": "float32"})["notes"])

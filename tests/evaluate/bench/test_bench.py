@@ -139,7 +139,8 @@ def test_serving_fills_the_memory_and_grows_none(done: tuple[dict[str, Any], Pat
         assert line["growth"] == line["held_all"] / line["held_first"] - 1 or "skipped" in line
 
 
-def test_a_bench_goes_on_where_it_stopped(llama: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_bench_continues_where_it_stopped(llama: PreTrainedModel, tmp_path: Path) -> None:
     bench, told = make(contexts=[300], requests=0, batches=[1]), []
 
     def stop_at_two(what: str) -> None:
@@ -168,7 +169,7 @@ def test_compiled_steps_have_cells_of_their_own() -> None:
     assert len({runner.identity(cell) for cell in cells}) == len(cells)
 
 
-def test_turns_are_taken_in_an_order_that_moves_on() -> None:
+def test_the_order_of_turns_rotates() -> None:
     calls: list[str] = []
     clock = bench_clock.Clock(CPU, ticking(*range(1, 10)))
     took = clock.turns({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=2, warm=1)
@@ -209,7 +210,7 @@ def test_copies_decode_as_what_they_were_copied_from(model: PreTrainedModel) -> 
     assert source.dynamic(1).get_seq_length() == PROMPT  # a copy went on, the original did not
 
 
-def test_what_sliding_layers_cannot_do_is_said() -> None:
+def test_a_static_cache_of_sliding_layers_is_refused_and_slots_serve_them() -> None:
     model = hybrid()
     source = bench_caches.Source(model, bench_caches.twin(model), Letters(), prompt(PROMPT)[0].tolist())
     with pytest.raises(wk.WinnowError, match="sliding-window layers"):
@@ -218,7 +219,8 @@ def test_what_sliding_layers_cannot_do_is_said() -> None:
     assert torch.allclose(logits, source.plain(torch.tensor([[5]]), past_key_values=source.dynamic(1)).logits[:, -1], atol=1e-5)
 
 
-def test_what_memory_does_not_hold_is_left_out_with_the_sizes(
+@pytest.mark.slow
+def test_cells_that_do_not_fit_into_memory_are_left_out_with_the_sizes(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make(contexts=[500], batches=[3], requests=0)
@@ -233,6 +235,7 @@ def test_what_memory_does_not_hold_is_left_out_with_the_sizes(
     assert not (tmp_path / "none" / "decode.png").exists()
 
 
+@pytest.mark.slow
 def test_a_memory_too_small_for_one_request_is_a_result(llama: PreTrainedModel, tmp_path: Path) -> None:
     bench = make(contexts=[300], batches=[1], requests=0, kv_memory=20 * ENTRY)
     (line,) = go(bench, llama, tmp_path)["serve"]
@@ -269,7 +272,7 @@ FULL = runner.Bench(settings([SNAP], [0.12]), contexts=[1024, 2048, 4096, 8192],
 
 
 @pytest.mark.parametrize(("values", "compress", "met"), [(GOOD, 1.05, True), (BAD, 1.2, False)])
-def test_targets_are_told_apart(values: dict[str, float], compress: float, met: bool) -> None:
+def test_targets_are_met_or_missed_as_measured(values: dict[str, float], compress: float, met: bool) -> None:
     summary = bench_bars.summarize(FULL, made_lines(compress=compress, **values), "m")
     found = {bar["name"]: bar for bar in summary["bars"]}
     fits = next(bar for name, bar in found.items() if name.startswith("requests that fit"))
@@ -302,7 +305,7 @@ def test_compiled_steps_have_targets_of_their_own(speed: float, met: bool) -> No
     assert (bars[faster]["value"], bars[faster]["met"]) == (pytest.approx(speed), met)
 
 
-def test_what_was_not_measured_is_not_met_either() -> None:
+def test_a_target_that_was_not_measured_is_not_met() -> None:
     summary = bench_bars.summarize(FULL, [], "m")
     assert summary["lines"] == 0
     assert {(bar["value"], bar["met"]) for bar in summary["bars"]} == {(None, None)}
@@ -334,7 +337,9 @@ def test_pictures_show_each_cache_once(done: tuple[dict[str, Any], Path]) -> Non
         ({"settings": settings([SNAP], [0.01])}, "a budget of"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_is_read(llama: PreTrainedModel, change: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_work_are_refused_before_anything_is_read(
+    llama: PreTrainedModel, change: dict[str, Any], message: str
+) -> None:
     builder = PromptBuilder(Letters(), read_haystack(), chat=False)
     with pytest.raises(wk.WinnowError) as raised:
         replace(make(), **change).check(llama, builder)

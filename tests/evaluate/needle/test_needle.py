@@ -165,13 +165,13 @@ def test_replayed_answers_equal_live_ones(embedded, tmp_path):
         ({"needles": 0}, "at least one policy"),
     ],
 )
-def test_what_cannot_work_is_told_before_any_work(embedded, tmp_path, change, message):
+def test_settings_that_cannot_work_are_refused_before_any_work(embedded, tmp_path, change, message):
     with pytest.raises(wk.WinnowError, match=message):
         go(make(**change), embedded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_lengths_beyond_the_model_or_the_haystack(embedded, tmp_path):
+def test_lengths_beyond_the_model_or_the_haystack_are_refused(embedded, tmp_path):
     model, tokenizer = embedded
     long = runner.NeedleTest(["full"], [0.5], [9000], [0.5], read_needles()[:1])
     with pytest.raises(wk.InputError, match="8192 positions: ask for at most 8168"):
@@ -215,7 +215,7 @@ def test_batched_answers_equal_single_ones(llama, tmp_path, variant):
     assert all(line["decode_batch"] == 1 and line["decode_ms_per_token"] > 0 for line in whole)
 
 
-def test_settings_that_wait_hold_no_more_than_a_full_cache_and_the_last(llama, tmp_path, monkeypatch):
+def test_waiting_settings_hold_no_more_than_a_full_cache_and_the_last_compressed_one(llama, tmp_path, monkeypatch):
     held = []
     real = runner.continue_all
 
@@ -245,7 +245,7 @@ def test_a_variant_is_in_its_lines_and_is_not_computed_twice(llama, tmp_path, mo
         go_tiny(tiny_test(variant="multi"), llama, tmp_path)
 
 
-def test_lines_older_than_the_variants_are_single_ones(llama, tmp_path, monkeypatch):
+def test_lines_of_an_older_version_belong_to_the_single_variant(llama, tmp_path, monkeypatch):
     summary, lines = go_tiny(tiny_test(), llama, tmp_path)
     file = tmp_path / "results.jsonl"
     new = ("variant", "found", "failed", "decode_batch")
@@ -303,6 +303,7 @@ def test_a_section_of_maps_for_each_budget_or_for_each_policy():
     assert [len(section) for section in plot.map_sections(full)] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [1, 10])
 @pytest.mark.parametrize("policies", [0, 2, 12])
 def test_pictures_stay_readable(tmp_path, lengths, policies):
@@ -333,6 +334,6 @@ def test_pictures_stay_readable(tmp_path, lengths, policies):
         ({"lengths": "longest"}, "--lengths: 'longest' is not a number"),
     ],
 )
-def test_bad_values_are_told_before_the_model_loads(asked, message):
+def test_bad_values_are_refused_before_the_model_loads(asked, message):
     with pytest.raises(wk.InputError, match=message):
         command(model="/no/such/model", **asked)

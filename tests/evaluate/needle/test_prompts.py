@@ -40,14 +40,14 @@ def test_the_package_brings_eight_needles_and_a_long_haystack(tokenizer):
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("length", [200, 1000, 3000])
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_length_and_depth(tokenizer, chat, length, depth):
+def test_the_prompt_has_its_length_and_the_needle_its_depth(tokenizer, chat, length, depth):
     builder = PromptBuilder(tokenizer, read_haystack(), chat=chat)
     ids = builder.build(NEEDLE, length, depth)
     text = tokenizer.decode(ids)
     assert length - 2 <= len(ids) <= length
     assert text.count(NEEDLE.needle) == 1
     book = text[text.index("<book>") + 6 : text.index("</book>")]
-    # Behind a sentence's end, so at most a long sentence before the depth.
+    # After a sentence's end, so at most a long sentence before the depth.
     assert depth - 260 / len(book) <= book.index(NEEDLE.needle) / len(book) <= depth + 0.01
     before = book[: book.index(NEEDLE.needle)].rstrip()
     assert not before or before[-1] in ".!?\"'"
@@ -66,27 +66,27 @@ def test_several_needles_are_spread_from_the_first(tokenizer, depth):
     assert f"Question: {three.question}\nAnswer:" in text
 
 
-def test_depths_go_on_at_the_start_behind_the_end():
+def test_depths_past_the_end_continue_at_the_start():
     assert spread(0.3, 1) == [0.3]
     assert spread(0.5, 2) == [0.5, 1.0]
     assert spread(0.75, 4) == [0.75, 1.0, 0.25, 0.5]
     assert spread(1.0, 2) == [1.0, 0.5]
 
 
-def test_book_form(tokenizer):
+def test_book_form_is_read(tokenizer):
     text = tokenizer.decode(PromptBuilder(tokenizer, read_haystack(), chat=False).build(NEEDLE, 300, 0.5))
     assert text.startswith("<book>")
     assert text.endswith("</book>\nBased on the content of the book, Question: Where is the wine kept?\nAnswer:")
 
 
-def test_too_short_a_haystack_and_too_short_a_length(tokenizer):
+def test_a_haystack_or_length_that_is_too_short_is_refused(tokenizer):
     with pytest.raises(InputError, match=r"the haystack has \d+ tokens, a prompt of 3000 needs \d+"):
         PromptBuilder(tokenizer, "A short text. " * 20, chat=True).build(NEEDLE, 3000, 0.5)
     with pytest.raises(InputError, match="length 40 is too short"):
         PromptBuilder(tokenizer, read_haystack(), chat=True).build(NEEDLE, 40, 0.5)
 
 
-def test_chat_without_a_template(tokenizer):
+def test_a_chat_prompt_without_a_template_is_refused(tokenizer):
     class Bare:
         chat_template = None
 
@@ -140,7 +140,7 @@ def test_sets_of_needles_go_round_the_list():
             needle_sets(needles, count)
 
 
-def test_variants():
+def test_every_variant_is_read():
     assert read_variant("single") == read_needles()
     assert read_variant("multi") == needle_sets(read_needles(), 3)
     assert read_variant("multi", count=5) == needle_sets(read_needles(), 5)
@@ -172,7 +172,7 @@ def test_real_needle_is_another_name_of_the_answer(tmp_path):
     assert [needle.answer for needle in read_needles(file)] == ["r", "a"]
 
 
-def test_other_peoples_needles(data_dir):
+def test_needle_files_of_other_projects_are_read(data_dir):
     needles = read_needles(data_dir / "needle" / "needles_detect.jsonl")
     assert len(needles) == 3
     assert all(needle.answer.casefold() in needle.needle.casefold() for needle in needles)
@@ -192,7 +192,7 @@ def test_haystack_from_folder_and_file(tmp_path):
         read_haystack(tmp_path / "none.txt")
 
 
-def test_other_peoples_essays_as_a_haystack(tokenizer, data_dir):
+def test_essays_of_other_projects_are_read_as_a_haystack(tokenizer, data_dir):
     builder = PromptBuilder(tokenizer, read_haystack(data_dir / "needle" / "PaulGrahamEssays"), chat=True)
     ids = builder.build(NEEDLE, 6000, 0.5)
     assert 5998 <= len(ids) <= 6000

@@ -54,7 +54,7 @@ def test_prompts_that_differ_between_runs_are_not_paired(tmp_path):
     assert f"The runs differ in max_context: 6000 ({a}), 500 ({b})." in summary["notes"]
 
 
-def test_other_machines_and_versions_are_told(tmp_path):
+def test_other_machines_and_versions_are_noted(tmp_path):
     a = write_run(tmp_path / "a", [line("full")])
     b = write_run(tmp_path / "b", [line("snapkv", versions={**VERSIONS, "torch": "2.6.0"})], machine={**MACHINE, "threads": 8})
     notes = summarize(*merge([a, b]))["notes"]
@@ -108,7 +108,7 @@ def test_a_line_that_is_no_text_is_named_by_number(tmp_path):
         merge([run])
 
 
-def test_folders_that_are_no_runs(tmp_path):
+def test_folders_that_are_no_runs_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     none = write_run(tmp_path / "none", [])
     needle = write_run(tmp_path / "needle", [line("full")], command="needle")

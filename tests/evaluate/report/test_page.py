@@ -41,7 +41,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_everything_stands_in_the_page(page):
+def test_the_page_contains_scores_settings_and_answers(page):
     text = " ".join(Reader(page.read_text(encoding="utf-8")).text.split())
     for expected in ("tiny in float32", "AMD EPYC, 2 threads", "torch 2.13.0", "0123456789ab", "official", "context-only",
                      "2 protocols (official, context-only): shown side by side", "only 3 rows: the interval is a rough guide",
@@ -49,7 +49,7 @@ def test_everything_stands_in_the_page(page):
         assert expected in text
 
 
-def test_the_page_asks_nobody_for_anything(page):
+def test_the_page_loads_nothing_from_elsewhere(page):
     text = page.read_text(encoding="utf-8")
     for tag, attributes in Reader(text).tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
@@ -84,7 +84,7 @@ def test_settings_are_escaped_too():
     [[], [broken("too long")], [line()], [line("snapkv", 0.0)], [line("full", 0.0), line("snapkv", 1.0)]],
     ids=["nothing", "all failed", "one row", "no baseline, score 0", "nothing lost"],
 )
-def test_odd_results_have_a_page(lines, tmp_path):
+def test_unusual_results_have_a_page(lines, tmp_path):
     text = page_of(lines, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "All results" in text
     assert "nan" not in Reader(text).text.lower().split()

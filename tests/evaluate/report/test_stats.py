@@ -10,7 +10,7 @@ from winnowkv.evaluate.report.stats import Paired, mean_interval, paired, small
 
 
 def naive_interval(groups, seed, resamples):
-    """The bootstrap as one would say it: a loop over resamples, a loop over rows, sorted, read off by hand."""
+    """The bootstrap as loops over resamples and rows; the percentiles are read from the sorted means."""
     draw = np.random.default_rng(seed)
     drawn = []
     for group in groups:
@@ -69,7 +69,7 @@ def test_excluded_rows_keep_their_strata_aligned():
     assert result.mean_difference == pytest.approx((1.0 + 0.3) / 2)
 
 
-def test_the_seed_decides_and_nothing_else():
+def test_an_interval_depends_on_its_seed_only():
     values = np.random.default_rng(9).random(20).tolist()
     assert mean_interval(values) == mean_interval(values)
     assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
@@ -94,7 +94,7 @@ def test_pairing_is_sharper_than_two_intervals():
     assert together.high - together.low < (alone[2] - alone[1]) / 3
 
 
-def test_nothing_and_a_single_row_say_that_they_cannot_tell():
+def test_no_row_and_a_single_row_give_no_interval():
     assert all(math.isnan(x) for x in mean_interval([]))
     assert all(math.isnan(x) for x in mean_interval([None, float("nan")]))
     center, low, high = mean_interval([0.25])
@@ -111,7 +111,7 @@ def test_equal_rows_have_an_interval_of_no_width():
     assert paired([0.3, 0.6], [0.3, 0.6]) == Paired(0.0, 0.0, 0.0, 0, 2, 0, 2, 0)
 
 
-def test_other_lengths_are_no_pairs():
+def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="2 and 1 values cannot be paired"):
         paired([0.1, 0.2], [0.1])
 
@@ -126,5 +126,5 @@ def test_other_lengths_are_no_pairs():
         (30, None),
     ],
 )
-def test_small_sets_say_so(rows, sentence):
+def test_small_sets_are_noted(rows, sentence):
     assert small(rows) == sentence

@@ -1,4 +1,4 @@
-"""What an evaluation's lines say: means by hand, pairs by row, protocols apart; several runs as one; bad input."""
+"""Summaries of an evaluation: means, pairs by row, protocols apart, notes."""
 
 import json
 from statistics import mean
@@ -15,7 +15,7 @@ def two():
     return summarize([*lines_of("full", FULL_SCORES), *lines_of("snapkv", SNAPKV_SCORES)], CONFIG)
 
 
-def test_a_task_and_both_means_by_hand(two):
+def test_scores_of_a_task_and_both_means_equal_worked_examples(two):
     assert group(two, "a", "snapkv")["score"] == pytest.approx(mean(SNAPKV_SCORES["a"]))
     assert group(two, OVER_ROWS, "snapkv")["score"] == pytest.approx(mean(SNAPKV_SCORES["a"] + SNAPKV_SCORES["b"]))
     assert group(two, OVER_TASKS, "snapkv")["score"] == pytest.approx((mean(SNAPKV_SCORES["a"]) + mean(SNAPKV_SCORES["b"])) / 2)
@@ -38,7 +38,7 @@ def test_against_full_is_paired_by_row_and_not_by_place(two):
     assert group(two, OVER_ROWS, "full")["against_full"] is None
 
 
-def test_bytes_and_times_by_hand():
+def test_bytes_and_times_equal_worked_examples():
     sizes = [
         {"kept_bytes": 10, "held_bytes": 20, "full_bytes": 100, "prefill_s": 1.0},
         {"kept_bytes": 30, "held_bytes": 50, "full_bytes": 300, "prefill_s": 9.0},
@@ -92,13 +92,13 @@ def test_entries_and_fractions_are_two_budgets():
     assert found == [(int, 0.2), (float, 0.6)]
 
 
-def test_what_evicts_nothing_is_one_setting_whatever_its_budgets():
+def test_a_policy_that_evicts_nothing_is_one_setting_at_any_budget():
     summary = summarize([line("full", 0.3, budget=0.12), line("full", 0.3, budget=128), line("snapkv", budget=128)], CONFIG)
     found = [(g["policy"], g["rows"], g["whole"]) for g in summary["sections"][0]["groups"] if g["task"] == "qa"]
     assert found == [("full", 1, True), ("snapkv", 1, False)]
 
 
-def test_failed_rows_are_counted_left_out_and_told():
+def test_failed_rows_are_counted_left_out_and_noted():
     lines = [line("full", 0.8, row="1"), line("full", 0.6, row="2"), line("full", 0.4, row="3"),
              line("snapkv", 0.5, row="1"), broken("out of memory", row="2"), line("snapkv", float("nan"), row="3")]  # fmt: skip
     summary = summarize(lines, CONFIG)
@@ -112,7 +112,7 @@ def test_failed_rows_are_counted_left_out_and_told():
     assert "Not every setting answered all 3 rows, so trust the differences more than the means: snapkv at 12% (1)." in notes
 
 
-def test_a_row_that_the_full_cache_failed_is_in_no_pair():
+def test_a_row_on_which_the_full_cache_failed_is_in_no_pair():
     lines = [line("full", None, failed="a logit is not a number"), line("full", 0.4, row="r1"),
              line("snapkv", 0.1), line("snapkv", 0.1, row="r1")]  # fmt: skip
     pair = group(summarize(lines, CONFIG), "qa", "snapkv")["against_full"]
@@ -133,7 +133,7 @@ def test_truncated_rows_are_counted_once_a_prompt():
     assert "1 of 2 prompts were longer than the context: 40 tokens were cut out of them." in summary["sections"][0]["notes"]
 
 
-def test_small_sets_say_so(two):
+def test_small_sets_are_noted(two):
     assert "a: only 4 rows: the interval is a rough guide." in two["sections"][0]["notes"]
     assert "b: only 2 rows: the interval is a rough guide." in two["sections"][0]["notes"]
     assert two["sections"][0]["tasks"][0] == {"task": "a", "rows": 4, "small": "only 4 rows: the interval is a rough guide"}

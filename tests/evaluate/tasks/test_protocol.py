@@ -53,7 +53,7 @@ def test_a_prompt_that_fits_is_the_whole_prompt_in_its_template(tokenizer, task)
     assert tokenizer.decode(context_only.ids[context_only.context_end :]).startswith(one.after)
 
 
-def test_no_template_where_the_user_wants_none(tokenizer):
+def test_no_template_is_applied_with_no_chat(tokenizer):
     one = row(numbered(3))
     assert encode_row(one, ASKED, tokenizer, "official", None, chat=False).ids == tokenizer(one.prompt).input_ids
 
@@ -66,7 +66,7 @@ def test_a_token_over_the_boundary_belongs_to_the_question(tokenizer):
 
 
 @pytest.mark.parametrize("question", ["\n\nWho?", "\n\nWhere is it kept, and by whom was it brought there?"])
-def test_what_is_compressed_does_not_hang_on_the_question(tokenizer, question):
+def test_the_compressed_tokens_do_not_depend_on_the_question(tokenizer, question):
     _, plain = both(row(numbered(10)), ASKED, tokenizer)
     _, other = both(row(numbered(10), question), ASKED, tokenizer)
     assert plain.ids[: plain.context_end] == other.ids[: other.context_end]
@@ -88,7 +88,7 @@ def test_a_long_prompt_keeps_its_first_and_last_half(tokenizer, task, limit):
     assert context_only.text.removeprefix(context_only.context).startswith(one.after)
 
 
-def test_a_cut_inside_the_question(tokenizer):
+def test_a_cut_inside_the_question_leaves_the_context_whole(tokenizer):
     one = row("The context.", f"\n{numbered(200)}")
     _, context_only = both(one, FEW_SHOT, tokenizer, 100)
     assert context_only.context == "Read this.\nThe context."
@@ -119,7 +119,7 @@ def test_real_rows_are_cut_as_longbench_cuts_them(tokenizer, data_dir):
             assert one.after not in context_only.context
 
 
-def test_what_cannot_be_encoded(tokenizer):
+def test_rows_that_cannot_be_encoded_are_refused(tokenizer):
     with pytest.raises(InputError, match="protocol 'offical' is unknown: it is one of official, context-only"):
         encode_row(row("text"), ASKED, tokenizer, "offical", None, chat=True)
     with pytest.raises(InputError, match="a limit of 8 tokens holds no prompt of asked"):
@@ -137,7 +137,7 @@ def test_what_cannot_be_encoded(tokenizer):
         encode_row(row("text"), ASKED, Slow(), "official", None, chat=False)
 
 
-def test_a_template_that_changes_the_message():
+def test_a_template_that_changes_the_message_is_refused():
     class Shouting:
         chat_template = "x"
 
@@ -148,7 +148,7 @@ def test_a_template_that_changes_the_message():
         template_ends(Shouting())
 
 
-def test_middle_out():
+def test_middle_out_keeps_both_ends():
     assert middle_out([1, 2, 3], 3) == [1, 2, 3]
     assert middle_out([1, 2, 3, 4, 5], 4) == [1, 2, 4, 5]
     assert middle_out([1, 2, 3, 4, 5], 3) == [1, 2, 5]

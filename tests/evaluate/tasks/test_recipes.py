@@ -1,4 +1,4 @@
-"""Recipes: every one of the repository dry-runs without a hub; what is wrong with one is said with its file."""
+"""Recipes: every recipe of the repository passes a dry run without network; errors name the recipe file."""
 
 import json
 from pathlib import Path
@@ -46,9 +46,9 @@ def test_there_is_a_recipe_for_each_headline_claim():
 def test_every_recipe_of_the_repository_dry_runs(winnow, file):
     code, out, _ = winnow("eval", "--recipe", file, "--dry-run", "--json")
     assert code == 0
-    said = json.loads(out)
-    assert said["claim"]
-    for plan in said["plans"]:
+    found = json.loads(out)
+    assert found["claim"]
+    for plan in found["plans"]:
         assert plan["rows"]
         assert {setting["policy"] for setting in plan["settings"]} == set(plan["policies"])
         full, *budgets = plan["sizes"]
@@ -58,9 +58,10 @@ def test_every_recipe_of_the_repository_dry_runs(winnow, file):
         assert full["entries"] == plan["context"] <= facts["positions"]
     code, out, _ = winnow("eval", "--recipe", file, "--dry-run")
     assert code == 0
-    assert all(plan["model"] in out for plan in said["plans"])
+    assert all(plan["model"] in out for plan in found["plans"])
 
 
+@pytest.mark.slow
 def test_the_embedded_model_takes_the_settings_of_any_recipe(winnow, tmp_path):
     data = write_rows(tmp_path / "data", rows=3)
     code, out, _ = winnow(
@@ -78,6 +79,7 @@ def test_the_embedded_model_takes_the_settings_of_any_recipe(winnow, tmp_path):
     assert (plan["context"], plan["rows"]) == (300, {"needles": 1})
 
 
+@pytest.mark.slow
 def test_the_sizes_of_the_embedded_model_are_known():
     if models.find_wheel() is None:
         pytest.skip(f"the embedded model's wheel is not installed ({models.INSTALL})")
@@ -106,7 +108,7 @@ def test_the_sizes_of_the_embedded_model_are_known():
         (NEEDLE, {"lengths": [9999]}, "a context of 9999 passes the 10000 positions of tiny"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_the_file(tmp_path, base, change, message):
+def test_errors_name_the_recipe_file(tmp_path, base, change, message):
     file = write(tmp_path, {**base, **change})
     with pytest.raises(wk.InputError) as error:
         read_recipe(file)
@@ -114,20 +116,20 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, base, change, message):
     assert str(file) in str(error.value)
 
 
-def test_a_key_that_is_missing(tmp_path):
+def test_a_missing_key_is_named(tmp_path):
     with pytest.raises(wk.InputError, match="key 'tasks' is missing, it must be a list of texts"):
         read_recipe(write(tmp_path, {name: value for name, value in EVAL.items() if name != "tasks"}))
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list", ""])
-def test_a_file_that_is_no_recipe(tmp_path, text):
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     with pytest.raises(wk.InputError, match=r"recipe\.yaml"):
         read_recipe(file)
 
 
-def test_a_file_that_is_not_there(winnow, tmp_path):
+def test_a_missing_file_is_named(winnow, tmp_path):
     code, _, err = winnow("eval", "--recipe", tmp_path / "none.yaml", "--dry-run")
     assert code == 2
     assert "none.yaml cannot be read" in err
@@ -145,7 +147,7 @@ def test_facts_are_compared_with_a_config_that_is_there(winnow, tmp_path):
     assert "has kv_heads 4, its config says 2" in err
 
 
-def test_what_a_recipe_decides_cannot_be_said_beside_it(winnow, tmp_path):
+def test_options_that_a_recipe_decides_are_refused_beside_it(winnow, tmp_path):
     code, _, err = winnow("eval", "--recipe", write(tmp_path, EVAL), "--budgets", "0.2", "--no-chat")
     assert code == 2
     assert "--budgets, --chat" in err
@@ -154,6 +156,7 @@ def test_what_a_recipe_decides_cannot_be_said_beside_it(winnow, tmp_path):
     assert "runs in one process" in err
 
 
+@pytest.mark.slow
 def test_a_recipe_of_two_models_fills_a_folder_for_each(winnow, tmp_path):
     both = [{"name": str(write_model(tmp_path / name)), **TINY} for name in ("one", "two")]
     both[1]["budgets"] = [30]
@@ -171,6 +174,7 @@ def test_a_recipe_of_two_models_fills_a_folder_for_each(winnow, tmp_path):
     assert "report.html" in out
 
 
+@pytest.mark.slow
 def test_a_needle_recipe_runs_the_needle_test(winnow, tmp_path):
     if models.find_wheel() is None:
         pytest.skip(f"the embedded model's wheel is not installed ({models.INSTALL})")

@@ -62,6 +62,7 @@ def test_prompt_length_and_metric_are_longbenchs(data_dir, tmp_path, dataset):
     assert found.first_line == (dataset in ("trec", "triviaqa", "samsum"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tasks.MAKERS)
 def test_real_rows_are_read_whole_and_their_answers_are_right(data_dir, name):
     found = task(name)
@@ -81,7 +82,7 @@ def test_the_best_of_several_answers_counts(tmp_path):
     assert score(tmp_path, "longbench_qasper", "red\nor blue", answers=["red"]) == pytest.approx(0.5)
 
 
-def test_only_the_first_line_counts_behind_empty_ones(tmp_path):
+def test_only_the_first_line_that_is_not_empty_counts(tmp_path):
     assert score(tmp_path, "longbench_triviaqa", "\n\nred\n\nPassage: more") == 1
     assert score(tmp_path, "longbench_triviaqa", " \nred") == 0  # a line with a space is a line
     assert score(tmp_path, "longbench_samsum", "red\nDialogue: blue", answers=["red"]) == pytest.approx(1)
@@ -154,12 +155,12 @@ def test_longeval_takes_the_first_number(tmp_path):
     assert [found.complete(text) for text in ("It is", "It is 12", "It is 12.")] == [False, False, True]
 
 
-def test_when_an_answer_is_complete():
+def test_one_line_answers_are_complete_after_their_first_line_of_text():
     assert [task("longbench_trec").complete(text) for text in ("\n\nred", "\nred\n", "")] == [False, True, False]
     assert not task("longbench_qasper").complete("red\nblue\n")
 
 
-def test_names_and_groups():
+def test_tasks_and_groups_are_found_by_name():
     assert [found.name for found in find_tasks(["longbench"])] == [f"longbench_{name}" for name in DATASETS]
     assert len(find_tasks(["ruler", "longeval", "babilong", "babilong_1k"])) == 4
     with pytest.raises(InputError, match=r"task 'longbench_qaspr' is unknown. Did you mean 'longbench_qasper'\? Known: "):
@@ -191,7 +192,7 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, line, reason):
         found.rows(tmp_path)
 
 
-def test_files_without_rows(tmp_path):
+def test_files_without_rows_are_refused(tmp_path):
     found = task("longbench_qasper")
     with pytest.raises(InputError, match=r"longbench_qasper file .*qasper\.jsonl cannot be read: No such file"):
         found.rows(tmp_path)
@@ -206,7 +207,7 @@ def test_separators_inside_a_text_do_not_split_a_row(tmp_path):
     assert found.rows(tmp_path)[0].context == "one\u2028two\x85three"
 
 
-def test_rows_of_the_hub(monkeypatch):
+def test_rows_are_read_from_the_hub(monkeypatch):
     asked = []
 
     def load_dataset(path, name, split):
@@ -224,7 +225,7 @@ def test_rows_of_the_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no network\nmore"), ValueError("no network")])
-def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch, error):
     def load_dataset(*args, **options):
         raise error
 
