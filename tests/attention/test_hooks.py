@@ -1,4 +1,4 @@
-"""Our attention over entries in any number equals the softmax that it stands for."""
+"""Our attention equals one softmax for any number of entries."""
 
 from __future__ import annotations
 

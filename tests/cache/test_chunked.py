@@ -1,4 +1,4 @@
-"""A prompt read in chunks: without a ceiling all is as without chunks, with one the cache never holds more than it says."""
+"""A prompt read in chunks: without a ceiling nothing changes, with one no more than ceiling and chunk is held."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def buffers(cache: wk.CompactCache) -> list[Tensor]:
 
 
 def test_dropping_entries_copies_keys_and_values_one_after_the_other(llama: PreTrainedModel) -> None:
-    """Beside the buffers, which stay where they are, there is never more than the ceiling's keys or values of one layer."""
+    """Besides the buffers, which are reused, there is never more than the ceiling's keys or values of one layer."""
     from torch.profiler import ProfilerActivity, profile
 
     cache = wk.CompactCache(llama, "snapkv:observe=8", 20)
@@ -309,7 +309,7 @@ def test_a_layout_is_mapped_to_the_remaining_tokens() -> None:
 
 
 def test_the_policy_gets_the_layout_of_the_remaining_tokens(llama: PreTrainedModel) -> None:
-    """Sentences of 10 tokens that stayed in part or whole end where their tokens end, and the question is the question."""
+    """Sentences of 10 tokens that stayed in part or whole end at their last remaining token; the question stays as it is."""
     task = wk.TaskProfile("localization", layout=Layout(TOKENS, 40, 3, tuple(range(10, TOKENS, 10))))
     cache = wk.CompactCache(llama, "winnow:observe=4:samples=16", 60, task=task)
     sizes = cache.begin_chunks(TOKENS, CHUNK, CEILING)

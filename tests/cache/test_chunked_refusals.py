@@ -119,7 +119,7 @@ def test_a_model_that_uses_the_cache_in_part_is_refused(llama: PreTrainedModel, 
 
 
 def test_a_users_own_chunks_compress_the_first_only(llama: PreTrainedModel) -> None:
-    """As before there was ``chunk=``: a forward pass on a fresh cache is the prompt, whatever comes after is not."""
+    """Without ``chunk=`` the first forward pass on a fresh cache is the prompt, and later ones are not."""
     own, generated = (wk.CompactCache(llama, "snapkv:observe=8", 20) for _ in range(2))
     with torch.no_grad():
         for part in prompt(150).split(64, 1):

@@ -61,7 +61,7 @@ def test_the_reference_notices_another_choice_of_entries(llama: PreTrainedModel)
 
 
 def test_decoding_after_a_quantized_prompt_equals_decoding_after_its_dequantized_values(llama: PreTrainedModel) -> None:
-    """Against a cache in full precision that holds what the codes stand for."""
+    """Against a cache in full precision that holds the dequantized values."""
     ids, more = prompt(40), prompt(len(STEPS), seed=1)
     cache, plain = cache_of(llama, "snapkv:observe=8:quantize=int8"), cache_of(llama, "snapkv:observe=8")
     prefill(llama, ids, cache)
@@ -219,7 +219,7 @@ def test_caches_that_cannot_be_stacked_are_refused(llama: PreTrainedModel) -> No
         stack(caches[:1])
 
 
-# Laws 5 and 8: nothing leaks; saved and loaded goes on as before
+# Laws 5 and 8: nothing leaks; a saved and loaded cache decodes as before
 
 
 def test_two_prompts_in_a_row_equal_each_alone(llama: PreTrainedModel) -> None:

@@ -81,7 +81,7 @@ def test_an_outlier_channel_of_the_keys_does_not_cost_the_others() -> None:
 @pytest.mark.parametrize("per_channel", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("stored", STORED)
 def test_padding_changes_no_code(stored: str, per_channel: bool, heads: int) -> None:
-    """Rows and heads of other lengths, and whatever stands in their padding: each is coded as it would be alone."""
+    """Rows and heads of other lengths, with any values in their padding: each is coded as it would be alone."""
     generator = torch.Generator().manual_seed(5)
     longest, lengths = 150, [[150, 97], [3, 64]] if heads == 2 else [[150, 150], [97, 97]]
     states = torch.randn(2, 2, longest, 16, generator=generator) + 40

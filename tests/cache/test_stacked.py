@@ -1,4 +1,4 @@
-"""Caches stacked into one batch go on as they would alone."""
+"""Caches stacked into one batch decode as they would alone."""
 
 from __future__ import annotations
 

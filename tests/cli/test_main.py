@@ -5,6 +5,7 @@ import json
 import pytest
 
 from winnowkv.models import load as models
+from winnowkv.policies import names
 
 needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
 
@@ -24,7 +25,7 @@ def test_policies_as_json(winnow):
     code, out, _ = winnow("policies", "--json")
     rows = {row["policy"]: row for row in json.loads(out)["policies"]}
     assert code == 0
-    assert set(rows) >= {"full", "random", "streaming", "snapkv", "pyramidkv", "windowkv", "dynamickv"}
+    assert set(rows) == set(names())
     assert rows["windowkv"]["options"]["group"] == 6
 
 

@@ -1,4 +1,4 @@
-"""Recorded steps: when they are recorded, and that playing back reads the new inputs. CUDA itself where there is one."""
+"""Recorded steps: when they are recorded, and that playing back reads the new inputs. CUDA itself if there is a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that fail, are cancelled, or end in another thread: the others go on, and nothing is kept of them."""
+"""Requests that fail, are cancelled, or run in other threads: the others continue, and nothing is kept of finished ones."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def read(model: PreTrainedModel, row: int, **settings: object) -> tuple[wk.Compa
 def answers(
     model: PreTrainedModel, every: list[dict[str, object]], limit: int
 ) -> tuple[list[list[int] | None], list[list[int]]]:
-    """What rows with these settings say together, and each alone."""
+    """Tokens of rows with these settings in one batch, and of each alone."""
     made = [read(model, row % len(LENGTHS), **settings) for row, settings in enumerate(every)]
     rows = greedy_rows([cache for cache, _ in made], torch.cat([logits for _, logits in made]), limit, never)
     alone = [list(greedy(model, *read(model, row % len(LENGTHS), **settings), limit)) for row, settings in enumerate(every)]
@@ -39,7 +39,7 @@ def answers(
 
 
 def snapkv(model: PreTrainedModel) -> tuple[list[wk.CompactCache], torch.Tensor, list[list[int]]]:
-    """Three caches, their logits, and what each says alone."""
+    """Three caches, their logits, and the tokens of each alone."""
     made, again = ([read(model, row, policy="snapkv:observe=8", budget=24) for row in range(3)] for _ in range(2))
     alone = [list(greedy(model, cache, logits, 12)) for cache, logits in again]
     return [cache for cache, _ in made], torch.cat([logits for _, logits in made]), alone

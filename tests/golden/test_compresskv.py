@@ -95,7 +95,7 @@ def published_budgets(row: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize("row", entries("budget_allocation"))
 def test_budgets_equal_those_of_the_authors(row: dict[str, Any]) -> None:
-    """The published rule reproduces the vectors; ours has their sum and bounds, and their numbers where no bound bites."""
+    """The published rule reproduces the vectors; ours has their sum and bounds, and their numbers if no bound applies."""
     assert published_budgets(row) == row["budgets"]
     low, high, count = row["min_tokens"], row["max_tokens"], len(row["ratios"])
     if not row["exact_total"]:  # C3

@@ -80,7 +80,7 @@ def test_parity_with_the_published_selection(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("per_query_head", [False, True], ids=["kv_heads", "query_heads"])
-def test_our_allocation_is_exact_whatever_the_layers_score(case: Case, per_query_head: bool) -> None:
+def test_our_allocation_is_exact_for_any_scores_of_the_layers(case: Case, per_query_head: bool) -> None:
     check_laws(case, case.run(dynamickv(case), case["max_capacity"], per_query_head=per_query_head))
 
 
@@ -179,11 +179,11 @@ def test_d6_every_layer_keeps_the_floor(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CLEAN)
-def test_d7_our_selection_is_per_kv_head_and_d8_leaves_nothing_behind(case: Case) -> None:
+def test_d7_our_selection_is_per_kv_head_and_d8_keeps_no_state_between_prompts(case: Case) -> None:
     ours = dynamickv(case)
     plan = case.run(ours, case["max_capacity"])
     assert all(kept is not None and kept.shape[:2] == (1, case["num_kv_heads"]) for kept in plan.kept)
     case.run(ours, case["max_capacity"] - 8)
     again = case.run(ours, case["max_capacity"])
     assert [heads(a, case["n"], 2) for a in again.kept] == [heads(b, case["n"], 2) for b in plan.kept]
-    # D8 names a crash for prompts shorter than the window, too: those are kept whole, see test_policies.py.
+    # D8 names a crash for prompts shorter than the window, too: those are kept whole, see policies/test_registry.py.

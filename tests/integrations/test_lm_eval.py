@@ -110,7 +110,7 @@ def test_loglikelihood_reads_the_continuation_over_the_compressed_context(loaded
     assert min(apart[1::2]) > 1e-3 > max(apart[::2])  # what the prefill predicts, one token, is as it was
 
 
-def test_a_likely_continuation_is_said_to_be_greedy(loaded):
+def test_a_likely_continuation_is_reported_as_greedy(loaded):
     lm = winnow(loaded, **SNAP)
     context = lm.tok_encode(PROMPTS[0])
     with lm.compressing():

@@ -84,7 +84,7 @@ def test_bytes_of_a_padded_batch(model: PreTrainedModel, case: Case) -> None:
 
 
 def test_no_full_layer_outlives_its_turn(model: PreTrainedModel, evicting: Case) -> None:
-    """Whatever report.peak_bytes says: watch the storages themselves while prefill runs."""
+    """Watches the storages themselves while prefill runs, apart from report.peak_bytes."""
     cache = wk.CompactCache(model, **evicting.settings)
     whole: list[StorageWeakRef] = []
     lengths: list[list[int]] = []
@@ -118,7 +118,7 @@ def test_no_full_layer_outlives_its_turn(model: PreTrainedModel, evicting: Case)
             assert whole[2 * layer].expired()
             assert whole[2 * layer + 1].expired()
     if evicting.name in ("dynamickv", "cake", "expected", "winnow"):
-        return  # these shrink earlier layers while prefill goes on
+        return  # these shrink earlier layers during prefill
     # One shot: a layer has its final length when its turn is over, so only the newest is ever whole.
     assert lengths == [final[: i + 1] for i in range(len(final))]
     assert cache.report.peak_bytes <= cache.report.held_bytes + 2 * full_layer_bytes(model, PROMPT)

@@ -96,7 +96,7 @@ def test_quantization_changes_neither_prefill_nor_what_is_kept(model: PreTrained
 
 
 def tensors(cache: wk.CompactCache) -> list[Tensor]:
-    """Everything that stands for keys and values."""
+    """Every tensor that keys and values are stored in."""
     return [
         tensor
         for layer in cache.compact_layers

@@ -25,7 +25,7 @@ def test_encoder_decoder_models_are_refused() -> None:
 
 
 class OldAttention(nn.Module):
-    """Attention as it was written before the interface; its name tells transformers so."""
+    """Attention as it was written before the interface; transformers recognizes it by its name."""
 
 
 class OldConfig(PretrainedConfig):

@@ -1,4 +1,4 @@
-"""Calibration profiles: what is refused, and what the policies that read them say."""
+"""Calibration profiles: files that are refused, and the errors of policies that read them."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_tokenizer_joins_pieces_as_sentencepiece_does(gemma: tuple[PreTrainedMod
 
 
 def ranks(pieces: list[str], ids: dict[str, int]) -> list[tuple[int, int]]:
-    """Of neighbours that make a piece, its rank (ids stand in the order of scores) and where they are."""
+    """Of neighbours that make a piece, its rank (ids are in the order of scores) and their places."""
     return [(ids[a + b], at) for at, (a, b) in enumerate(pairwise(pieces)) if a + b in ids]
 
 

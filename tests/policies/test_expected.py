@@ -38,7 +38,7 @@ def scored(policy: Any, queries: Tensor, keys: Tensor, scale: float = SCALE) -> 
 
 
 def places(tokens: int, context: int, sinks: int, samples: int, ahead: int) -> list[tuple[int, int]]:
-    """Where each sampled query stands and where it is moved: most evenly over the text, a quarter its last ones."""
+    """Position of each sampled query and where it is moved to: most spread evenly over the text, a quarter its last ones."""
     late = min(samples // 4, context)
     early = min(samples - late, context)
     first = min(sinks, context - 1)

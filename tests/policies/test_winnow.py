@@ -128,7 +128,7 @@ def test_the_question_is_kept_up_to_half_of_the_budget() -> None:
 
 
 def test_the_needed_queries_are_samples_and_the_question() -> None:
-    """Samples of the text and the question without the template's tail; where no sentences are kept, samples only."""
+    """Samples of the text and the question without the template's tail; samples only if no sentences are kept."""
     policy = made(2, samples=8, observe=4, sinks=2)
     assert policy.wanted(40).tolist() == [*policy.places(40)[0].unique().tolist(), *range(30, 37)]
     assert made(2, TaskProfile("aggregation", layout=LAYOUT), samples=8, sinks=2).wanted(40).max() == 29
@@ -202,7 +202,7 @@ def test_aggregation_is_expected_with_the_question_for_a_window(layout: Layout |
 
 
 def test_without_a_known_question_the_policy_is_expected() -> None:
-    """``observe="context"`` gives the policy expected, whatever else was asked for the question's sake."""
+    """``observe="context"`` gives the policy expected, with any options about the question."""
     model = shape(4)
     for spec in (
         "winnow:observe=context:sinks=3:samples=9:ahead=7:quantize=int8",
@@ -340,7 +340,7 @@ def test_it_finds_needles(budget: float) -> None:
 
 
 def test_compress_reads_the_layout(llama: Any) -> None:
-    """With a tokenizer the question is found, without one the last tokens stand for it."""
+    """With a tokenizer the question is found, without one the last tokens are taken for it."""
 
     class Lines:
         chat_template = None

@@ -107,7 +107,7 @@ def test_no_more_than_the_peak_is_held(heads: list[tuple[int, int]], layers: int
 
 
 def test_everything_is_held_until_the_first_head_was_read() -> None:
-    """Until the first head was read no sentence is known: all is held, and the peak says so."""
+    """Until the first head was read no sentence is known: everything is held, and the announced peak includes it."""
     asked = Prompt(300, 12, 36)
     late = made(12, TaskProfile(), observe=8, samples=16, profile=profile_of(12, {(9, 0): 1.0}))
     assert peak_of(late, asked) == late.peak_entries(asked) / (12 * 300) == 10 / 12

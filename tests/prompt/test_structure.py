@@ -1,4 +1,4 @@
-"""Layout: the question, the chat template's tail, and where sentences end."""
+"""Layout: the question, the chat template's tail, and the ends of sentences."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from winnowkv.scale import join, pool
 
 pytestmark = pytest.mark.slow
 
-# Ray itself is not imported here: it listens on loopback only where scale/ imports it first.
+# Ray itself is not imported here: it listens on loopback only if scale/ imports it first.
 LINES = ROWS * 5  # full once, two other policies at two budgets
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install ray)")
 
@@ -67,7 +67,7 @@ class Killer:
 @needs_ray
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(asked, workers, alone, tmp_path):
     config, expected = alone
-    assert workers.config == config  # so that a folder begun with one process goes on with many
+    assert workers.config == config  # so that many processes can continue the folder of one
     store = ResultStore(tmp_path, workers.config, identity)
     killer = Killer(workers.processes())
     workers.run(store, work_on(asked, store), killer)

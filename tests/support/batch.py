@@ -1,4 +1,4 @@
-"""Left-padded batches of prompts, and what a model says over a cache of one."""
+"""Left-padded batches of prompts, and a model's logits over a cache of one."""
 
 from __future__ import annotations
 

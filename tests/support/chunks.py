@@ -17,7 +17,7 @@ from winnowkv.cache.reading import extend, prefill
 TOKENS = 200  # a chunk of 8, then three of 64
 CHUNK, CEILING = 64, 80
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-APART = ("prefill_seconds", "compress_seconds", "peak_bytes")  # what a report says otherwise of chunks
+APART = ("prefill_seconds", "compress_seconds", "peak_bytes")  # fields of a report that differ with chunks
 
 
 def read(model: PreTrainedModel, cache: wk.CompactCache, tokens: int = TOKENS, **chunks: Any) -> Tensor:
@@ -25,7 +25,7 @@ def read(model: PreTrainedModel, cache: wk.CompactCache, tokens: int = TOKENS, *
 
 
 def assert_told(chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
-    """Whether two reports say the same but for seconds and the peak; shares of scores as far as float32 goes."""
+    """Assert equal reports but for seconds and the peak; shares of scores to float32 precision."""
     mine, theirs = (
         {name: value for name, value in cache.report.to_dict().items() if name not in APART} for cache in (chunked, whole)
     )
@@ -34,7 +34,7 @@ def assert_told(chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
 
 
 def assert_same(model: PreTrainedModel, chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
-    """Whether a cache read in chunks is the one read at once, and goes on as it does."""
+    """Assert that a cache read in chunks equals one read at once, now and when it decodes."""
     assert same_positions(positions(chunked), positions(whole))
     assert_told(chunked, whole)
     for mine, theirs in zip(chunked.compact_layers, whole.compact_layers, strict=True):

@@ -1,4 +1,4 @@
-"""Prompts for an engine, what each answers alone, and what is held at every moment."""
+"""Prompts for an engine, the tokens of each alone, and the most bytes held."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ids(tokens: int, seed: int = 0) -> list[int]:
 
 
 def alone(model: PreTrainedModel, tokens: Sequence[int], new: int, policy: str, budget: float, task: Any = None) -> list[int]:
-    """The slow truth: one prompt in a compress block, and what the framework makes of it."""
+    """The slow reference: generate() on one prompt in a compress block."""
     read = torch.tensor([list(tokens)])
     with wk.compress(model, policy, budget, task=task, tokenizer=word_tokenizer()):
         return model.generate(read, max_new_tokens=new, do_sample=False)[0, len(tokens) :].tolist()
@@ -42,7 +42,7 @@ def asked(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] =
 
 
 class Watch:
-    """What is held at every moment that the engine tells of: between steps, and at each prompt's worst."""
+    """The most bytes held: between steps, and at the peak of each prompt."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most, self.waited, self.queued, self.peaks = 0, 0, 0, []

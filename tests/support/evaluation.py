@@ -11,7 +11,7 @@ from support.models import VOCABULARY, tiny_model
 from winnowkv.evaluate.tasks.run import Evaluation
 
 ROWS = 8
-# What a line says of its row and setting; the rest are times, memory and versions, which differ from run to run.
+# The fields of a line that depend on its row and setting; the rest are times, memory and versions, which differ between runs.
 SAME = (
     "task", "row", "protocol", "policy", "budget", "prediction", "answers", "score", "metric", "failed", "prompt_tail",
     "prompt_tokens", "truncated_tokens", "kept_entries", "kept_bytes", "full_bytes", "held_bytes", "seed",
@@ -48,5 +48,5 @@ def tiny_evaluation(folder: Path) -> Evaluation:
 
 
 def said(lines: Iterable[dict]) -> list[str]:
-    """What lines say, in an order that does not depend on which came first."""
+    """The contents of lines without times, in an order that does not depend on which came first."""
     return sorted(json.dumps({name: line.get(name) for name in SAME}, sort_keys=True) for line in lines)

@@ -33,7 +33,7 @@ def folder() -> Path:
 
 
 def missing(method: str) -> str | None:
-    """Why a method's vectors cannot be read, in plain words; None where they can."""
+    """Why a method's vectors cannot be read, in plain words; None if they can."""
     for suffix in (".json", ".safetensors"):
         path = folder() / f"{method}{suffix}"
         if not path.is_file():
@@ -43,7 +43,7 @@ def missing(method: str) -> str | None:
 
 @functools.cache
 def document(method: str) -> dict[str, Any]:
-    """A method's JSON; the test is skipped where it is absent."""
+    """A method's JSON; the test is skipped if it is absent."""
     if reason := missing(method):
         pytest.skip(reason)
     return json.loads((folder() / f"{method}.json").read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ class Case:
         return self.tensor("q")[layer, None, :, -window:].float()
 
     def keys(self, layer: int, *, per_query_head: bool = False) -> Tensor:
-        """All keys of a layer, ``[1, Hkv, n, D]``, float32; one copy for each query head where asked."""
+        """All keys of a layer, ``[1, Hkv, n, D]``, float32; one copy for each query head if asked."""
         keys = self.tensor("k")[layer, None].float()
         return keys.repeat_interleave(self["num_heads"] // self["num_kv_heads"], dim=1) if per_query_head else keys
 
@@ -106,7 +106,7 @@ class Case:
         return Prompt(tokens=self["n"], layers=self["num_layers"], budget=min(budget, self["n"]))
 
     def scores(self, policy: Policy, layer: int) -> Tensor:
-        """The policy's scores for a layer; a head of its own for every query head where the vectors have one."""
+        """The policy's scores for a layer; a head of its own for every query head if the vectors have one."""
         keys = self.keys(layer, per_query_head=self.get("granularity") == "query_head" or self.method == "dynamickv")
         return policy.score(layer, self.queries(layer, policy.observe), keys, self.scale)
 
@@ -120,7 +120,7 @@ class Case:
 
 
 def cases(method: str, keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:
-    """Parameters for ``pytest.mark.parametrize``: every case, or one that is skipped where the vectors are absent."""
+    """Parameters for ``pytest.mark.parametrize``: every case, or one that is skipped if the vectors are absent."""
     if reason := missing(method):
         return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=reason))]
     found = [Case(method, params) for params in document(method)["cases"]]
@@ -128,7 +128,7 @@ def cases(method: str, keep: Callable[[Case], bool] = lambda case: True) -> list
 
 
 def named(method: str, name: str) -> Case:
-    """The case whose name ends so; the test is skipped where the vectors are absent."""
+    """The case whose name ends so; the test is skipped if the vectors are absent."""
     (params,) = [params for params in document(method)["cases"] if params["name"].endswith(name)]
     return Case(method, params)
 
@@ -159,7 +159,7 @@ def same(ours: list[int], theirs: list[int], may: list[int] | None = None) -> No
 
 
 def published_windowkv_budgets(layers: int, capacity: int, beta: int, shared: int) -> list[int]:
-    """WindowKV: context tokens for each layer. Too short where ``layers % shared`` is not 0 (fault W5).
+    """WindowKV: context tokens for each layer. Too short if ``layers % shared`` is not 0 (fault W5).
 
     The group size bends the pyramid, every step is floored, the last group is pinned (so the sum drifts).
     """
@@ -188,7 +188,7 @@ def published_windowkv_entries(scores: Tensor, budget: int, width: int, top: int
 
 
 def published_pyramidkv_budgets(layers: int, tokens: int, capacity: int, window: int, beta: int) -> list[int]:
-    """PyramidKV: context tokens for each layer; all of the prompt where nothing is compressed.
+    """PyramidKV: context tokens for each layer; all of the prompt if nothing is compressed.
 
     Fault P1: the floored step loses or gains slots, and a short prompt falls back to equal budgets.
     """

@@ -24,7 +24,7 @@ Kept = Sequence[Tensor | None]  # per layer ``[H, n]`` positions of one row; Non
 
 
 def positions(cache: CompactCache, row: int = 0) -> list[Tensor | None]:
-    """What a cache says it keeps of one row, per layer."""
+    """The positions that a cache reports for one row, per layer."""
     return [None if layer.positions[row] is None else layer.positions[row].clone() for layer in cache.compact_layers]
 
 

@@ -30,7 +30,7 @@ def line(policy: str = "full", score: float | None = 0.5, **different: Any) -> d
 
 
 def broken(reason: str, **different: Any) -> dict[str, Any]:
-    """The line of a row that failed before it was read: it says no more than this."""
+    """The line of a row that failed before it was read: it has only these fields."""
     frame = {"task": "qa", "row": "r0", "protocol": "official", "policy": "snapkv", "budget": 0.12}
     return {**frame, "score": None, "failed": reason, "versions": VERSIONS, "git": None, "seed": 0, **different}
 

@@ -1,4 +1,4 @@
-"""Requests for slots: what each says alone, and what they say together."""
+"""Requests for slots: the logits of each alone, and of all together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from winnowkv.cache.reading import extend, prefill
 from winnowkv.engine.slots import Slots
 
 LENGTHS = (72, 19, 46, 60)
-STEPS = (9, 14, 3, 11)  # tokens that each request goes on for
+STEPS = (9, 14, 3, 11)  # further tokens of each request
 ROOM = 6  # less than most of them: buffers grow
 
 
@@ -25,7 +25,7 @@ def read(model: PreTrainedModel, row: int, settings: dict[str, object]) -> wk.Co
 
 
 def more(row: int) -> Tensor:
-    """What a request goes on with, ``[1, n]``."""
+    """The further tokens of a request, ``[1, n]``."""
     return prompt(STEPS[row], seed=20 + row)
 
 

@@ -9,7 +9,7 @@ from support.models import VOCABULARY
 
 
 def byte_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, with a BOS in front where asked: every offset is known."""
+    """Bytes as tokens, with a BOS in front if asked: every offset is known."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={c: i + 1 for i, c in enumerate(alphabet)} | {"<s>": 0}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -223,7 +223,7 @@ def test_long_prompts_lose_their_middle_and_are_counted(llama: PreTrainedModel, 
     "spec", ["snapkv:observe=8", "adakv:observe=8", "snapkv:observe=8:quantize=int8", "adakv:observe=8:quantize=int4"]
 )
 def test_bytes_are_those_of_the_dtype_that_is_served(spec: str) -> None:
-    """An audit in float32 of a model that is used in bfloat16 says what a cache in bfloat16 takes."""
+    """An audit in float32 of a model that is used in bfloat16 reports the bytes of a cache in bfloat16."""
     ids = torch.tensor([[ord(letter) for letter in TEXTS[0]]])
     half, wide = tiny_model("llama").bfloat16(), tiny_model("llama")
     served, cache = wk.CompactCache(half, spec, 24), wk.CompactCache(wide, spec, 24)
