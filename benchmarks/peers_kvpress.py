@@ -2,15 +2,14 @@
 
     .venv-peers/bin/python benchmarks/peers_kvpress.py JOB.json
 
-A job holds prompts as token ids, and for each the presses to measure with the ratio that
-keeps what ours keeps. Answers go to standard output, a JSON line each, as token ids. A press
-is written as its user would write it, ``AdaKVPress(SnapKVPress(window_size=32))``.
+A job holds prompts as token ids, and for each prompt the presses to measure, with the ratio that keeps as
+many entries as our budget. Answers are written to standard output as JSON lines of token ids. A press
+is a Python expression, ``AdaKVPress(SnapKVPress(window_size=32))``.
 
-One prefill serves all presses of a prompt: a press works in a forward hook behind every
-attention layer and changes the cache, never what the layer hands on, so each layer's hook
-input is given to every press in turn, each with a cache of its own. A press that does more
-than that (KVzip, Finch) reads the prompt itself, inside its context manager, as kvpress
-documents it; with ``--live`` all do.
+One prefill serves all presses of a prompt: a press works in a forward hook after every attention
+layer, where it changes the cache but not the layer's output. So each layer's hook input is given to
+every press in turn, each with a cache of its own. A press that does more than that (KVzip, Finch)
+reads the prompt itself inside its context manager, as kvpress documents it; with ``--live`` all do.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
-RANDOM = torch.cuda if torch.cuda.is_available() else torch  # whose generator presses that draw take
-MASKED = "masked_key_indices"  # where kvpress leaves the entries that a per-head press only masks
+RANDOM = torch.cuda if torch.cuda.is_available() else torch  # has the generator of presses that draw
+MASKED = "masked_key_indices"  # attribute in which kvpress puts the entries that a per-head press only masks
 
 
 class Run:
@@ -47,32 +46,32 @@ class Run:
         self.random = RANDOM.get_rng_state()
         self.press = None
         with errors_of(self):
-            self.press = eval(asked["press"], vars(kvpress).copy())  # it comes from our own command line
+            self.press = eval(asked["press"], vars(kvpress).copy())  # the text comes from our own command line
             if self.press is not None:
                 self.press.compression_ratio = asked["ratio"]
             if isinstance(self.press, kvpress.FinchPress):
-                # It learns by a delimiter token where the question begins; tell it, so that the prompt stays the same.
+                # It finds the question by a delimiter token. Set its length instead, so that the prompt stays the same.
                 self.press.window_size, self.press.delimiter_token_id = question, -1
 
     @property
     def alone(self) -> bool:
-        """Whether the press does more than to hook into the attention layers."""
+        """Whether the press does more than hook into attention layers, so that it needs a prefill of its own."""
         return self.press is not None and type(self.press).__call__ is not kvpress.BasePress.__call__
 
     def take(self, module: Any, inputs: Any, kwargs: dict[str, Any], output: Any, layer: Any) -> None:
-        """Let the press have a layer: ``layer`` is that of the shared cache, still whole."""
+        """Apply the press to one layer; ``layer`` is the shared cache's, which holds everything."""
         begin = time.perf_counter()
         self.cache.update(layer.keys, layer.values, module.layer_idx)
         setattr(module, MASKED, None)
         if self.press is not None:
-            RANDOM.set_rng_state(self.random)  # as if it were alone
+            RANDOM.set_rng_state(self.random)  # as in a run of this press alone
             self.press.forward_hook(module, inputs, {**kwargs, "past_key_values": self.cache}, output)
             self.random = RANDOM.get_rng_state()
         self.masked[module.layer_idx] = getattr(module, MASKED)
         self.seconds += time.perf_counter() - begin
 
     def report(self) -> dict[str, Any]:
-        """Entries and bytes after prefill. Entries are a mean over KV heads; held is the storage that keys and values have."""
+        """Entries and bytes after prefill. Entries are a mean over KV heads; held bytes are the storage of keys and values."""
         entries, kept, held = [], 0, 0
         for index, layer in enumerate(self.cache.layers):
             masked = self.masked.get(index)
@@ -90,7 +89,7 @@ def attentions(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def hooks(model: Any, runs: list[Run], shared: DynamicCache) -> Any:
-    """While open, every run takes every layer; a run that fails is left alone from there on."""
+    """While open, every run takes every layer; a run that fails takes no further layers."""
 
     def after(module: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
         for run in runs:
@@ -109,12 +108,12 @@ def hooks(model: Any, runs: list[Run], shared: DynamicCache) -> Any:
 
 @contextlib.contextmanager
 def errors_of(run: Run) -> Any:
-    """A press that breaks is a result too: one line of what it said."""
+    """Record an exception of a press as the run's error: the first line of its message."""
     try:
         yield
     except Exception as error:
-        said = str(error).strip().splitlines() or [""]
-        run.error = f"{type(error).__name__}: {said[0]}".rstrip(": ")
+        message = str(error).strip().splitlines() or [""]
+        run.error = f"{type(error).__name__}: {message[0]}".rstrip(": ")
 
 
 def read(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -126,14 +125,14 @@ def read_shared(model: Any, ids: torch.Tensor, runs: list[Run]) -> torch.Tensor:
     for run in runs:
         if run.press is not None and run.error is None:
             with errors_of(run), run.press(model):
-                pass  # kvpress prepares model and press on entering; its hooks are gone again
+                pass  # entering prepares model and press; leaving removes kvpress's own hooks
     cache = DynamicCache()
     with hooks(model, runs, cache):
         return read(model, ids, cache)
 
 
 def read_live(model: Any, ids: torch.Tensor, run: Run) -> torch.Tensor:
-    """A prefill of the run's own, by kvpress's context manager."""
+    """A prefill for this run alone, in kvpress's context manager."""
     torch.manual_seed(0)
     with run.press(model) if run.press else contextlib.nullcontext():
         logits = read(model, ids, run.cache)
@@ -145,7 +144,7 @@ def answer(model: Any, run: Run, logits: torch.Tensor, tokens: int, limit: int, 
     """Greedy decoding; median milliseconds from token to token, the first step left out, as on our side."""
     for module in attentions(model):
         setattr(module, MASKED, run.masked.get(module.layer_idx))
-    # As kvpress's pipeline has it: positions go on behind the whole prompt, or behind what is kept where keys were rotated.
+    # As in kvpress's pipeline: positions continue after the whole prompt, or after the kept entries if keys were rotated.
     at = run.cache.get_seq_length() if getattr(run.press, "rerotate_keys", False) else tokens
     made, clock = [], [time.perf_counter()]
     for step in range(limit):
@@ -172,17 +171,17 @@ def main() -> None:
     parser.add_argument("--live", action="store_true")
     args = parser.parse_args()
     job = json.loads(args.job.read_text(encoding="utf-8"))
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not get between our lines
+    out, sys.stdout = sys.stdout, sys.stderr  # other output must not get between our lines
     torch.set_num_threads(job["threads"])
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).to(job["device"]).eval()
     native, stop, limit = model.config._attn_implementation, set(job["stop"]), job["max_new_tokens"]
 
-    def tell(line: dict[str, Any]) -> None:
+    def write(line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")
         out.flush()
 
-    tell({
+    write({
         "versions": {"kvpress": version("kvpress"), "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
         "logits": read(model, torch.tensor([job["check"]], device=model.device), DynamicCache()).float().tolist(),
@@ -190,7 +189,7 @@ def main() -> None:
     for number, prompt in enumerate(job["prompts"]):
         ids = torch.tensor([prompt["ids"]], device=model.device)
         for implementation in (native, "eager"):
-            # Attention weights exist in eager attention only, which is slow: it is used where a press asks for them.
+            # Attention weights exist only in eager attention, which is slow: it is used for presses that need them.
             weights = implementation == "eager"
             runs = [Run(model, asked, prompt["question"]) for asked in prompt["asked"]
                     if ("ObservedAttention" in asked["press"]) == weights]  # fmt: skip
@@ -202,14 +201,14 @@ def main() -> None:
             while runs:
                 run = runs.pop(0)
                 shared = run in sharing
-                sharing = [other for other in sharing if other is not run]  # so that its cache dies with it
+                sharing = [other for other in sharing if other is not run]  # so that its cache is freed with it
                 line = {"prompt": number, "press": run.asked["press"], "budget": run.asked["budget"]}
                 if run.error is None:
                     with errors_of(run):
                         last = logits if shared else read_live(model, ids, run)
                         line |= {**run.report(), "compress_s": round(run.seconds, 4) if shared else None}
                         line |= answer(model, run, last, ids.shape[1], limit, stop)
-                tell({**line, "error": run.error} if run.error else line)
+                write({**line, "error": run.error} if run.error else line)
         model.set_attn_implementation(native)
 
 

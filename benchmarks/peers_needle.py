@@ -1,15 +1,15 @@
-"""The needle test, winnowkv's policies beside NVIDIA's kvpress: same prompts, model, dtype and kept entries.
+"""The needle test with winnowkv's policies and with NVIDIA's kvpress: same prompts, model, dtype and kept entries.
 
-Ours runs here; kvpress in an environment of its own, with the transformers it takes
-(``make peers`` makes it), by ``peers_kvpress.py``. Both get the same token ids and decode
+Ours runs here; kvpress runs in an environment of its own with the transformers that it needs
+(``make peers`` creates it), by ``peers_kvpress.py``. Both get the same token ids and decode
 greedily to the same stop tokens. Both compress after reading the whole prompt, question
-included. That is how our needle test asks; kvpress's own pipeline compresses the context
-before the question is known, which is a harder task, and its tables are of that one.
+included, as our needle test does. kvpress's own pipeline compresses the context before the
+question is known, which is harder; its published tables are of that task.
 
-A press's ratio is chosen so that it keeps the entries our budget keeps; what it really kept
-is in the table. Held bytes are the storage behind keys and values after prefill: presses
-that give each head its own entries (AdaKV and kin) mask and free nothing. Decode times are
-of two processes, one after the other; ``make bench`` measures time with more care.
+A press's ratio is chosen so that it keeps as many entries as our budget; what it kept is in the
+table. Held bytes are the storage of keys and values after prefill: presses that give each
+head its own entries (AdaKV and similar) only mask them and free nothing. Decode times come from
+two processes that run one after the other; ``make bench`` measures time with more care.
 
     python benchmarks/peers_needle.py [--policies full,snapkv] [--presses "SnapKVPress()" ...]
                                       [--budgets 0.12,128] [--length 3000] [--needles 3] [--json]
@@ -70,38 +70,41 @@ PRESSES = (
     "KVzipPress()",
     "RandomPress(seed=0)",
 )
-WHOLE = "None"  # no press: the full cache on kvpress's side
-THEIRS = Path(__file__).with_name("peers_kvpress.py")
-MOST_DEVIATION = 0.1  # bfloat16 kernels differ by less; a RoPE base of 10,000 instead of 100,000 by 0.6
+NO_PRESS = "None"  # the full cache on kvpress's side
+KVPRESS_SCRIPT = Path(__file__).with_name("peers_kvpress.py")
+MAX_DEVIATION = 0.1  # bfloat16 kernels differ by less; a RoPE base of 10,000 instead of 100,000 gives 0.6
 COLUMNS = ("policy or press", "side", "budget", "found", "kept entries", "KV MiB kept", "KV MiB held", "decode ms/token")
 
 
 def ratio_for(kept: int, tokens: int) -> float:
-    """The removed fraction with which kvpress keeps exactly ``kept``, whether it rounds down or to the nearest."""
+    """The compression ratio with which kvpress keeps exactly ``kept``, whether it rounds down or to the nearest."""
     return 0.0 if kept >= tokens else 1 - (kept + 0.25) / tokens
 
 
 def question_tokens(builder: PromptBuilder, needle: Any, ids: list[int]) -> int:
-    """Tokens from the end of the book on: what the prompt shares with one whose book is empty."""
+    """Tokens after the end of the book: the common end of this prompt and one with an empty book."""
     empty = builder._ids("", needle)
     return next(n for n, (a, b) in enumerate(zip(reversed(ids), reversed(empty), strict=False)) if a != b)
 
 
 def deviation(theirs: torch.Tensor, ours: torch.Tensor) -> float:
-    """How far two models' logits are apart, in standard deviations of ours."""
+    """Standard deviation of the difference of two models' logits, over that of ours."""
     return float((theirs - ours).std() / ours.std())
 
 
 def make_job(
     args: argparse.Namespace, test: runner.NeedleTest, model: Any, tokenizer: Any, builder: PromptBuilder, store: ResultStore
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What kvpress is to measure, without what the store holds already, and the frame of each prompt's result lines."""
+    """The job for kvpress, without what the store holds already, and the common fields of each prompt's result lines."""
     prompts, frames = [], []
     for length, depth, needle in test.cases():
-        ids, frame = builder.build(needle, length, depth), {"length": length, "depth": depth, **asdict(needle)}
+        ids, frame = (
+            builder.build(needle, length, depth),
+            {"variant": test.variant, "length": length, "depth": depth, **asdict(needle)},
+        )
         asked = []
-        for press in (WHOLE, *args.presses):
-            for budget in test.budgets[: 1 if press == WHOLE else None]:
+        for press in (NO_PRESS, *args.presses):
+            for budget in test.budgets[: 1 if press == NO_PRESS else None]:
                 if not store.has(runner.identity({"policy": press, "budget": budget, **frame})):
                     ratio = ratio_for(wk.Budget.of(budget).entries(len(ids)), len(ids))
                     asked.append({"press": press, "budget": budget, "ratio": ratio})
@@ -122,18 +125,18 @@ def make_job(
 
 
 def lines_of(args: argparse.Namespace, job: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Run kvpress's side and yield what it says, line by line. Raises InputError where it ends badly."""
+    """Run kvpress's side and yield its output lines. Raises InputError if it exits with an error."""
     file, log = args.out / "job.json", args.out / "kvpress.log"
     write_json(file, job)
-    command = [str(args.peers_python), str(THEIRS), str(file), *(["--live"] if args.live else [])]
+    command = [str(args.peers_python), str(KVPRESS_SCRIPT), str(file), *(["--live"] if args.live else [])]
     environment = {"HF_HUB_OFFLINE": "1", **os.environ}  # both sides read the same local files
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     try:
         yield from map(json.loads, process.stdout)
         if process.wait():
-            said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
-            raise InputError(f"kvpress's side ended with {process.returncode}: {said[-1]} (all of it in {log})")
+            output = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+            raise InputError(f"kvpress's side ended with {process.returncode}: {output[-1]} (the whole output is in {log})")
     finally:
         process.kill()
         process.wait()
@@ -143,14 +146,14 @@ def measure_theirs(
     args: argparse.Namespace, job: dict[str, Any], frames: Sequence[dict[str, Any]], logits: torch.Tensor, tokenizer: Any,
     store: ResultStore, advance: Callable[[str], None],
 ) -> dict[str, str]:  # fmt: skip
-    """Let kvpress measure what is missing; returns the presses that broke, with what they said."""
+    """Let kvpress measure what is missing; returns the presses that failed, with their errors."""
     answers = iter(lines_of(args, job))
     first = next(answers)
     apart = deviation(torch.tensor(first["logits"]), logits)
-    if not apart <= MOST_DEVIATION:  # NaN fails this too
+    if not apart <= MAX_DEVIATION:  # NaN fails this too
         raise InputError(
             f"the two sides do not run the same model: logits of one prompt differ by {apart:.2f} of their spread, "
-            f"the limit is {MOST_DEVIATION}; look at rope_parameters in {job['model']}/config.json and at transformers "
+            f"the limit is {MAX_DEVIATION}; look at rope_parameters in {job['model']}/config.json and at transformers "
             f"{first['versions']['transformers']} in {args.peers_python}"
         )
     errors: dict[str, str] = {}
@@ -167,7 +170,7 @@ def measure_theirs(
 
 
 def rows_of(lines: Iterable[dict[str, Any]], side: str) -> list[dict[str, Any]]:
-    """One row a policy and budget; what keeps everything is the same at every budget and gets one row."""
+    """One row for each policy and budget; what keeps everything is the same at every budget and has one row."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         whole = min(line["kept_entries_per_layer"]) >= line["prompt_tokens"]
@@ -189,7 +192,7 @@ def rows_of(lines: Iterable[dict[str, Any]], side: str) -> list[dict[str, Any]]:
 
 
 def ranked(rows: Iterable[dict[str, Any]], budgets: Sequence[str]) -> list[dict[str, Any]]:
-    """Full caches first, then budget by budget in the order asked, most found first."""
+    """Rows sorted: full caches first, then by budget in the order asked, most found first."""
     order = ["all", *budgets]
     return sorted(rows, key=lambda row: (order.index(row["budget"]), -row["found"] / row["cases"], row["side"], row["policy"]))
 
@@ -197,7 +200,8 @@ def ranked(rows: Iterable[dict[str, Any]], budgets: Sequence[str]) -> list[dict[
 def cells(row: dict[str, Any]) -> list[str]:
     pace = row["decode_ms_per_token"]
     return [
-        "full cache" if row["policy"] == WHOLE else row["policy"], row["side"], row["budget"], f"{row['found']}/{row['cases']}",
+        "full cache" if row["policy"] == NO_PRESS else row["policy"],
+        row["side"], row["budget"], f"{row['found']}/{row['cases']}",
         f"{row['kept_entries']:.1f}".removesuffix(".0"), f"{row['kept_bytes'] / MIB:.2f}", f"{row['held_bytes'] / MIB:.2f}",
         "-" if pace is None else f"{pace:.1f}",
     ]  # fmt: skip
@@ -213,7 +217,7 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, errors: dict[str, str])
 def show(rows: Sequence[dict[str, Any]], title: str, errors: dict[str, str]) -> None:
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 140)  # a file or a pipe has no edge to fold at
+        console.width = max(console.width, 140)  # a file or a pipe has no width to fold at
     table = Table(title=title)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in COLUMNS[:2] else "right", overflow="fold")
@@ -228,13 +232,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--policies", default=POLICIES)
-    parser.add_argument("--presses", nargs="+", default=PRESSES, metavar="PRESS", help="as Python, 'AdaKVPress(SnapKVPress())'")
+    parser.add_argument(
+        "--presses", nargs="+", default=PRESSES, metavar="PRESS", help="Python expressions, 'AdaKVPress(SnapKVPress())'"
+    )
     parser.add_argument("--budgets", default="0.12,128")
     parser.add_argument("--length", type=int, default=3000)
     parser.add_argument("--depths", default="0.1,0.5,0.9")
     parser.add_argument("--needles", type=int, default=3, help="how many of the package's eight")
     parser.add_argument("--max-new-tokens", type=int, default=24)
-    parser.add_argument("--live", action="store_true", help="a prefill for every press, by kvpress's context manager; slow")
+    parser.add_argument("--live", action="store_true", help="a prefill for every press, in kvpress's context manager; slow")
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"))
     parser.add_argument("--out", type=Path, default=Path("winnow-out/peers"))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON and nothing else")
@@ -244,7 +250,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if not args.peers_python.exists():
-        raise InputError(f"kvpress's python {args.peers_python} is not there: run make peers, or give --peers-python")
+        raise InputError(f"kvpress's python {args.peers_python} does not exist: run make peers, or give --peers-python")
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = wk.load(args.model)
     haystack = read_haystack()
@@ -282,7 +288,7 @@ def main() -> None:
     lines = [
         [line for line in store.lines if line["policy"] in names and (line["length"], line["depth"], line["needle"]) in cases
          and line["budget"] in test.budgets]
-        for store, names in ((ours, test.policies), (theirs, (WHOLE, *args.presses)))
+        for store, names in ((ours, test.policies), (theirs, (NO_PRESS, *args.presses)))
     ]  # fmt: skip
     rows = ranked([*rows_of(lines[0], "winnowkv"), *rows_of(lines[1], "kvpress")], [str(budget) for budget in test.budgets])
     where = machine()

@@ -1,12 +1,12 @@
-"""The work of ``winnow bench`` on NVIDIA's kvpress and on vLLM's CPU build: prefill, decode, throughput in a KV memory.
+"""The measurements of ``winnow bench`` on NVIDIA's kvpress and on vLLM's CPU build: prefill, decode, throughput in a KV memory.
 
-It reads what ``winnow bench`` wrote (``--bench``) and lets the others do the same: the same prompts as token ids, model,
+It reads the results of ``winnow bench`` (``--bench``) and repeats them with the others: same prompts as token ids, model,
 dtype, threads, batches, new tokens and bytes of keys and values. Each runs in an environment of its own (``make peers-speed``
-makes them), by ``peers_speed_kvpress.py`` and ``peers_speed_vllm.py``. Within kvpress's process presses and the model without
-one are timed in turns; between processes only medians can be compared, so run it on a quiet machine.
+creates them), by ``peers_speed_kvpress.py`` and ``peers_speed_vllm.py``. In kvpress's process, presses and the model without
+a press are timed in turns; between processes only medians can be compared, so run it on a quiet machine.
 
-vLLM keeps all of the cache, and reads prompts in between decode steps: counted are the steps at the most requests that ran
-at once. Its memory is given in bytes, in blocks of 128 tokens. Its first start compiles.
+vLLM keeps the full cache, and reads prompts between decode steps: only steps with the largest number of requests that ran
+at once are counted. Its memory is given in bytes, in blocks of 128 tokens. Its first start compiles the model.
 
     python benchmarks/peers_speed.py [--bench winnow-out/bench] [--presses "SnapKVPress()" ...] [--sides kvpress,vllm] [--json]
 """
@@ -29,7 +29,7 @@ from rich.table import Table
 import winnowkv as wk
 from winnowkv.cli.main import one_sentence
 from winnowkv.errors import InputError
-from winnowkv.evaluate.bench.cells import SHARE, build
+from winnowkv.evaluate.bench.cells import MAX_MEMORY_SHARE, build
 from winnowkv.evaluate.bench.clock import free_memory
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
 from winnowkv.evaluate.report.machine import machine, versions
@@ -40,16 +40,16 @@ from winnowkv.report import MIB
 
 PRESSES = ("SnapKVPress(window_size=32, kernel_size=7)", "ExpectedAttentionPress()", "KnormPress()")
 SIDES = {side: Path(__file__).with_name(f"peers_speed_{side}.py") for side in ("kvpress", "vllm")}
-BLOCK = 128  # tokens of a block of vLLM's CPU cache
-WAITING = 2  # requests more than fit, so that a memory stays full
+VLLM_BLOCK_TOKENS = 128  # in vLLM's CPU cache
+WAITING_REQUESTS = 2  # more than fit, so that the memory stays full
 COLUMNS = ("work", "tokens", "requests", "who", "ms a step", "tokens/s", "prefill s", "over its own full cache")
-IDENTITY = ("side", "kind", "press", "ratio", "context", "batch", "kv_memory")
+IDENTITY_FIELDS = ("side", "kind", "press", "ratio", "context", "batch", "kv_memory")
 Cell = dict[str, Any]
 
 
 def identity(line: Cell) -> tuple[Any, ...]:
-    """What tells two measurements apart."""
-    return tuple(line.get(name) for name in IDENTITY)
+    """What identifies a measurement."""
+    return tuple(line.get(name) for name in IDENTITY_FIELDS)
 
 
 def cells_of(bench: Cell, config: Cell) -> list[Cell]:
@@ -68,7 +68,7 @@ def cells_of(bench: Cell, config: Cell) -> list[Cell]:
 
 
 def budget_of(bench: Cell) -> float | int:
-    """The budget that presses are to keep: the first that a policy of the bench evicted to."""
+    """The budget for the presses: the first one of the bench at which a policy evicted."""
     lines = [line for line in bench["prefill"] if line["kept_bytes"] < line["full_bytes"]]
     if not lines:
         raise InputError("no policy of this bench evicted anything: run winnow bench with --policies winnow,snapkv")
@@ -76,7 +76,7 @@ def budget_of(bench: Cell) -> float | int:
 
 
 def kvpress_jobs(cells: Sequence[Cell], presses: Sequence[str], budget: float | int) -> list[Cell]:
-    """One job: every cell with every press, at the ratio that keeps what our budget keeps."""
+    """One job: every cell with every press, at the ratio that keeps as many entries as our budget."""
     found = []
     for cell in cells:
         kept = wk.Budget.of(budget).entries(cell["context"])
@@ -86,20 +86,23 @@ def kvpress_jobs(cells: Sequence[Cell], presses: Sequence[str], budget: float | 
 
 
 def vllm_jobs(cells: Sequence[Cell], token_bytes: int, free: int | None) -> list[Cell]:
-    """One job with memory for all of prefill and decode, where there is so much, and one for each KV memory."""
+    """One job for all prefill and decode cells that fit in free memory, and one job for each KV memory."""
     jobs: list[Cell] = []
     roomy, most = [], 0
     for cell in cells:
-        length, longest = cell["context"] + cell["new_tokens"], -(-(cell["context"] + cell["new_tokens"]) // BLOCK) * BLOCK
+        length, longest = (
+            cell["context"] + cell["new_tokens"],
+            -(-(cell["context"] + cell["new_tokens"]) // VLLM_BLOCK_TOKENS) * VLLM_BLOCK_TOKENS,
+        )
         if cell["kind"] == "serve":
-            batch = cell["plain_fits"] + WAITING
-            # A memory below one whole request is refused at the start; vLLM cannot be measured there.
+            batch = cell["plain_fits"] + WAITING_REQUESTS
+            # vLLM refuses a memory that does not hold one whole request.
             if cell["plain_fits"]:
                 sized = {"kv_bytes": cell["kv_memory"], "most_rows": batch, "longest": length}
                 jobs.append({**sized, "cells": [{**cell, "batch": batch}]})
             continue
         needed = (cell.get("batch", 1) + 1) * longest * token_bytes
-        if free is None or needed < SHARE * free / 2:
+        if free is None or needed < MAX_MEMORY_SHARE * free / 2:
             roomy.append(cell)
             most = max(most, needed)
     if roomy:
@@ -110,7 +113,7 @@ def vllm_jobs(cells: Sequence[Cell], token_bytes: int, free: int | None) -> list
 
 
 def lines_of(side: str, python: Path, job: Cell, folder: Path) -> Iterator[Cell]:
-    """Run one side and yield what it says, line by line. Raises InputError where it ends badly."""
+    """Run one side and yield its output lines. Raises InputError if it exits with an error."""
     file, log = folder / f"{side}.json", folder / f"{side}.log"
     write_json(file, job)
     command = [str(python), str(SIDES[side]), str(file)]
@@ -121,16 +124,16 @@ def lines_of(side: str, python: Path, job: Cell, folder: Path) -> Iterator[Cell]
         assert process.stdout is not None
         yield from map(json.loads, process.stdout)
         if process.wait():
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
-            reason = next((line for line in reversed(said) if "Error" in line), said[-1])
-            raise InputError(f"{side}'s side ended with {process.returncode}: {reason.strip()} (all of it in {log})")
+            output = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
+            reason = next((line for line in reversed(output) if "Error" in line), output[-1])
+            raise InputError(f"{side}'s side ended with {process.returncode}: {reason.strip()} (the whole output is in {log})")
     finally:
         process.kill()
         process.wait()
 
 
 def measure(side: str, python: Path, jobs: Sequence[Cell], shared: Cell, store: ResultStore, advance: Any) -> str | None:
-    """Let a side measure what the store lacks; returns why it ended badly, None where it did not."""
+    """Let a side measure what the store lacks; returns the error that ended it, None if there was none."""
     reason = None
     for job in jobs:
         todo = [cell for cell in job["cells"] if not store.has(identity({"side": side, **cell}))]
@@ -150,9 +153,9 @@ def measure(side: str, python: Path, jobs: Sequence[Cell], shared: Cell, store: 
 
 
 def rows_of(bench: Cell, lines: Iterable[Cell]) -> list[Cell]:
-    """Everybody's numbers side by side: ours and transformers' from the bench, the peers' from their lines."""
+    """All rows of the table: ours and transformers' from the bench, the peers' from their lines."""
     rows = [*prefill_rows(bench["prefill"]), *decode_rows(bench["decode"]), *serve_rows(bench["serve"]), *peer_rows(lines)]
-    # Transformers was timed beside each of our settings: one row of it is enough.
+    # Transformers was timed with each of our settings: one row of it is enough.
     once = {(row["kind"], row["tokens"], row.get("memory"), row["requests"], row["who"]): row for row in rows}
     kinds = ("prefill", "decode", "serve")
     return sorted(
@@ -170,7 +173,7 @@ def prefill_rows(lines: Iterable[Cell]) -> Iterator[Cell]:
 
 
 def decode_rows(lines: Iterable[Cell]) -> Iterator[Cell]:
-    """Steps of our slots and of transformers' caches; the native context, whose length hangs on the budget, is left out."""
+    """Steps of our slots and of transformers' caches, without the native context, whose length depends on the budget."""
     for line in lines:
         frame = {"kind": "decode", "tokens": line["prompt_tokens"], "requests": line["batch"]}
         for name, took in line.get("ms", {}).items():
@@ -183,7 +186,7 @@ def decode_rows(lines: Iterable[Cell]) -> Iterator[Cell]:
 
 
 def serve_rows(lines: Iterable[Cell]) -> Iterator[Cell]:
-    """Tokens a second in a given memory, ours and transformers'."""
+    """Tokens per second in a given memory, ours and transformers'."""
     for line in lines:
         frame = {"kind": "serve", "tokens": line["prompt_tokens"], "memory": line["kv_memory"]}
         who = f"{ours(line)}{', compiled' if line['compiled'] else ''}"
@@ -195,7 +198,7 @@ def serve_rows(lines: Iterable[Cell]) -> Iterator[Cell]:
 
 
 def peer_rows(lines: Iterable[Cell]) -> Iterator[Cell]:
-    """What kvpress and vLLM measured."""
+    """Rows of what kvpress and vLLM measured."""
     for line in lines:
         yield {
             "kind": line["kind"],
@@ -228,18 +231,18 @@ def cells(row: Cell) -> list[str]:
 
 
 def markdown(rows: Sequence[Cell], title: str, failed: dict[str, str]) -> str:
-    """The table for a file."""
+    """The table as Markdown."""
     lines = [title, "", f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---|" + "---:|" * (len(COLUMNS) - 4)]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    lines += ["", *(f"- {side} did not run to its end: {reason}" for side, reason in failed.items())]
+    lines += ["", *(f"- {side} did not finish: {reason}" for side, reason in failed.items())]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def show(rows: Sequence[Cell], title: str, failed: dict[str, str]) -> None:
-    """The table on the screen."""
+    """Print the table."""
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 150)  # a file or a pipe has no edge to fold at
+        console.width = max(console.width, 150)  # a file or a pipe has no width to fold at
     table = Table(title=title)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("work", "who") else "right", overflow="fold")
@@ -247,22 +250,22 @@ def show(rows: Sequence[Cell], title: str, failed: dict[str, str]) -> None:
         table.add_row(*cells(row))
     console.print(table)
     for side, reason in failed.items():
-        console.print(f"{side} did not run to its end: {reason}", markup=False)
+        console.print(f"{side} did not finish: {reason}", markup=False)
 
 
 def read_bench(folder: Path) -> tuple[Cell, Cell]:
-    """What ``winnow bench`` wrote, and its settings. Raises InputError where it did not."""
+    """The results of ``winnow bench`` and its settings. Raises InputError if they cannot be read."""
     try:
         bench = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        raise InputError(f"{folder / 'bench.json'} is not there or broken: run winnow bench --out {folder} first") from None
+        raise InputError(f"{folder / 'bench.json'} is missing or broken: run winnow bench --out {folder} first") from None
     return bench, read_config(folder)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, default=Path("winnow-out/bench"), help="folder of a winnow bench")
-    parser.add_argument("--presses", nargs="+", default=PRESSES, metavar="PRESS", help="as Python, 'SnapKVPress()'")
+    parser.add_argument("--presses", nargs="+", default=PRESSES, metavar="PRESS", help="Python expressions, 'SnapKVPress()'")
     parser.add_argument("--sides", default="kvpress,vllm")
     parser.add_argument("--kvpress-python", type=Path, default=Path(".venv-peers/bin/python"))
     parser.add_argument("--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"))
@@ -279,7 +282,7 @@ def main() -> None:
         if side not in pythons:
             raise InputError(f"--sides {side!r} is unknown: use {', '.join(pythons)}")
         if not pythons[side].exists():
-            raise InputError(f"{side}'s python {pythons[side]} is not there: run make peers-speed, or give --{side}-python")
+            raise InputError(f"{side}'s python {pythons[side]} does not exist: run make peers-speed, or give --{side}-python")
     bench, config = read_bench(args.bench)
     model, tokenizer = wk.load(config["model"])
     builder = PromptBuilder(tokenizer, read_haystack(), chat=config["chat"])

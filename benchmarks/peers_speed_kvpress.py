@@ -2,8 +2,8 @@
 
     .venv-peers/bin/python benchmarks/peers_speed_kvpress.py JOB.json
 
-A job names the model's folder and cells to measure on prompts given as token ids. Each cell is timed in turns with the same
-model without a press. Answers go to standard output, a JSON line each. A press is written as its user would write it.
+A job holds the model's folder, prompts as token ids, and the cells to measure. Each cell is timed in turns with the same
+model without a press. Results are written to standard output as JSON lines. A press is a Python expression.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
-WARM = 3  # decode steps before the clock runs
+WARMUP_STEPS = 3  # decode steps that are not timed
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Seconds that the work takes, the accelerator's share included."""
+    """Seconds that the work takes, work on the accelerator included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -40,7 +40,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def turns(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of both in each round; who begins changes."""
+    """Seconds of both in each round; they take turns in going first."""
     took: tuple[list[float], list[float]] = ([], [])
     for round_ in range(rounds):
         for which in (0, 1) if round_ % 2 else (1, 0):
@@ -57,7 +57,7 @@ def read(model: Any, ids: torch.Tensor, press: Any) -> DynamicCache:
 
 
 def stepping(model: Any, cache: DynamicCache, rows: int, seen: int) -> Callable[[], Any]:
-    """One decode step of so many copies of a cache's row; positions go on behind the whole prompt."""
+    """One decode step of ``rows`` copies of a cache's row; positions continue after the whole prompt."""
     mine = copy.deepcopy(cache)
     if rows > 1:
         mine.batch_repeat_interleave(rows)
@@ -71,13 +71,13 @@ def stepping(model: Any, cache: DynamicCache, rows: int, seen: int) -> Callable[
 
 
 def held(cache: DynamicCache) -> int:
-    """Storage behind keys and values."""
+    """Bytes of storage of keys and values."""
     return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in (layer.keys, layer.values))
 
 
 def measure(model: Any, cell: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
-    """One cell: prefill, or decode steps of so many rows."""
-    press = eval(cell["press"], vars(kvpress).copy())  # it comes from our own command line
+    """Measure one cell: prefill, or decode steps."""
+    press = eval(cell["press"], vars(kvpress).copy())  # the text comes from our own command line
     press.compression_ratio = cell["ratio"]
     if cell["kind"] == "prefill":
         read(model, ids, press)
@@ -88,7 +88,7 @@ def measure(model: Any, cell: dict[str, Any], ids: torch.Tensor) -> dict[str, An
     rows = cell.get("batch") or max(cell["kv_memory"] // (held(compact) + room), 1)
     full = cell.get("batch") or max(cell["kv_memory"] // (held(whole) + room), 1)
     ours, plain = stepping(model, compact, rows, ids.shape[1]), stepping(model, whole, full, ids.shape[1])
-    turns(ours, plain, WARM)
+    turns(ours, plain, WARMUP_STEPS)
     mine, theirs = turns(ours, plain, cell["steps"])
     return {
         "running": rows,
@@ -102,20 +102,20 @@ def measure(model: Any, cell: dict[str, Any], ids: torch.Tensor) -> dict[str, An
 @torch.no_grad()
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not get between our lines
+    out, sys.stdout = sys.stdout, sys.stderr  # other output must not get between our lines
     torch.set_num_threads(job["threads"])
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).to(job["device"]).eval()
 
-    def tell(line: dict[str, Any]) -> None:
+    def write(line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")
         out.flush()
 
     versions = {"kvpress": version("kvpress"), "torch": torch.__version__, "transformers": transformers.__version__}
-    tell({"versions": {**versions, "python": platform.python_version()}})
+    write({"versions": {**versions, "python": platform.python_version()}})
     for cell in job["cells"]:
         ids = torch.tensor([job["prompts"][str(cell["context"])]], device=model.device)
-        tell({**cell, **measure(model, cell, ids)})
+        write({**cell, **measure(model, cell, ids)})
 
 
 if __name__ == "__main__":

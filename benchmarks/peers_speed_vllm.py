@@ -2,9 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/peers_speed_vllm.py JOB.json
 
-A job names the model's folder, the bytes of KV memory, and cells to measure on prompts given as token ids. vLLM is driven
-step by step in this process, so that decode steps can be told from those that read prompts. Answers go to standard
-output, a JSON line each. The first start of a model compiles it, which takes a minute or two.
+A job holds the model's folder, the bytes of KV memory, prompts as token ids, and the cells to measure. vLLM runs step by
+step in this process, so that decode steps can be distinguished from steps that read prompts. Results are written to
+standard output as JSON lines. The first start of a model compiles it, which takes a minute or two.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # steps are taken, and timed, here
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # steps run, and are timed, in this process
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-Step = tuple[float, int, int]  # seconds, requests that got a token, those of them that got their first
+Step = tuple[float, int, int]  # seconds, requests that got a token, requests that got their first token
 
 
 def steps(engine: Any, prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
-    """Serve these prompts, greedily and to the last token, step by step."""
+    """Serve these prompts step by step, greedily and up to ``new_tokens``."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0.0, detokenize=False)
@@ -51,9 +51,9 @@ def prefill(engine: Any, ids: list[int], rounds: int) -> dict[str, Any]:
 
 
 def decode(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Pace of decode steps at the most requests that ran at once, and of everything, prompts included.
+    """Speed of decode steps with the largest number of running requests, and of everything, prompts included.
 
-    A step counts where as many requests got a token as ever did, and none its first.
+    A step counts if as many requests got a token as in any step, and none got its first token.
     """
     taken = list(steps(engine, prompts, new_tokens))
     most = max(emitted for _, emitted, _ in taken)
@@ -70,7 +70,7 @@ def decode(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not get between our lines
+    out, sys.stdout = sys.stdout, sys.stderr  # other output must not get between our lines
     import torch
     import vllm
 
@@ -82,22 +82,22 @@ def main() -> None:
         max_model_len=job["longest"],
         max_num_seqs=job["most_rows"],
         kv_cache_memory_bytes=job["kv_bytes"],
-        enable_prefix_caching=False,  # all prompts are one text, and each is to be read
+        enable_prefix_caching=False,  # all prompts are the same text, and each must be read
     )
 
-    def tell(line: dict[str, Any]) -> None:
+    def write(line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")
         out.flush()
 
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    tell({"versions": versions, "start_s": time.perf_counter() - begin})
+    write({"versions": versions, "start_s": time.perf_counter() - begin})
     for cell in job["cells"]:
         ids = job["prompts"][str(cell["context"])]
         if cell["kind"] == "prefill":
             measured = prefill(model.llm_engine, ids, cell["rounds"])
         else:
             measured = decode(model.llm_engine, [ids] * cell["batch"], cell["new_tokens"])
-        tell({**cell, **measured})
+        write({**cell, **measured})
 
 
 if __name__ == "__main__":

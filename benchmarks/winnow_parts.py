@@ -1,13 +1,13 @@
-"""What each part of the policy ``winnow`` is worth: the same prompts with one part changed, beside the published policies.
+"""Ablation of the policy ``winnow``: the same prompts with one part changed at a time, and with the published policies.
 
-``needles``: of the needle prompts that the full cache answers, how many each variant still answers. One depth a needle,
-0.1, 0.3, 0.5, 0.7, 0.9 in turn. The package's needles were used to choose the policy; ``--needles`` names others.
+``needles``: how many needle prompts each variant answers, of those that the full cache answers. Each needle has one depth,
+0.1, 0.3, 0.5, 0.7, 0.9 in turn. The package's needles were used to choose the policy; ``--needles`` reads others.
 
-``texts``: rows of ``winnow eval``'s tasks. Every variant is forced along the full cache's own greedy answer: how often
-is its token the likeliest, and how far are the probabilities apart (KL divergence)? Intervals are bootstrapped over rows,
+``texts``: rows of ``winnow eval``'s tasks. Every variant reads the full cache's own greedy answer; measured are how often
+its token is the most likely one, and the KL divergence of the probabilities. Intervals are bootstrapped over rows;
 differences are to the published policy of ``--against`` whose KL is lowest at that budget, on the same rows.
 
-One recorded prefill serves all variants of a prompt. A run that was stopped goes on where it was.
+One recorded prefill serves all variants of a prompt. An interrupted run continues where it stopped.
 
     python benchmarks/winnow_parts.py needles [--needles benchmarks/needles_report.jsonl] [--lengths 1000,3000] [--json]
     python benchmarks/winnow_parts.py texts --tasks longbench_multi_news,longbench_gov_report --data DIR [--limit 10] [--json]
@@ -20,17 +20,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from winnow_variants import VARIANTS, AnswerAttention, Oracle, Variant
 
 import winnowkv as wk
 from winnowkv.budget import Asked
@@ -51,174 +50,27 @@ from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Kept, Setting, batches, read_prompt
 from winnowkv.evaluate.tasks.protocol import encode_row
 from winnowkv.evaluate.tasks.tasks import find_tasks
-from winnowkv.models.info import Fingerprint, end_tokens, prompt_limit
+from winnowkv.models.info import end_tokens, prompt_limit
 from winnowkv.models.load import EMBEDDED, dtype_name
-from winnowkv.policies import Policy, Prompt, expected, policy as make_policy
-from winnowkv.policies.expected import Expected
-from winnowkv.policies.winnow import Winnow
+from winnowkv.policies import policy as make_policy
 from winnowkv.prompt.chat import uses_chat
 from winnowkv.prompt.classifier import task_profile
-from winnowkv.prompt.structure import read_layout
-from winnowkv.prompt.task import Task, TaskProfile
-from winnowkv.scoring.allocate import uniform
-from winnowkv.scoring.attention import attention_preference, causal_attention, expected_attention, group_reduce
-from winnowkv.types import Entries, Keys, Queries, Scores
+from winnowkv.prompt.structure import read_structure
+from winnowkv.prompt.task import TaskProfile
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-TOGETHER = 24  # settings of a prompt whose caches are held at once
-FEWEST = 3  # tokens of an answer: the first is the prompt's own, and one alone has no variance
-DECIDING = ("policies", "prefill", "scores", "select", "budget", "layout", "rotation", "profile", "task")
+MAX_CACHES_HELD = 24  # of one prompt
+MIN_ANSWER_TOKENS = 3  # the first token comes from the prompt, and a single one has no variance
+DECIDING_PACKAGES = ("policies", "scoring", "cache", "prompt", "models", "budget")
 COLUMNS = {"needles": ("found",), "texts": ("rows", "same token", "KL, nats", "same token - best", "KL - best")}
 Line = dict[str, Any]
-Attention = Callable[[Queries, Keys, float, int], tuple[Scores, Tensor]]
-Found = tuple["Variant", Asked, list[Line]]
-Todo = Sequence[tuple["Variant", Asked]]
-Ask = tuple[Line, Callable[[Todo], Iterator[Line]]]  # a prompt: what stands in all of its lines, and who measures it
-
-
-def mean_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
-    """The mean over the queries in place of the root mean square."""
-    grouped = queries.float().unflatten(1, (keys.shape[1], -1)) * scale
-    attention = (grouped @ keys.float()[:, :, None].mT).softmax(-1)
-    return attention[..., :context].mean((2, 3)), expected_attention(queries, keys, scale, context)[1]
-
-
-def normal_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
-    """One normal distribution in place of the queries: the softmax of the expected ``exp(q k)``, arXiv 2510.00636.
-
-    The paper's norm of the values is left out: no other variant knows values.
-    """
-    grouped, keyed = queries.float().unflatten(1, (keys.shape[1], -1)) * scale, keys.float()[:, :, None]
-    center = grouped.mean(3, keepdim=True)
-    covariance = (grouped - center).mT @ (grouped - center) / grouped.shape[3]
-    logits = (keyed @ center.mT).squeeze(-1) + 0.5 * ((keyed @ covariance) * keyed).sum(-1)
-    return logits.softmax(-1)[..., :context].mean(2), expected_attention(queries, keys, scale, context)[1]
-
-
-def late_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
-    """The last quarter of the samples only: the text's last queries."""
-    return expected_attention(queries[:, :, -(queries.shape[2] // 4) :], keys, scale, context)
-
-
-def even_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
-    """The samples without their last quarter: those that lie evenly over the text."""
-    return expected_attention(queries[:, :, : -(queries.shape[2] // 4)], keys, scale, context)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part(Winnow):
-    """``winnow`` with a part changed that no option changes.
-
-    ``attention`` scores the moved queries; ``moved`` False leaves them where they stood; ``guessed`` looks for heads although
-    a profile names them; ``equal`` gives all layers the same budget.
-    """
-
-    attention: Attention = expected_attention
-    moved: bool = True
-    guessed: bool = False
-    equal: bool = False
-
-    def for_model(self, model: Fingerprint) -> Policy:
-        """As ``winnow``, without what this variant must not know."""
-        made = super().for_model(model)
-        return replace(made, rotation=made.rotation if self.moved else None, profile=None if self.guessed else made.profile)
-
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """As ``winnow``, by this variant's attention."""
-        with mock.patch.object(expected, "expected_attention", self.attention):
-            return super().score(layer, queries, keys, scale)
-
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """As ``winnow``, or the same for all layers."""
-        return uniform(len(held), prompt.budget) if self.equal else super().allocate(scores, held, prompt)
-
-
-class Heard(wk.CompactCache):
-    """A full cache that notes, layer by layer, how the answer's own queries attend to the prompt."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, "full", 1)
-        self.heard: list[tuple[Scores, Tensor]] = []
-
-    def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
-        """Behind the prompt: root mean square over the queries and the layer's preference, as ``expected`` has them."""
-        if self.report.prompt_tokens:
-            keys = self.layers[layer_idx].entries_in_use()[0]
-            attention = causal_attention(queries, keys, scale)[..., : self.report.prompt_tokens[0]]
-            scores = group_reduce(attention.square().mean(-2).sqrt(), keys.shape[1])
-            self.heard.append((scores, attention_preference(attention, 1, 1)))
-        super().observe(layer_idx, queries, scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Oracle(Expected):
-    """``expected`` by the attention that the answer will really pay: the most that a better guess at its queries can give."""
-
-    heard: Sequence[tuple[Scores, Tensor]] = field(default=(), compare=False, repr=False)
-    equal: bool = False
-
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """What was heard, scaled as ``expected`` does."""
-        scores, preference = self.heard[layer]
-        scores = scores[..., : keys.shape[2] - self.window(keys.shape[2])]
-        return scores * (preference / scores.sum().clamp(min=1e-30))
-
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """As ``expected``, or the same for all layers."""
-        return uniform(len(held), prompt.budget) if self.equal else super().allocate(scores, held, prompt)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the tables.
-
-    ``task`` None: localization for needles, what the classifier says for texts. ``layout`` False: nobody has looked
-    where question and sentences are. ``tables``: where the row is worth its time.
-    """
-
-    label: str
-    policy: str | Policy
-    task: Task | None = None
-    layout: bool = True
-    tables: tuple[str, ...] = ("needles", "texts")
-
-    def profile(self, found: TaskProfile) -> TaskProfile:
-        """What this variant is told of a prompt."""
-        told = found if self.layout else replace(found, layout=None)
-        return told if self.task is None else replace(told, task=self.task, probability=None)
-
-
-PUBLISHED = ("snapkv", "cake", "compresskv", "headkv", "windowkv", "dynamickv", "pyramidkv", "streaming")
-# Where a text's task is aggregation winnow keeps no sentences: what concerns these is told localization there,
-# and to be compared with "sentences always".
-VARIANTS = (
-    Variant("winnow", "winnow"),
-    Variant("no sentences", "winnow", "aggregation"),
-    Variant("sentences always", "winnow", "localization", tables=("texts",)),
-    Variant("sentences only", "winnow:share=1.0", "localization"),
-    Variant("8 heads", "winnow:heads=8", "localization"),
-    Variant("32 heads", "winnow:heads=32", "localization"),
-    Variant("guessed heads", Part(guessed=True), "localization"),
-    Variant("not progressive", "winnow:progressive=false", "localization"),
-    Variant("no layout", "winnow", layout=False),
-    Variant("queries not moved", Part(moved=False)),
-    Variant("mean not rms", Part(attention=mean_attention)),
-    Variant("normal distribution", Part(attention=normal_attention)),
-    Variant("last queries only", Part(attention=late_attention, samples=1024)),  # a quarter of them: 256, as shipped
-    Variant("even queries only", Part(attention=even_attention, samples=340)),  # three quarters: 255
-    Variant("equal layers", Part(equal=True)),
-    Variant("64 samples", "winnow:samples=64"),
-    Variant("128 samples", "winnow:samples=128"),
-    Variant("512 samples", "winnow:samples=512"),
-    Variant("expected", "expected"),
-    *(Variant(name, name) for name in PUBLISHED),
-    Variant("oracle", Oracle(), tables=("texts",)),
-    Variant("oracle equal layers", Oracle(equal=True), tables=("texts",)),
-)
+Found = tuple[Variant, Asked, list[Line]]
+Todo = Sequence[tuple[Variant, Asked]]
+Ask = tuple[Line, Callable[[Todo], Iterator[Line]]]  # a prompt: the common fields of its lines, and what measures it
 
 
 def chosen(table: str, labels: str, also: Sequence[str] = ()) -> list[Variant]:
-    """The variants of a table, those named only, and ``also``. Raises InputError for a label that is none of them."""
+    """The variants of a table: all, or those named and ``also``. Raises InputError for an unknown label."""
     known = {variant.label: variant for variant in VARIANTS if table in variant.tables}
     wanted = [label.strip() for label in labels.split(",") if label.strip()]
     for label in (*wanted, *also):
@@ -228,30 +80,32 @@ def chosen(table: str, labels: str, also: Sequence[str] = ()) -> list[Variant]:
 
 
 def code_digest() -> str:
-    """What tells results of one version of the policies from another's, commits or not."""
+    """A digest of the code that decides results, which tells versions apart, committed or not."""
     package = Path(wk.__file__).parent
-    files = [file for name in DECIDING for file in sorted((package / name).rglob("*.py")) or [package / f"{name}.py"]]
+    files = [file for name in DECIDING_PACKAGES for file in sorted((package / name).rglob("*.py")) or [package / f"{name}.py"]]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def keep(recorded: wk.CompactCache, variant: Variant, budget: Asked, found: TaskProfile, heard: Sequence[Any] = ()) -> Kept:
-    """What a variant keeps of a recorded prompt, or why it cannot."""
-    policy = replace(variant.policy, heard=heard) if isinstance(variant.policy, Oracle) else variant.policy
+def keep(
+    recorded: wk.CompactCache, variant: Variant, budget: Asked, found: TaskProfile, recorded_attention: Sequence[Any] = ()
+) -> Kept:
+    """What a variant keeps of a recorded prompt, or why it fails."""
+    policy = replace(variant.policy, recorded=recorded_attention) if isinstance(variant.policy, Oracle) else variant.policy
     setting = Setting(variant.label, budget)
     try:
-        # The task goes along: only the replay decides it, since a variant may be told another one.
+        # The task is given to the replay, since variants of one prompt may have different tasks.
         return Kept(setting, recorded.replay(policy, budget, task=variant.profile(found)))
     except WinnowError as error:
         return Kept(setting, None, str(error))
 
 
 def parts(todo: Todo) -> Iterator[Todo]:
-    """As many settings as are held at once."""
-    return (todo[begin : begin + TOGETHER] for begin in range(0, len(todo), TOGETHER))
+    """Groups of settings whose caches are held at once."""
+    return (todo[begin : begin + MAX_CACHES_HELD] for begin in range(0, len(todo), MAX_CACHES_HELD))
 
 
 def skipped(todo: Todo, reason: str) -> Iterator[Line]:
-    """Lines of a prompt that says nothing."""
+    """Lines of a prompt that cannot be used, with the reason."""
     return ({**asdict(Setting(variant.label, budget)), "skipped": reason} for variant, budget in todo)
 
 
@@ -262,7 +116,7 @@ def needle_prompts(args: argparse.Namespace, model: Any, tokenizer: Any, haystac
     for length in numbers(args.lengths, int, "--lengths"):
         for at, needle in enumerate(read_needles(args.needles)):
             frame = {"length": length, "depth": DEPTHS[at % len(DEPTHS)], **asdict(needle)}
-            builder.build(needle, length, frame["depth"])  # complains now where the haystack or the length is too short
+            builder.build(needle, length, frame["depth"])  # raises now if the haystack or the length is too short
             asked.append((frame, partial(measure_needle, model, tokenizer, builder, needle, frame, args.max_new_tokens)))
     return asked
 
@@ -270,10 +124,10 @@ def needle_prompts(args: argparse.Namespace, model: Any, tokenizer: Any, haystac
 def measure_needle(
     model: Any, tokenizer: Any, builder: PromptBuilder, needle: Needle, frame: Line, limit: int, todo: Todo
 ) -> Iterator[Line]:
-    """What each setting answers, as lines of ``winnow needle`` have it, where the full cache answers rightly."""
+    """Lines as those of ``winnow needle``, one for each setting, if the full cache answers correctly."""
     ids = builder.build(needle, frame["length"], frame["depth"])
-    found = TaskProfile("localization", layout=read_layout(tokenizer, ids))
-    read = read_prompt(model, ids, {"whole": make_policy("expected")})
+    found = TaskProfile("localization", structure=read_structure(tokenizer, ids))
+    read = read_prompt(model, ids, [make_policy("expected")], found)
     reading = runner.Reading(model, tokenizer, *read, needle.answers, limit, end_tokens(model, tokenizer))
     ((_, full),) = reading.answer([(Setting("full", 1), reading.cache.replay("full", 1))])
     if not full["correct"]:
@@ -296,28 +150,30 @@ def text_prompts(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[A
         for row in rows[args.skip : args.skip + args.limit]:
             encoded = encode_row(row, task, tokenizer, "official", limit, uses_chat(None, tokenizer))
             frame = {"task": task.name, "row": row.id, "prompt_tokens": len(encoded.ids), "truncated_tokens": encoded.truncated}
-            found = replace(task_profile(encoded.context), layout=read_layout(tokenizer, encoded.ids))
+            found = replace(task_profile(encoded.context), structure=read_structure(tokenizer, encoded.ids))
             asked.append((frame, partial(measure_text, model, tokenizer, encoded.ids, found, args.max_new_tokens)))
     return asked
 
 
 def measure_text(model: Any, tokenizer: Any, ids: list[int], found: TaskProfile, limit: int, todo: Todo) -> Iterator[Line]:
-    """How near each setting comes to the full cache's own answer."""
+    """Lines with how close each setting comes to the full cache's own answer."""
     stop, seen = end_tokens(model, tokenizer), len(ids)
-    recorded, logits, _ = read_prompt(model, ids, {"whole": make_policy("expected")})
+    recorded, logits, _ = read_prompt(model, ids, [make_policy("expected")], found)
     (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
-    if tokens is None or len(tokens) < FEWEST:
-        yield from skipped(todo, f"the full cache's answer has fewer than {FEWEST} tokens, or a logit is not a number")
+    if tokens is None or len(tokens) < MIN_ANSWER_TOKENS:
+        yield from skipped(
+            todo, f"the full cache's answer has fewer than {MIN_ANSWER_TOKENS} tokens, or a logit is not a number"
+        )
         return
-    listening = Heard(model)  # a prefill of its own: a cache that has gone on cannot be replayed
-    prefill(model, torch.tensor([ids], device=model.device), listening)
-    truth = extend(model, listening, torch.tensor([tokens[:-1]], device=model.device), [seen])[0]
+    answering = AnswerAttention(model)  # a prefill of its own: a cache that has decoded cannot be replayed
+    prefill(model, torch.tensor([ids], device=model.device), answering)
+    truth = extend(model, answering, torch.tensor([tokens[:-1]], device=model.device), [seen])[0]
     full = {
         "answer": tokenizer.decode(tokens), "compared_tokens": len(tokens) - 1, "classified": found.task,
         "full_agreement": agreement(truth, tokens[1:]).float().mean().item(),
     }  # fmt: skip
     for part in parts(todo):
-        kept = [keep(recorded, variant, budget, found, listening.heard) for variant, budget in part]
+        kept = [keep(recorded, variant, budget, found, answering.recorded) for variant, budget in part]
         yield from ({**asdict(one.setting), **full, "failed": one.failed} for one in kept if one.cache is None)
         for batch in batches(kept):
             bytes_of = [{"kept_bytes": one.cache.report.kept_bytes, "full_bytes": one.cache.report.full_bytes} for one in batch]
@@ -327,7 +183,7 @@ def measure_text(model: Any, tokenizer: Any, ids: list[int], found: TaskProfile,
 
 
 def text_identity(line: Line) -> Hashable:
-    """What tells two lines of texts apart."""
+    """What identifies a line of texts."""
     return (line["task"], line["row"], *Setting(line["policy"], line["budget"]).key)
 
 
@@ -346,9 +202,9 @@ def run(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) ->
 
 
 def lines_by_setting(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) -> Iterator[Found]:
-    """Every setting with its lines, of the prompts on which all settings of its budget have a number.
+    """Every setting with its lines, for the prompts on which all settings of its budget have a result.
 
-    A setting that has none at all (a budget below its window) holds the others back from nothing.
+    A setting without any result (a budget below its window) does not exclude prompts.
     """
     lines = {args.key(line): line for line in store.lines}
     for budget in args.budgets:
@@ -363,7 +219,7 @@ def lines_by_setting(args: argparse.Namespace, store: ResultStore, prompts: Sequ
 
 
 def needle_rows(args: argparse.Namespace, store: ResultStore, prompts: Sequence[Ask]) -> list[Line]:
-    """Found of n, for each setting."""
+    """The number of prompts found, for each setting."""
     return [
         {**asdict(Setting(variant.label, budget)), "prompts": len(lines), "found": sum(line["correct"] for line in lines)}
         for variant, budget, lines in lines_by_setting(args, store, prompts)
@@ -387,7 +243,7 @@ def text_rows(args: argparse.Namespace, store: ResultStore, prompts: Sequence[As
 
 
 def plain(*numbers: float) -> list[float | None]:
-    """JSON has no NaN."""
+    """The numbers with None for NaN, which JSON does not have."""
     return [None if math.isnan(number) else number for number in numbers]
 
 
@@ -397,7 +253,7 @@ def mean_of(lines: Sequence[Line], metric: str) -> tuple[float, float, float]:
 
 
 def show(summary: Line) -> None:
-    """The table: settings below each other, a section for each budget."""
+    """Print the table: a row for each setting, a section for each budget."""
     where, of, rows = summary["machine"], summary["config"], summary["rows"]
     ran = f"{of['model']} in {of['dtype']}, {where['accelerator'] or where['processor']}, {where['threads']} threads"
     table = Table(title=f"Parts of winnow, {summary['table']}: {ran}", box=box.SIMPLE_HEAD)
@@ -413,7 +269,7 @@ def show(summary: Line) -> None:
         if best:
             console.print(f"best published by KL at {budget}: {best}")
     console.print(
-        f"{summary['prompts']} prompts asked, counted are those with a number everywhere; files in {summary['folder']}"
+        f"{summary['prompts']} prompts asked; counted are those with a result for all settings; files in {summary['folder']}"
     )
 
 
@@ -426,7 +282,7 @@ def text_cells(row: Line) -> list[str]:
 
 
 def interval(numbers: Sequence[float | None], form: str, times: int) -> str:
-    """A mean and its interval, without one where a single row cannot tell."""
+    """A mean and its interval; a single row has no interval."""
     center, *ends = (form.format(times * number) for number in numbers if number is not None)
     return f"{center} ({' to '.join(ends)})" if ends else center
 
@@ -440,11 +296,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     needles.add_argument("--lengths", default="1000,3000")
     texts.add_argument("--tasks", default="longbench_multi_news,longbench_gov_report")
     texts.add_argument("--data", type=Path, help="folder with the tasks' rows; default: the hub")
-    texts.add_argument("--limit", type=int, default=10, help="rows a task")
-    texts.add_argument("--skip", type=int, default=0, help="pass over the first rows of each task")
+    texts.add_argument("--limit", type=int, default=10, help="most rows of each task")
+    texts.add_argument("--skip", type=int, default=0, help="skip this many rows of each task")
     texts.add_argument("--max-context", type=int, help="most prompt tokens; longer prompts lose their middle")
     texts.add_argument(
-        "--against", default="cake,compresskv,snapkv", help="of these the one with the lowest KL is compared with"
+        "--against", default="cake,compresskv,snapkv", help="variants are compared with the one of these that has the lowest KL"
     )
     for table, new_tokens in ((needles, 24), (texts, 64)):
         table.add_argument("--model", default=EMBEDDED)
@@ -462,7 +318,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> Line:
-    """Measure, write, show."""
+    """Measure, write the summary, print the table."""
     model, tokenizer = load_model(args.model)
     config = {"benchmark": f"winnow_parts {args.table}", "model": args.model, "dtype": dtype_name(model.dtype),
               "max_new_tokens": args.max_new_tokens, "code": code_digest()}  # fmt: skip

@@ -25,23 +25,23 @@ from support.profiles import PROFILES, write_profiles
 
 torch.set_num_threads(1)  # the models are so small that handing work to threads costs more than the work
 
-# What takes long by itself: real models, subprocesses of the command line, Ray, lm-evaluation-harness, Chromium, a whole bench.
-SLOW_FIXTURES = {"browser", "done", "embedded", "gemma", "loaded", "workers"}
+# What takes long by itself: real models, plans of the command line, Ray, lm-evaluation-harness, Chromium, garbage collection.
+SLOW_FIXTURES = {"browser", "done", "embedded", "gemma", "loaded", "no_collector", "planned", "workers"}
 # One case of each policy, and of each storage, that the fast run takes from the grids.
 FAST_CASES = [next(case for case in CASES if case.name == name) for name in dict.fromkeys(case.name for case in CASES)]
 FAST_CASES += QUANTIZED[:3]
 
 
 def is_slow(item: pytest.Item) -> bool:
-    """Whether a test is marked slow, needs something slow, or is of the wider half of a grid of models and policies."""
+    """Whether a test is marked slow, needs something slow, or runs a second model family or a second case of a policy."""
     fixtures = set(getattr(item, "fixturenames", ()))
     if item.get_closest_marker("slow") or fixtures & SLOW_FIXTURES:
         return True
     given = item.callspec.params if hasattr(item, "callspec") else {}
+    if given.get("model") == "qwen2":
+        return True
     cases = [value for value in given.values() if isinstance(value, Case)]
-    if not cases or not fixtures & {"llama", "model", "sliding"}:
-        return False
-    return given.get("model") == "qwen2" or cases[0] not in FAST_CASES
+    return bool(cases and fixtures & {"llama", "model", "sliding"} and cases[0] not in FAST_CASES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,10 @@ def test_exported_names_are_those_with_a_home() -> None:
 def test_every_exported_name_can_be_imported(name: str) -> None:
     assert getattr(wk, name) is not None
     assert name in dir(wk)
+
+
+def test_what_the_documents_tell_users_to_call_is_exported() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    called = {name: page.name for page in pages for name in re.findall(r"\bwk\.(\w+)", page.read_text(encoding="utf-8"))}
+    assert {name: page for name, page in called.items() if name not in wk.__all__} == {}
+    assert {"compress", "prefill", "CompactCache"} <= called.keys()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import winnowkv as wk
-from winnowkv.budget import WAY_OUT, Budget, spoken
+from winnowkv.budget import WAY_OUT, Budget, budget_text
 from winnowkv.errors import BudgetError
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -94,7 +94,7 @@ def test_a_budget_is_frozen() -> None:
 def test_auto_is_a_budget(text: str, target: float, profile: str | None) -> None:
     budget = Budget.of(text)
     assert (budget.target, budget.profile, budget.entries(70)) == (target, profile, 70)
-    assert spoken(budget.asked) == text
+    assert budget_text(budget.asked) == text
     assert Budget.of(0.5).target is None
 
 

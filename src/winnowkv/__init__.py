@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from winnowkv.api import Run, compress
     from winnowkv.budget import Budget
     from winnowkv.cache.cache import CompactCache
+    from winnowkv.cache.explain import Explanation
+    from winnowkv.cache.reading import extend, greedy, prefill
     from winnowkv.cache.snapshot import load_cache, save_cache
+    from winnowkv.cache.stacked import stack
     from winnowkv.engine.engine import Engine
     from winnowkv.engine.request import Completion, Event, Request
-    from winnowkv.engine.sampling import Sampling
+    from winnowkv.engine.sampling import Logprob, Sampling
     from winnowkv.errors import (
         BudgetError,
         CacheError,
@@ -27,42 +30,51 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WinnowError,
     )
-    from winnowkv.models.calibration import Profile, read_profile
+    from winnowkv.models.calibration import CalibrationProfile, read_profile
+    from winnowkv.models.info import ModelInfo
     from winnowkv.models.load import load
-    from winnowkv.policies import Policy, Prompt, policy
+    from winnowkv.policies import LayerStates, Policy, PromptInfo, policy
+    from winnowkv.policies.wrappers import adakv, chunkkv, criticalkv
     from winnowkv.prompt.classifier import task_profile
+    from winnowkv.prompt.structure import Structure, read_structure
     from winnowkv.prompt.task import TaskProfile
     from winnowkv.report import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "winnowkv.engine.engine": ("Engine",),
+    "winnowkv.api": ("Run", "compress"),
     "winnowkv.budget": ("Budget",),
     "winnowkv.cache.cache": ("CompactCache",),
-    "winnowkv.prompt.classifier": ("task_profile",),
-    "winnowkv.api": ("Run", "compress"),
+    "winnowkv.cache.explain": ("Explanation",),
+    "winnowkv.cache.reading": ("extend", "greedy", "prefill"),
+    "winnowkv.cache.snapshot": ("load_cache", "save_cache"),
+    "winnowkv.cache.stacked": ("stack",),
+    "winnowkv.engine.engine": ("Engine",),
+    "winnowkv.engine.request": ("Completion", "Event", "Request"),
+    "winnowkv.engine.sampling": ("Logprob", "Sampling"),
     "winnowkv.errors": (
         "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "ProfileError",
         "UnsupportedModelError", "WinnowError",
     ),
+    "winnowkv.models.calibration": ("CalibrationProfile", "read_profile"),
+    "winnowkv.models.info": ("ModelInfo",),
     "winnowkv.models.load": ("load",),
-    "winnowkv.policies": ("Policy", "Prompt", "policy"),
-    "winnowkv.models.calibration": ("Profile", "read_profile"),
-    "winnowkv.report": ("Report",),
-    "winnowkv.engine.request": ("Completion", "Event", "Request"),
-    "winnowkv.engine.sampling": ("Sampling",),
-    "winnowkv.cache.snapshot": ("load_cache", "save_cache"),
+    "winnowkv.policies": ("LayerStates", "Policy", "PromptInfo", "policy"),
+    "winnowkv.policies.wrappers": ("adakv", "chunkkv", "criticalkv"),
+    "winnowkv.prompt.classifier": ("task_profile",),
+    "winnowkv.prompt.structure": ("Structure", "read_structure"),
     "winnowkv.prompt.task": ("TaskProfile",),
+    "winnowkv.report": ("Report",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, public in _HOMES.items() for name in public}
 
 __all__ = [
-    "Budget", "BudgetError", "CacheError", "CompactCache", "Completion", "Engine", "Event", "InputError", "ModelNotFoundError",
-    "Policy", "PolicyError", "Profile", "ProfileError", "Prompt", "Report", "Request", "Run", "Sampling", "TaskProfile",
-    "UnsupportedModelError", "WinnowError",
-    "compress", "load", "load_cache", "policy", "read_profile", "save_cache",
-    "task_profile",
+    "Budget", "BudgetError", "CacheError", "CalibrationProfile", "CompactCache", "Completion", "Engine", "Event", "Explanation",
+    "InputError", "LayerStates", "Logprob", "ModelInfo", "ModelNotFoundError", "Policy", "PolicyError", "ProfileError",
+    "PromptInfo", "Report", "Request", "Run", "Sampling", "Structure", "TaskProfile", "UnsupportedModelError", "WinnowError",
+    "adakv", "chunkkv", "compress", "criticalkv", "extend", "greedy", "load", "load_cache", "policy", "prefill", "read_profile",
+    "read_structure", "save_cache", "stack", "task_profile",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where the stages meet: the ``compress`` block, reading into compact caches, and greedy decoding of one request."""
+"""The ``compress`` block: every prompt that a model reads inside it gets a compact cache."""
 
 from __future__ import annotations
 
@@ -15,33 +15,31 @@ from transformers import DynamicCache, PreTrainedModel
 from winnowkv.attention.hooks import Routing, acquire, check_model, release
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.compression import Compression
+from winnowkv.cache.explain import Explanation
 from winnowkv.cache.generated import check_decode_budget
-from winnowkv.cache.quantized import quanto
 from winnowkv.errors import CacheError, InputError
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies import Policy, Tasks, resolve
+from winnowkv.policies import Policy, Tasks
 from winnowkv.prompt.classifier import task_profile
-from winnowkv.prompt.structure import read_layout
-from winnowkv.prompt.task import TASKS, TaskProfile
+from winnowkv.prompt.structure import read_structure
+from winnowkv.prompt.task import TaskProfile
 from winnowkv.report import Report
-from winnowkv.types import Quantization
 
-ENDS = 1024  # tokens of a prompt's end that surely hold the 256 words that the classifier reads there
+CLASSIFIED_TOKENS = 1024  # tokens of a prompt's end that surely hold the 256 words that the classifier reads there
 
 
 class Run:
     """One ``compress`` block: its settings and the reports of the prompts that went through it."""
 
-    def __init__(
-        self, policy: str | Policy, budget: Budget, task: Tasks, quantize: Quantization | None, decode_budget: int | None
-    ) -> None:
+    def __init__(self, policy: str | Policy, budget: Budget, task: Tasks, decode_budget: int | None, keep_scores: bool) -> None:
         self.policy = policy
         self.budget = budget
         self.task = task
-        self.quantize = quantize
         self.decode_budget = decode_budget
+        self.keep_scores = keep_scores
         self.owner = threading.get_ident()
         self.reports: list[Report] = []
+        self._cache: CompactCache | None = None
 
     @property
     def report(self) -> Report:
@@ -49,6 +47,19 @@ class Run:
         if not self.reports:
             raise CacheError("nothing was generated in this compress block yet, so there is no report")
         return self.reports[-1]
+
+    def began(self, cache: CompactCache) -> None:
+        """A prompt gets this cache. It is held only if its scores are kept, so that they can be asked for."""
+        self.reports.append(cache.report)
+        self._cache = cache if self.keep_scores else None
+
+    def explain(self, layer: int, token: int, row: int = 0) -> list[Explanation]:
+        """:meth:`CompactCache.explain` of the latest prompt. Raises CacheError without ``keep_scores=True``."""
+        if not self.keep_scores:
+            raise CacheError("explain() needs the importance scores: open the block with keep_scores=True and read a prompt")
+        if self._cache is None:
+            raise CacheError("explain() needs a prompt, and none was read in this compress block yet: read one first")
+        return self._cache.explain(layer, token, row)
 
 
 @contextmanager
@@ -58,8 +69,8 @@ def compress(
     budget: Budget | int | float | str = DEFAULT_BUDGET,
     *,
     task: Tasks = None,
-    quantize: Quantization | None = None,
     decode_budget: int | None = None,
+    keep_scores: bool = False,
     tokenizer: Any = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything the model reads inside the block.
@@ -71,14 +82,15 @@ def compress(
 
     Parameters
     ----------
-    model, policy, budget, task, quantize, decode_budget: as for :class:`CompactCache`.
-    tokenizer: where the policy scores by task and ``task`` is None, each prompt is read back
-        with it and classified (:func:`winnowkv.task_profile`), every row of a batch by itself.
+    model, policy, budget, task, decode_budget, keep_scores: as for :class:`CompactCache`.
+    tokenizer: if the policy scores by task and ``task`` is None, each prompt is read back with it and
+        classified (:func:`winnowkv.task_profile`), every row of a batch by itself; if the policy uses the prompt's
+        structure, that is read with it, too.
 
     Yields
     ------
     Run
-        Its ``report`` says what the latest prompt kept, in entries, bytes and seconds.
+        Its ``report`` says what the latest prompt kept, in entries, bytes and seconds; its ``explain`` why a token stayed.
 
     Raises
     ------
@@ -91,14 +103,12 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> print(run.report)                                            # doctest: +SKIP
     """
-    run = Run(policy, Budget.of(budget), task, quantize, decode_budget)
+    run = Run(policy, Budget.of(budget), task, decode_budget, keep_scores)
     check_model(model)
     check_decode_budget(decode_budget)
     classified = tokenizer is not None and task is None
     # Complain now, not in the middle of a forward pass.
-    (made, *_) = resolve(policy, Fingerprint.of(model), TASKS[0] if classified else task)
-    if quantize or made.quantize:
-        quanto()
+    made = Compression.of(model, policy, run.budget, task, task_is_known=not classified).policy
     routing = acquire(model)
 
     def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,12 +116,12 @@ def compress(
         if not _wants_cache(module, args, kwargs) or _chosen(routing) is not run:
             return None
         tasks = run.task
-        if (classified and made.by_task) or (tokenizer is not None and made.by_layout):
+        if (classified and made.uses_task) or (tokenizer is not None and made.uses_structure):
             ids = kwargs.get("input_ids", args[0] if args else None)
-            tasks = profiles(tokenizer, ids, kwargs.get("attention_mask"), run.task, made)
-        options: dict[str, Any] = {"quantize": run.quantize, "decode_budget": run.decode_budget}
+            tasks = read_tasks(tokenizer, ids, kwargs.get("attention_mask"), run.task, made)
+        options: dict[str, Any] = {"decode_budget": run.decode_budget, "keep_scores": run.keep_scores}
         cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
-        run.reports.append(cache.report)
+        run.began(cache)
         return args, {**kwargs, "past_key_values": cache}
 
     def check(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -134,26 +144,26 @@ def compress(
         release(model)
 
 
-def profiles(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, made: Policy) -> list[TaskProfile]:
-    """What the policy asks of each row of a prompt: its task, classified where none is given, and its layout."""
+def read_tasks(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, policy: Policy) -> list[TaskProfile]:
+    """What the policy uses of each row of a prompt: its task, classified if none is given, and its structure."""
     if ids is None:
         raise InputError(
             "a prompt given as embeddings cannot be read back: leave compress() the tokenizer= out, give it the task="
         )
     rows = [row if mask is None else row[mask[i, -row.shape[0] :].bool()] for i, row in enumerate(ids)]
-    if given is None and made.by_task:
-        told = [_classify(tokenizer, row) for row in rows]
+    if given is None and policy.uses_task:
+        tasks = [_classify(tokenizer, row) for row in rows]
     else:
         each = [given] if given is None or isinstance(given, TaskProfile | str) else list(given)
-        told = [TaskProfile.of(task) for task in (each * len(rows) if len(each) == 1 else each)]
-    if not made.by_layout or len(told) != len(rows):  # the cache says what is wrong with their number
-        return told
-    return [replace(task, layout=read_layout(tokenizer, row.tolist())) for task, row in zip(told, rows, strict=True)]
+        tasks = [TaskProfile.of(task) for task in (each * len(rows) if len(each) == 1 else each)]
+    if not policy.uses_structure or len(tasks) != len(rows):  # the cache says what is wrong with their number
+        return tasks
+    return [replace(task, structure=read_structure(tokenizer, row.tolist())) for task, row in zip(tasks, rows, strict=True)]
 
 
 def _classify(tokenizer: Any, row: Tensor) -> TaskProfile:
     """The task of one prompt; both ends are all that the classifier reads."""
-    ends = row if len(row) <= 2 * ENDS else torch.cat([row[:ENDS], row[-ENDS:]])
+    ends = row if len(row) <= 2 * CLASSIFIED_TOKENS else torch.cat([row[:CLASSIFIED_TOKENS], row[-CLASSIFIED_TOKENS:]])
     return task_profile(tokenizer.decode(ends, skip_special_tokens=True))
 
 

@@ -105,8 +105,8 @@ class Budget:
         return str(self.asked)
 
 
-def spoken(asked: Asked) -> str:
-    """A budget as people say it: ``12%``, ``128 entries``, ``auto:0.95``."""
+def budget_text(asked: Asked) -> str:
+    """A budget as text: ``12%``, ``128 entries``, ``auto:0.95``."""
     if isinstance(asked, str):
         return asked
     return f"{100 * asked:g}%" if isinstance(asked, float) else f"{asked} entries"

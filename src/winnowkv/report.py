@@ -16,11 +16,12 @@ class Report:
     Attributes
     ----------
     policy, budget: as they were asked.
-    quantize: ``int8`` or ``int4`` where the kept entries are stored so.
+    quantize: ``int8`` or ``int4`` if the kept entries are stored so.
     prompt_tokens: per row, padding not counted.
     kept_entries: per row, per compressed layer: entries kept of the prompt per KV head, mean over heads
-        (a float only where heads keep different numbers).
-    kept_mass: per row, the share of the policy's importance scores behind the sinks that stays, mean over layers and heads.
+        (a float only if heads keep different numbers).
+    kept_mass: per row, the share of the policy's importance scores past the sinks that stays, mean over layers and
+        heads; only with ``keep_scores`` or an ``auto`` budget.
     kept_bytes, full_bytes: keys and values of the prompt's entries at the end of prefill,
         after and without eviction; padding is in neither. Quantized entries count as they are stored,
         with scales and zero points; ``full_bytes`` is always in the model's precision.
@@ -31,7 +32,7 @@ class Report:
     compress_seconds: the part of it spent on scoring, eviction and quantization (on CUDA by the device's clock).
     decode_tokens: tokens read after the prompt; decode_seconds: from the first layer of the
         first of them to the last layer of the last; decode_entries: entries held of them per layer and KV head,
-        fewer where a decode budget evicts.
+        fewer if a decode budget evicts.
     notes: what the user should know, in sentences.
     """
 

@@ -1,48 +1,157 @@
-"""Our attention equals one softmax for any number of entries."""
+"""What attention asks of a cache: any object that answers is served, compact caches and slots among them."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
-from winnowkv.attention import hooks as attention
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Tensor) -> Tensor:
-    """Causal attention, KV heads repeated, one softmax."""
-    group = query.shape[1] // key.shape[1]
-    key, value, valid = (states.repeat_interleave(group, 1) for states in (key, value, valid))
-    queries, entries = query.shape[2], key.shape[2]
-    seen = torch.ones(queries, entries, dtype=torch.bool).tril(entries - queries) & valid[:, :, None]
-    return (query @ key.transpose(2, 3) * scale).masked_fill(~seen, float("-inf")).softmax(-1) @ value
+import winnowkv as wk
+from support.batch import padded
+from support.models import PROMPT, prompt
+from winnowkv.attention.hooks import COMPACT_OFFSET, AttentionCache, Observer, acquire, release, tag_keys, winnow_attention
+from winnowkv.attention.sdpa import attend
+from winnowkv.engine.slots import Slots
 
 
-@pytest.mark.parametrize("queries", [1, 3, 9, 20])
-@pytest.mark.parametrize("block", [4, 256])
-@pytest.mark.parametrize("padded", [False, True])
-def test_equals_one_softmax(queries: int, block: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    draw = torch.Generator().manual_seed(queries)
-    query = torch.randn(2, 6, queries, 8, generator=draw)
-    key, value = torch.randn(2, 2, 2, 20, 8, generator=draw)
-    valid = torch.ones(2, 2, 20, dtype=torch.bool)
-    given = None
-    if padded and queries < 20:  # no head is shorter before the prompt was read
-        valid[0, 1, :5] = False
-        given = valid
-    torch.testing.assert_close(attention.attend(query, key, value, 0.3, given), plain(query, key, value, 0.3, valid))
+class Answers:
+    """The least that attention needs: notes what it was asked, and answers as it was told to."""
+
+    def __init__(self, valid: Tensor | None = None, *, watch: bool = True) -> None:
+        self.valid, self.watch = valid, watch
+        self.asked: list[tuple[Any, ...]] = []
+
+    def valid_entries(self, layer_idx: int, padding: Tensor | None, added: int) -> Tensor | None:
+        self.asked.append(("valid", layer_idx, padding, added))
+        return self.valid
+
+    def observer(self, layer_idx: int) -> Observer | None:
+        self.asked.append(("observer", layer_idx))
+        return self.observe if self.watch else None
+
+    def observe(self, queries: Tensor, scale: float) -> None:
+        self.asked.append(("observed", queries, scale))
 
 
-def test_no_mask_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    attend = torch.nn.functional.scaled_dot_product_attention
+def drawn(queries: int = 3, entries: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(queries)
+    query = torch.randn(2, 4, queries, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, entries, 8, generator=generator)
+    return query, key, value
 
-    def watched(*args: Tensor, attn_mask: Tensor, **kwargs: float) -> Tensor:
-        shapes.append(tuple(attn_mask.shape[-2:]))
-        return attend(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
-    attention.attend(torch.randn(1, 4, 20, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8), 0.3)
-    assert shapes == [(16, 38), (16, 46), (8, 50)]
+def asked_of(cache: AttentionCache, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """One call of the attention socket with keys of this cache."""
+    query, key, value = drawn()
+    output, weights = winnow_attention(nn.Identity(), query, tag_keys(key[:], cache, 5), value, mask, **options)
+    assert weights is None
+    return output
+
+
+@pytest.mark.parametrize("kind", [wk.CompactCache, Slots, Answers])
+def test_compact_caches_and_slots_answer_what_attention_asks(kind: type) -> None:
+    asked = [name for name in vars(AttentionCache) if not name.startswith("_")]
+    assert asked == ["valid_entries", "observer"]
+    for name in asked:
+        theirs, mine = (list(inspect.signature(getattr(each, name)).parameters) for each in (AttentionCache, kind))
+        assert len(mine) == len(theirs), f"{kind.__name__}.{name} takes {mine}, attention passes {theirs}"
+
+
+def test_a_cache_is_asked_for_valid_entries_before_attention_and_shown_the_queries_after_it() -> None:
+    cache, mask = Answers(), torch.ones(2, 9, dtype=torch.bool)
+    output = asked_of(cache, mask, scaling=0.3)
+    query, key, value = drawn()
+    torch.testing.assert_close(output, attend(query, key, value, 0.3).transpose(1, 2))
+    valid, observer, (name, queries, scale) = cache.asked
+    assert (valid[0], valid[1], valid[3]) == ("valid", 5, 3)
+    assert valid[2] is mask
+    assert observer == ("observer", 5)
+    assert (name, scale) == ("observed", 0.3)
+    assert torch.equal(queries, query)
+
+
+def test_without_an_observer_nothing_is_shown_and_the_usual_scale_is_taken() -> None:
+    cache = Answers(watch=False)
+    output = asked_of(cache)
+    query, key, value = drawn()
+    torch.testing.assert_close(output, attend(query, key, value, 8**-0.5).transpose(1, 2))
+    assert [name for name, *_ in cache.asked] == ["valid", "observer"]
+
+
+def test_entries_that_a_cache_does_not_count_are_not_attended_to() -> None:
+    valid = torch.ones(2, 2, 9, dtype=torch.bool)
+    valid[0, 1, :4] = valid[1, 0, 2] = False
+    output = asked_of(Answers(valid))
+    query, key, value = drawn()
+    torch.testing.assert_close(output, attend(query, key, value, 8**-0.5, valid).transpose(1, 2))
+    assert not torch.allclose(output, asked_of(Answers()))
+
+
+def test_keys_without_a_tag_go_to_the_frameworks_own_attention() -> None:
+    query, key, value = drawn(9)
+    module = nn.Identity()
+    module.num_key_value_groups, module.is_causal = 2, True
+    output, _ = winnow_attention(module, query, key, value, None)
+    torch.testing.assert_close(output, attend(query, key, value, 8**-0.5).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tag_is_on_what_was_returned_and_not_on_the_storage() -> None:
+    key = drawn()[1]
+    tagged = tag_keys(key[:], Answers(), 0)
+    assert tagged.data_ptr() == key.data_ptr()
+    with pytest.raises(wk.InputError, match="2D attention_mask"):
+        winnow_attention(nn.Identity(), drawn()[0], tagged, key, torch.ones(1, 1, 3, 9))
+    assert not any(name.startswith("_winnow") for name in vars(key))
+
+
+class Third(DynamicCache):
+    """A cache of another kind that comes through our attention: holds everything, counts padding itself."""
+
+    def __init__(self, watch: Callable[[int, Tensor], None] | None, config: Any) -> None:
+        super().__init__(config=config)
+        self.watch = watch
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return tag_keys(keys[:], self, layer_idx), values
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return super().get_mask_sizes(*args, **kwargs)[0], COMPACT_OFFSET
+
+    def valid_entries(self, layer_idx: int, padding: Tensor | None, added: int) -> Tensor | None:
+        return None if padding is None else padding.bool()[:, None]
+
+    def observer(self, layer_idx: int) -> Observer | None:
+        watch = self.watch
+        return None if watch is None else lambda queries, scale: watch(layer_idx, queries)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_third_kind_of_cache_is_served_by_a_routed_model(model: PreTrainedModel, watched: bool) -> None:
+    ids, mask = padded([prompt(PROMPT), prompt(50, seed=1)])
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    seen: list[tuple[int, int]] = []
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+        acquire(model)
+        try:
+            cache = Third((lambda layer, queries: seen.append((layer, queries.shape[2]))) if watched else None, model.config)
+            logits = [
+                model(
+                    input_ids=ids[:, part],
+                    attention_mask=mask[:, : part.stop],
+                    position_ids=places[:, part],
+                    past_key_values=cache,
+                ).logits
+                for part in (slice(0, 60), slice(60, 71), slice(71, PROMPT))
+            ]
+        finally:
+            release(model)
+    torch.testing.assert_close(torch.cat(logits, 1)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    layers = range(model.config.num_hidden_layers)
+    assert seen == ([(layer, tokens) for tokens in (60, 11, 1) for layer in layers] if watched else [])

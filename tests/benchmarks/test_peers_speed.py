@@ -106,7 +106,7 @@ def test_the_table_has_every_peer_once_and_in_order() -> None:
     assert "| prefill | 600 | 1 | kvpress A() | - | - | 2.10 | 1.100 of its seconds |" in text
     assert "| decode in 0 MiB | 600 | 16 | winnowkv snapkv at 0.25 | - | 200.0 | - | 5.00x as fast |" in text
     assert "| decode in 0 MiB | 600 | 2 | transformers, dynamic | - | 40.0 | - | - |" in text
-    assert text.endswith("- vllm did not run to its end: it stopped\n")
+    assert text.endswith("- vllm did not finish: it stopped\n")
 
 
 def test_a_peer_that_fails_keeps_its_finished_lines_and_reports_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_only_full_decode_steps_of_vllm_count(monkeypatch: pytest.MonkeyPatch) -
     ("arguments", "message"),
     [
         (("--sides", "sglang"), "--sides 'sglang' is unknown: use kvpress, vllm"),
-        (("--sides", "vllm", "--vllm-python", "/no/python"), "vllm's python /no/python is not there: run make peers-speed"),
+        (("--sides", "vllm", "--vllm-python", "/no/python"), "vllm's python /no/python does not exist: run make peers-speed"),
         (
             ("--sides", "vllm", "--vllm-python", sys.executable, "--bench", "/no/bench"),
             "run winnow bench --out /no/bench first",

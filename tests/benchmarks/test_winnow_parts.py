@@ -1,7 +1,9 @@
 """benchmarks/winnow_parts.py on tiny models."""
 
+import importlib
 import json
 import runpy
+import sys
 
 import pytest
 import torch
@@ -15,20 +17,28 @@ from winnowkv.cache.reading import extend, prefill
 from winnowkv.errors import InputError
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.models import load as models
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import PromptInfo
 from winnowkv.policies.winnow import Winnow
-from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.structure import Structure
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.attention import causal_attention, expected_attention
 
-PARTS = runpy.run_path(str(BENCHMARKS / "winnow_parts.py"))
+sys.path.insert(0, str(BENCHMARKS))  # as when it is run: it imports the file beside it
+PARTS = vars(importlib.import_module("winnow_variants")) | runpy.run_path(str(BENCHMARKS / "winnow_parts.py"))
 TOKENS, SMALL = 72, {"observe": 8, "samples": 32, "least": 4, "heads": 3, "profile": PROFILES}
-FOUND = TaskProfile("localization", layout=Layout(TOKENS, 12, 3, (9, 20, 33, 47)))
+FOUND = TaskProfile("localization", structure=Structure(TOKENS, 12, 3, (9, 20, 33, 47)))
 
 
 def read(model):
     recorded = wk.CompactCache(model, "full", 1, record=TOKENS)
     prefill(model, prompt(TOKENS), recorded)
     return recorded
+
+
+def parts(policy, model, budget=24):
+    prompt_info = PromptInfo(TOKENS, model.config.num_hidden_layers, budget, FOUND)
+    return policy.bind(ModelInfo.of(model), prompt_info).parts
 
 
 def positions(cache):
@@ -39,7 +49,7 @@ def test_a_part_without_a_change_is_winnow(model):
     recorded = read(model)
     mine, shipped = (recorded.replay(kind(**SMALL), 24, task=FOUND) for kind in (PARTS["Part"], Winnow))
     assert positions(mine) == positions(shipped)
-    assert mine.policies[0].layout is not None
+    assert parts(PARTS["Part"](**SMALL), model).shared.structure == FOUND.structure
 
 
 @pytest.mark.parametrize("name", ["mean", "normal", "late", "even"])
@@ -52,9 +62,14 @@ def test_another_attention_keeps_other_tokens(name, llama):
 def test_a_variant_without_a_part_does_not_use_that_part(llama):
     recorded = read(llama)
     still, guessing, equal = (PARTS["Part"](**SMALL, **flag) for flag in ({"moved": False}, {"guessed": True}, {"equal": True}))
-    assert recorded.replay(Winnow(**SMALL), 24, task=FOUND).policies[0].rotation is not None
-    assert recorded.replay(still, 24, task=FOUND).policies[0].rotation is None
-    assert recorded.replay(guessing, 24, task=FOUND).policies[0].profile is None
+    shipped = parts(Winnow(**SMALL), llama)
+    assert shipped.scorer.rotation is not None
+    assert parts(still, llama).scorer.rotation is None
+    assert shipped.shared.profile is not None
+    assert parts(guessing, llama).shared.profile is None
+    for part in (still, guessing):
+        kept = positions(recorded.replay(part, 24, task=FOUND))
+        assert kept != positions(recorded.replay(Winnow(**SMALL), 24, task=FOUND))
     assert set(recorded.replay(equal, 40, task=FOUND).report.kept_entries[0]) == {40}
     assert len(set(recorded.replay(Winnow(**SMALL), 40, task=FOUND).report.kept_entries[0])) > 1
 
@@ -78,13 +93,15 @@ def test_closed_forms_are_those_of_single_heads():
 
 def test_the_oracle_records_what_the_answer_attends_to(model):
     ids, answer = prompt(TOKENS), prompt(6, seed=1)
-    heard = PARTS["Heard"](model)
-    prefill(model, ids, heard)
-    assert heard.heard == []
-    extend(model, heard, answer, [TOKENS])
+    answering = PARTS["AnswerAttention"](model)
+    prefill(model, ids, answering)
+    assert answering.recorded == []
+    extend(model, answering, answer, [TOKENS])
     whole = wk.CompactCache(model, "full", 1, record=6)  # the same tokens as one prompt: its last queries are the answer's
     prefill(model, torch.cat([ids, answer], 1), whole)
-    for (scores, preference), (queries, scale), layer in zip(heard.heard, whole._recorded, whole.compact_layers, strict=True):
+    for (scores, preference), (queries, scale), layer in zip(
+        answering.recorded, whole.recording.layers, whole.compact_layers, strict=True
+    ):
         attention = causal_attention(queries, layer.keys, scale)[0, :, :, :TOKENS]
         wanted = attention.square().mean(1).sqrt().unflatten(0, (2, -1)).mean(1)
         torch.testing.assert_close(scores[0], wanted, rtol=1e-3, atol=1e-5)
@@ -92,12 +109,12 @@ def test_the_oracle_records_what_the_answer_attends_to(model):
 
 
 def test_the_oracle_keeps_what_it_recorded(llama):
-    recorded, heard = read(llama), PARTS["Heard"](llama)
-    prefill(llama, prompt(TOKENS), heard)
-    extend(llama, heard, prompt(6, seed=1), [TOKENS])
+    recorded, answering = read(llama), PARTS["AnswerAttention"](llama)
+    prefill(llama, prompt(TOKENS), answering)
+    extend(llama, answering, prompt(6, seed=1), [TOKENS])
     variant = PARTS["Variant"]("oracle", PARTS["Oracle"](observe=4, sinks=0, equal=True))
-    kept = PARTS["keep"](recorded, variant, 20, FOUND, heard.heard)
-    for (scores, _), layer in zip(heard.heard, kept.cache.compact_layers, strict=True):
+    kept = PARTS["keep"](recorded, variant, 20, FOUND, answering.recorded)
+    for (scores, _), layer in zip(answering.recorded, kept.cache.compact_layers, strict=True):
         best = scores[0, :, : TOKENS - 4].topk(16).indices.sort().values
         assert torch.equal(layer.positions[0][:, :16].long(), best)
 
@@ -108,7 +125,7 @@ def texts(tmp_path, *more):
         write_rows(tmp_path / "data", 4)
     words = ("texts", "--model", tmp_path / "model", "--tasks", "longeval_lines_200", "--data", tmp_path / "data", "--json")
     asked = ("--skip", 1, "--limit", 3, "--max-new-tokens", 8, "--budgets", "40,0.05", "--out", tmp_path / "out")
-    variants = ("--variants", "winnow,no layout,oracle", "--against", "snapkv,cake")
+    variants = ("--variants", "winnow,no structure,oracle", "--against", "snapkv,cake")
     return PARTS["main"](PARTS["parse"]([str(word) for word in (*words, *asked, *variants, *more)]))
 
 
@@ -122,7 +139,7 @@ def test_texts_are_compared_with_the_best_published_policy_on_the_same_rows(tmp_
     assert json.loads(capsys.readouterr().out) == summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     rows = {(row["policy"], row["budget"]): row for row in summary["rows"]}
     at_40 = [row for row in summary["rows"] if row["budget"] == 40]
-    assert [row["policy"] for row in at_40] == ["winnow", "no layout", "snapkv", "cake", "oracle"]
+    assert [row["policy"] for row in at_40] == ["winnow", "no structure", "snapkv", "cake", "oracle"]
     assert {row["prompts"] for row in at_40} == {3}
     best = min(("snapkv", "cake"), key=lambda name: rows[name, 40]["kl_mean"][0])
     assert {row["against"] for row in at_40} == {best}

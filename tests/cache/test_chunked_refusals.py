@@ -14,7 +14,7 @@ from support.chunks import CEILING, CHUNK, TOKENS, assert_same, read
 from support.models import prompt
 from support.reference import generate
 from winnowkv.cache.reading import prefill
-from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.structure import Structure
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_chunk_or_ceiling_that_cannot_be_is_refused(llama: PreTrainedModel, sp
 
 
 def test_a_question_longer_than_a_chunk_is_refused(llama: PreTrainedModel) -> None:
-    task = wk.TaskProfile("localization", layout=Layout(TOKENS, 70, 3, (20, 100)))
+    task = wk.TaskProfile("localization", structure=Structure(TOKENS, 70, 3, (20, 100)))
     with pytest.raises(wk.InputError, match="below the 70 last tokens"):
         read(llama, wk.CompactCache(llama, "winnow", 95, task=task), chunk=CHUNK)
 
@@ -76,8 +76,8 @@ def test_a_budget_below_the_window_is_refused_before_anything_is_read(llama: Pre
 
 
 def test_an_interrupted_prompt_leaves_an_empty_cache(llama: PreTrainedModel) -> None:
-    cache, calls = wk.CompactCache(llama, "snapkv:observe=8", 20), []
-    whole = wk.CompactCache(llama, "snapkv:observe=8", 20)
+    calls = []
+    cache, whole = (wk.CompactCache(llama, "snapkv:observe=8", 20, keep_scores=True) for _ in range(2))
 
     def interrupt(*_: object) -> None:
         calls.append(None)
@@ -94,7 +94,7 @@ def test_an_interrupted_prompt_leaves_an_empty_cache(llama: PreTrainedModel) -> 
 
 
 def test_chunks_are_read_within_a_compress_block(llama: PreTrainedModel) -> None:
-    cache, whole = (wk.CompactCache(llama, "snapkv:observe=8", 20) for _ in range(2))
+    cache, whole = (wk.CompactCache(llama, "snapkv:observe=8", 20, keep_scores=True) for _ in range(2))
     read(llama, whole)
     with wk.compress(llama, "streaming", 8) as run:
         read(llama, cache, chunk=CHUNK)

@@ -16,16 +16,17 @@ from support.decode_reference import slow_logits
 from support.evaluation import write_model
 from support.models import PROMPT, hybrid, prompt
 from support.reference import chunked, compact_logits, generate, positions
-from winnowkv.cache.generated import BLOCK, LEAST, OBSERVE, check_decode_budget, received_attention, staying
+from winnowkv.cache.generated import DECODE_BLOCK, LEAST_DECODE_BUDGET, check_decode_budget
 from winnowkv.cache.reading import extend, greedy, prefill
 from winnowkv.cache.stacked import stack
+from winnowkv.policies.decode_eviction import DecodeEviction, newest_and_best, received_attention
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BATCH_CLOSE = {"rtol": 0, "atol": 1e-4}
 BUDGET = 64
-FULL = BUDGET + BLOCK  # entries at which a block is evicted
-STEPS = [1] * (FULL + 2 * BLOCK + 5)  # three evictions
-SPECS = ["full", "snapkv:observe=8:kernel=3", "adakv:observe=4:floor=0:sinks=2", "pyramidkv:observe=4:sinks=2"]
+FULL = BUDGET + DECODE_BLOCK  # entries at which a block is evicted
+STEPS = [1] * (FULL + 2 * DECODE_BLOCK + 5)  # three evictions
+SPECS = ["full", "snapkv:observe=8:kernel=3", "adakv:floor=0:of=snapkv:observe=4:sinks=2", "pyramidkv:observe=4:sinks=2"]
 
 
 def cache_of(model: PreTrainedModel, spec: str = SPECS[1], budget: int = 20, limit: int | None = BUDGET) -> wk.CompactCache:
@@ -95,6 +96,7 @@ def test_enough_budget_gives_the_tokens_of_no_budget(model: PreTrainedModel) -> 
 # Law 6: memory
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_two_thousand_tokens(llama: PreTrainedModel) -> None:
     cache = cache_of(llama)
     logits = prefill(llama, prompt(PROMPT), cache)
@@ -102,8 +104,8 @@ def test_memory_is_flat_over_two_thousand_tokens(llama: PreTrainedModel) -> None
     for _ in greedy(llama, cache, logits, 2000):
         held.append(cache.held_bytes)
     entry = sum(layer.entry_bytes for layer in cache.compact_layers)
-    queries = 2 * OBSERVE * 8 * 8 * 4 * 5  # at most two windows of 8 heads of 8 float32 values in 5 layers
-    assert max(held) <= (20 + FULL + BLOCK) * entry + queries
+    queries = 2 * DecodeEviction().observe * 8 * 8 * 4 * 5  # at most two windows of 8 heads of 8 float32 values in 5 layers
+    assert max(held) <= (20 + FULL + DECODE_BLOCK) * entry + queries
     assert max(held[200:1000]) == max(held[1000:])
     assert cache.report.decode_tokens == 1999
     assert [layer.keys.shape[2] for layer in cache.compact_layers] == [cache.layers[0].keys.shape[2]] * 5
@@ -115,7 +117,7 @@ def test_a_long_text_read_at_once_leaves_no_unused_storage(llama: PreTrainedMode
     cache = cache_of(llama)
     compact_logits(llama, cache, prompt(PROMPT), [prompt(600, seed=1)])
     entry = sum(layer.entry_bytes for layer in cache.compact_layers)
-    assert cache.held_bytes <= (20 + BUDGET + BLOCK) * entry
+    assert cache.held_bytes <= (20 + BUDGET + DECODE_BLOCK) * entry
     assert cache.report.decode_entries == BUDGET
 
 
@@ -124,7 +126,7 @@ def test_a_long_text_read_at_once_leaves_no_unused_storage(llama: PreTrainedMode
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_padded_batch_equals_single_runs(llama: PreTrainedModel, spec: str) -> None:
-    lengths, total = (PROMPT, 57), FULL + BLOCK + 9
+    lengths, total = (PROMPT, 57), FULL + DECODE_BLOCK + 9
     ids, mask = torch.zeros(2, PROMPT, dtype=torch.long), torch.ones(2, PROMPT + total, dtype=torch.long)
     for row, tokens in enumerate(lengths):
         ids[row, PROMPT - tokens :] = prompt(tokens, seed=row)[0]
@@ -137,7 +139,7 @@ def test_a_padded_batch_equals_single_runs(llama: PreTrainedModel, spec: str) ->
         llama(input_ids=ids, attention_mask=mask[:, :PROMPT], position_ids=places, past_key_values=cache)
         for row, single in enumerate(singles):
             llama(input_ids=ids[row : row + 1, PROMPT - lengths[row] :], past_key_values=single)
-        for chunk in more.split([1] * (FULL - 9) + [30, BLOCK - 12], dim=1):
+        for chunk in more.split([1] * (FULL - 9) + [30, DECODE_BLOCK - 12], dim=1):
             seen = [tokens + read for tokens in lengths]
             read += chunk.shape[1]
             places = torch.tensor(seen)[:, None] + torch.arange(chunk.shape[1])
@@ -248,7 +250,7 @@ def test_a_replay_holds_the_decode_budget(llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("done", [0, 100, FULL - 5, FULL + 7])
 def test_a_saved_and_loaded_cache_gives_the_same_logits(llama: PreTrainedModel, tmp_path: Path, done: int) -> None:
-    ids, more = prompt(PROMPT), prompt(FULL + BLOCK + 20, seed=1)
+    ids, more = prompt(PROMPT), prompt(FULL + DECODE_BLOCK + 20, seed=1)
     cache = cache_of(llama)
     compact_logits(llama, cache, ids, [*more[:, :done].split(1, dim=1)] if done else [])
     wk.save_cache(cache, llama, tmp_path / "cache")
@@ -261,25 +263,12 @@ def test_a_saved_and_loaded_cache_gives_the_same_logits(llama: PreTrainedModel, 
     assert loaded.report.decode_entries == cache.report.decode_entries == BUDGET + 20
 
 
-def test_a_file_of_an_older_version_loads_without_a_decode_budget(llama: PreTrainedModel, tmp_path: Path) -> None:
-    cache = cache_of(llama, limit=None)
-    logits = prefill(llama, prompt(PROMPT), cache)
-    wk.save_cache(cache, llama, tmp_path / "cache")
-    text = (tmp_path / "cache").read_bytes()
-    for new in (b', \\"dropped\\": 0', b'\\"decode_budget\\": null, '):
-        assert new in text
-        text = text.replace(new, b" " * len(new))  # the header keeps its length
-    (tmp_path / "old").write_bytes(text)
-    loaded = wk.load_cache(tmp_path / "old", llama)
-    assert list(greedy(llama, loaded, logits, 12)) == list(greedy(llama, cache, logits, 12))
-
-
 # Taking tokens back
 
 
-@pytest.mark.parametrize(("read", "back"), [(100, 30), (FULL - 3, 9), (FULL + 20, 15), (FULL + BLOCK - 2, 30)])
+@pytest.mark.parametrize(("read", "back"), [(100, 30), (FULL - 3, 9), (FULL + 20, 15), (FULL + DECODE_BLOCK - 2, 30)])
 def test_tokens_taken_back_and_read_again_change_nothing(llama: PreTrainedModel, read: int, back: int) -> None:
-    ids, more = prompt(PROMPT), prompt(FULL + BLOCK + 30, seed=1)
+    ids, more = prompt(PROMPT), prompt(FULL + DECODE_BLOCK + 30, seed=1)
     plain, cropped = cache_of(llama), cache_of(llama)
     expected = compact_logits(llama, plain, ids, [*more.split(1, dim=1)])
     compact_logits(llama, cropped, ids, [*more[:, :read].split(1, dim=1)])
@@ -314,13 +303,14 @@ def test_a_hybrid_model_holds_the_decode_budget(tmp_path: Path) -> None:
     assert generate(model, prompt(PROMPT), 100, past_key_values=cache_of(model, limit=100)) == expected
     cache = cache_of(model)
     tokens = generate(model, prompt(PROMPT), 400, past_key_values=cache)
-    assert [layer.generated for layer in cache.compact_layers] == [BUDGET + (399 - FULL) % BLOCK] * 2
+    assert [layer.generated for layer in cache.compact_layers] == [BUDGET + (399 - FULL) % DECODE_BLOCK] * 2
     assert len(tokens[0]) == 400
 
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [(LEAST - 1, "decode budget 63 is below 64"), (0, "below 64"), (-1, "below 64"), (0.5, "0.5 is not a whole number"),
+    [(LEAST_DECODE_BUDGET - 1, "decode budget 63 is below 64"), (0, "below 64"), (-1, "below 64"),
+     (0.5, "0.5 is not a whole number"),
      (True, "True is not a whole number"), ("128", "'128' is not a whole number")],
 )  # fmt: skip
 def test_decode_budgets_that_are_too_small_or_no_number_are_refused(llama: PreTrainedModel, budget: Any, message: str) -> None:
@@ -333,9 +323,10 @@ def test_decode_budgets_that_are_too_small_or_no_number_are_refused(llama: PreTr
             opened()
         assert "give at least 64 entries" in str(caught.value)
     assert llama.config._attn_implementation == before
-    check_decode_budget(LEAST)
+    check_decode_budget(LEAST_DECODE_BUDGET)
 
 
+@pytest.mark.slow
 def test_generate_reports_the_held_entries_of_the_answer(winnow: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     arguments = ("generate", "w1 w2 w3 " * 20, "--model", model, "--policy", "streaming", "--budget", 20, "--no-chat")
@@ -358,10 +349,10 @@ def test_evicted_entries_equal_a_worked_example() -> None:
     scores = torch.full((1, 2, 130), 0.5)
     scores[0, 0, [3, 90]] = 1.0
     scores[0, 1, 5:37] = 2.0
-    stays = staying(scores, 64)
+    stays = newest_and_best(scores, 64, 32)
     assert stays[0, 0].tolist() == [*range(31), 90, *range(98, 130)]  # ties go to the lower index
     assert stays[0, 1].tolist() == [*range(5, 37), *range(98, 130)]
-    assert staying(scores, 100)[0, 1].tolist() == [*range(68), *range(98, 130)]
+    assert newest_and_best(scores, 100, 32)[0, 1].tolist() == [*range(68), *range(98, 130)]
 
 
 def test_entries_that_do_not_count_take_no_attention() -> None:

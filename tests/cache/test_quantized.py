@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.models import PROMPT, prompt
 from support.reference import compact_logits
-from winnowkv.cache.quantized import GROUP, channel_group, quantize, stored_bytes
+from winnowkv.cache.quantized import QUANTIZATION_GROUP, channel_group, quantize, stored_bytes
 from winnowkv.types import BITS
 
 STORED = ("int8", "int4")
@@ -25,8 +25,8 @@ STORED = ("int8", "int4")
 def members(entries: int, size: int, per_channel: bool) -> list[tuple[slice, slice]]:
     """Which entries and channels share a scale, counted from the newest entry."""
     if per_channel:
-        ends = range(entries, 0, -GROUP)
-        return [(slice(max(0, end - GROUP), end), slice(c, c + 1)) for end in ends for c in range(size)]
+        ends = range(entries, 0, -QUANTIZATION_GROUP)
+        return [(slice(max(0, end - QUANTIZATION_GROUP), end), slice(c, c + 1)) for end in ends for c in range(size)]
     width = channel_group(size)
     return [(slice(t, t + 1), slice(c, c + width)) for t in range(entries) for c in range(0, size, width)]
 
@@ -136,10 +136,13 @@ def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, llama: PreTrainedM
 # Asking for it
 
 
-def test_the_keyword_is_the_option_of_the_policy(llama: PreTrainedModel) -> None:
-    asked = wk.CompactCache(llama, "snapkv:observe=8", 20, quantize="int4")
-    assert asked.policies == wk.CompactCache(llama, "snapkv:observe=8:quantize=int4", 20).policies
-    assert wk.CompactCache(llama, "int8", 20, quantize=None).report.quantize == "int8"
+def test_a_policy_stored_in_fewer_bits_is_that_of_the_spec(llama: PreTrainedModel) -> None:
+    asked = wk.CompactCache(llama, wk.policy("snapkv:observe=8").stored_as("int4"), 20)
+    spelled = wk.CompactCache(llama, "snapkv:observe=8:quantize=int4", 20)
+    assert asked.compression.policy == spelled.compression.policy
+    assert asked.report.quantize == spelled.report.quantize == "int4"
+    assert wk.policy("adakv:of=snapkv:observe=8").stored_as("int4") == wk.policy("adakv:of=snapkv:observe=8:quantize=int4")
+    assert wk.CompactCache(llama, "int8", 20).report.quantize == "int8"
     assert wk.CompactCache(llama, "full", 20).report.quantize is None
 
 
@@ -162,9 +165,11 @@ def test_unknown_values_of_quantize_are_refused(llama: PreTrainedModel) -> None:
         with pytest.raises(wk.PolicyError, match=r"quantize=.* must be one of int8, int4"):
             wk.policy("snapkv", quantize=wrong)
         with pytest.raises(wk.PolicyError, match="must be one of int8, int4"):
-            wk.CompactCache(llama, "snapkv", 20, quantize=wrong)
+            wk.CompactCache(llama, f"snapkv:quantize={wrong}", 20)
+        with pytest.raises(wk.PolicyError, match="must be one of int8, int4"):
+            wk.policy("snapkv").stored_as(wrong)
     with pytest.raises(wk.PolicyError, match="int8: quantize=int4 contradicts the name: use full:quantize=int4"):
-        wk.CompactCache(llama, "int8", 20, quantize="int4")
+        wk.CompactCache(llama, "int8:quantize=int4", 20)
 
 
 def test_without_the_package_the_error_says_what_to_install(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +180,7 @@ def test_without_the_package_the_error_says_what_to_install(llama: PreTrainedMod
     wk.CompactCache(llama, "snapkv", 20)
 
 
+@pytest.mark.slow
 def test_a_cache_without_quantization_does_not_import_the_package() -> None:
     code = (
         "import sys, winnowkv.cache.cache, winnowkv.policies as p\n[p.policy(n) for n in p.names()]\n"

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import winnowkv as wk
 from support.tokenizers import byte_tokenizer
-from winnowkv.calibrate.prompts import SLACK, build, generate_facts, read_filler, read_prompts, schedule
+from winnowkv.calibrate.prompts import LENGTH_TOLERANCE, build, generate_facts, read_filler, read_prompts, schedule
 from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
 
 
@@ -18,7 +18,7 @@ def test_spans_are_exact_and_bos_stands_at_the_start_only(bos: bool) -> None:
     words, filler = byte_tokenizer(bos=bos), read_filler()
     for fact, length, depth, offset in schedule(20, (900, 1500), (0.0, 0.5, 1.0), 0):
         made = build(words, filler, fact, length, depth, offset, chat=False)
-        assert length - SLACK <= len(made.ids) <= length
+        assert length - LENGTH_TOLERANCE <= len(made.ids) <= length
         begin, end = made.span
         text = "".join(bytes_of(words, made.ids[begin:end]))
         assert text == fact.answer
@@ -58,7 +58,7 @@ def test_prompts_of_a_users_file_are_read(tmp_path: Path) -> None:
     file.write_text('{"needle": "The key is blue.", "question": "Which key?", "answer": "blue"}\n')
     assert read_prompts(file)[0].kind == "own"
     file.write_text('{"needle": "The key is blue.", "question": "Which key?", "answer": "red"}\n')
-    with pytest.raises(wk.InputError, match="row 1: the answer 'red' must stand in the needle"):
+    with pytest.raises(wk.InputError, match="row 1: the answer 'red' must be in the needle"):
         read_prompts(file)
     file.write_text("")
     with pytest.raises(wk.InputError, match="holds no needle"):

@@ -12,7 +12,7 @@ import winnowkv as wk
 from support.models import prompt
 from support.reference import masked_attention
 from support.tokenizers import byte_tokenizer
-from winnowkv.attention.hooks import output_projections
+from winnowkv.attention.projection import output_projections
 from winnowkv.calibrate.errors import ErrorWatch
 from winnowkv.calibrate.heads import traditional_scores
 from winnowkv.calibrate.probe import ProbedCache
@@ -34,7 +34,7 @@ def test_traditional_scores_count_a_copied_token_once_a_head() -> None:
     assert copied.tolist() == [[1.0, 0.5]]  # head 0 copies 7 (twice, counted once) and 8, head 1 only 8
 
 
-def tiny_run(model: PreTrainedModel, asked: Calibration, folder: Path, seen: list[str]) -> wk.Profile:
+def tiny_run(model: PreTrainedModel, asked: Calibration, folder: Path, seen: list[str]) -> wk.CalibrationProfile:
     words = byte_tokenizer(bos=False)
     store = open_store(folder, "tiny", model, False, asked)
     try:
@@ -73,7 +73,8 @@ def test_layer_errors_are_those_of_masked_attention(model: PreTrainedModel) -> N
     chooser = wk.policy("compresskv", heads="all", budgets="uniform", observe=4)
     projections = [output_projections(model)[index] for index in range(layers)]
     ids, more = prompt(60), prompt(1, seed=5)
-    watch = ErrorWatch(chooser, 12, wk.Prompt(60, layers, 12), projections)
+    bound = chooser.bind(wk.ModelInfo.of(model), wk.PromptInfo(60, layers, 12))
+    watch = ErrorWatch(bound, projections)
     cache = ProbedCache(model, watch)
     outputs: dict[int, torch.Tensor] = {}
     hooks = [

@@ -53,7 +53,7 @@ def test_the_command_prints_json_and_then_tables(bench: Winnow, tmp_path: Path) 
         (("--policies", "snapvk"), "Did you mean 'snapkv'"),
         (("--contexts", "8q"), "--contexts: '8q' is not a number"),
         (("--batches", "one"), "--batches: 'one' is not a number"),
-        (("--kv-memory", "lots"), "--kv-memory 'lots' is no size"),
+        (("--kv-memory", "lots"), "--kv-memory 'lots' is not a size"),
         (("--rounds", "0"), "'--rounds'"),
     ],
 )

@@ -15,6 +15,8 @@ from support.evaluation import ROWS, said, tiny_evaluation
 from winnowkv.cli import eval as command, options
 from winnowkv.evaluate.tasks import run as runner
 
+pytestmark = pytest.mark.slow
+
 LINES = ROWS * 5  # full once, two other policies at two budgets
 # Dies as by kill -9, in the middle of a row's lines.
 KILLED = """

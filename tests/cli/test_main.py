@@ -5,7 +5,8 @@ import json
 import pytest
 
 from winnowkv.models import load as models
-from winnowkv.policies import names
+from winnowkv.policies import names, policy, policy_class
+from winnowkv.policies.compose import Wrapper
 
 needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
 
@@ -34,6 +35,22 @@ def test_policies_as_table(winnow):
     assert code == 0
     assert "windowkv" in out
     assert "2503.17922" in out
+
+
+def test_policies_show_what_a_wrapper_changes(winnow, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = winnow("policies")
+    assert code == 0
+    assert all(len(line) <= 80 for line in out.splitlines())
+    wrappers = [name for name in names() if issubclass(policy_class(name), Wrapper)]
+    assert wrappers == ["adakv", "chunkkv", "criticalkv"]
+    assert out.count("of=snapkv ") == len(wrappers)
+    caption = " ".join(out.split("┘")[-1].split())
+    assert caption.startswith("of= is the policy that a wrapper (adakv, chunkkv, criticalkv) changes")
+    made = policy(caption.split()[-1])
+    assert (made.floor, made.of.name, made.of.observe) == (0.1, "snapkv", 16)
+    rows = {row["policy"]: row["options"] for row in json.loads(winnow("policies", "--json")[1])["policies"]}
+    assert list(rows["adakv"].items()) == [("floor", 0.2), ("of", "snapkv")]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +114,7 @@ def test_generate_streams_the_answer_and_reports_what_was_kept(winnow):
     answer, kept = out.strip().splitlines()
     assert code == 0
     assert answer == "The capital of France is Paris."
-    assert kept.startswith("-- snapkv:observe=8 at 36: 0.79 of 0.81 MiB kept")
+    assert kept.startswith("-- policy snapkv:observe=8, budget 36: 0.79 of 0.81 MiB kept")
     assert "tokens/s" in kept
     assert "36 x 30" in kept
 

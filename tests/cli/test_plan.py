@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 
 import winnowkv as wk
 from support.models import TINY, WINDOW, hybrid
-from winnowkv.cli.plan import enough, read_size, read_tokens, size_text
+from winnowkv.cli.options import token_count
+from winnowkv.cli.plan import enough, read_size, size_text
 from winnowkv.evaluate.tasks.recipes import SMOLLM2_135M
 from winnowkv.models import load as models
 
@@ -76,6 +77,8 @@ def test_all_that_evict_are_planned_unless_they_cannot_be(planned: Callable[...,
     assert not planned_policies & {"headkv", "compresskv", "snapkv", "int8"}
     assert sum("headkv" in note for note in plan["notes"]) == 1
     assert sum("snapkv: a budget of 20 entries" in note for note in plan["notes"]) == 1
+    wrapped = "left out: adakv, chunkkv, criticalkv, snapkv: snapkv: a budget of 20 entries"
+    assert sum(note.startswith(wrapped) for note in plan["notes"]) == 1
 
 
 def test_dtype_weights_and_quantization_change_the_planned_bytes(planned: Callable[..., dict[str, Any]]) -> None:
@@ -95,6 +98,7 @@ def test_dtype_weights_and_quantization_change_the_planned_bytes(planned: Callab
     assert rows(planned(*asked[:-4], "--policies", "int4"))[("int4", None)]["quantize"] == "int4"
 
 
+@pytest.mark.slow
 def test_sliding_windows_are_counted_and_reported(winnow: Winnow, tmp_path: Path) -> None:
     hybrid().config.save_pretrained(tmp_path / "hybrid")
     asked = ("plan", "--model", tmp_path / "hybrid", "--context", 200, "--memory", "1GiB", "--dtype", "float32")
@@ -106,7 +110,7 @@ def test_sliding_windows_are_counted_and_reported(winnow: Winnow, tmp_path: Path
     assert plan["token_bytes"] == 2 * 2 * 2 * 16 * 4
     code, out, _ = winnow(*asked)
     assert code == 0
-    assert f"2 layers are compressed; 4 slide over {WINDOW} tokens" in out
+    assert f"2 layers are compressed; 4 keep all of a sliding window of {WINDOW} tokens" in out
 
 
 def test_a_table_for_reading(winnow: Winnow, folder: Path) -> None:
@@ -123,6 +127,7 @@ def test_a_table_for_reading(winnow: Winnow, folder: Path) -> None:
     assert "read one at a time" in " ".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,8 +135,8 @@ def test_a_table_for_reading(winnow: Winnow, folder: Path) -> None:
         (("--context", "0"), "--context '0' is no number of tokens"),
         (("--context", "many"), "--context 'many' is no number of tokens"),
         (("--memory", "24"), "the memory is 24 B"),
-        (("--memory", "24G"), "--memory '24G' is no size: write it as 24GiB, 24GB, 512MiB or plain bytes"),
-        (("--memory", "0GiB"), "--memory '0GiB' is no size"),
+        (("--memory", "24G"), "--memory '24G' is not a size: write it as 24GiB, 24GB, 512MiB or plain bytes"),
+        (("--memory", "0GiB"), "--memory '0GiB' is not a size"),
         (("--policies", "snapvk"), "Did you mean 'snapkv'?"),
         (("--policies", "snapkv:kernl=3"), "Did you mean 'kernel'?"),
         (("--policies", ","), "no policy was named"),
@@ -154,6 +159,7 @@ def test_bad_values_exit_with_two_and_one_sentence(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -161,7 +167,7 @@ def test_bad_values_exit_with_two_and_one_sentence(
         ('{"hidden_size": 64}', "cannot be loaded"),
         ('{"model_type": "llama", "hidden_size": "large"}', "cannot be loaded"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be loaded"),
-        ('{"model_type": "t5"}', "T5 is no decoder-only language model"),
+        ('{"model_type": "t5"}', "T5 is not a decoder-only language model"),
         ('{"model_type": "bloom", "n_layer": 1, "hidden_size": 64, "n_head": 4}', "does not go through transformers'"),
         (json.dumps({"model_type": "llama", **TINY, "quantization_config": {"quant_method": "awq"}}), "are quantized (awq)"),
     ],
@@ -185,6 +191,7 @@ def test_a_quantized_model_is_planned_without_its_weights(winnow: Winnow, tmp_pa
     assert json.loads(out)["weights_bytes"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "message", "ways"),
     [
@@ -228,9 +235,9 @@ def test_a_proposed_size_is_enough(size: int) -> None:
 
 
 def test_token_counts_with_units_are_read() -> None:
-    assert [read_tokens(text) for text in ("32k", "4096", "1.5K", "1m")] == [32768, 4096, 1536, 2**20]
+    assert [token_count(text, "--context") for text in ("32k", "4096", "1.5K", "1m")] == [32768, 4096, 1536, 2**20]
     with pytest.raises(wk.InputError, match="write it as 32768 or 32k"):
-        read_tokens("-5")
+        token_count("-5", "--context")
 
 
 @pytest.mark.slow

@@ -57,12 +57,12 @@ def test_needle_audit_and_eval_run(
     tmp_path: Path,
 ) -> None:
     code, out, err = winnow(
-        command, "--model", folder, "--no-chat", "--policies", "full,snapkv:observe=8,streaming,adakv:observe=8",
+        command, "--model", folder, "--no-chat", "--policies", "full,snapkv:observe=8,streaming,adakv:of=snapkv:observe=8",
         "--budgets", "0.2,200", *COMMANDS[command], *inputs[command], "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0, err + out
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert {(line["policy"], line["budget"]) for line in lines} >= {("streaming", 0.2), ("adakv:observe=8", 200)}
+    assert {(line["policy"], line["budget"]) for line in lines} >= {("streaming", 0.2), ("adakv:of=snapkv:observe=8", 200)}
     for line in lines:
         # A prompt of two letters holds no observation window; nothing else may fail.
         assert line["failed"] is None or (line["prompt_tokens"] < 5 and line["policy"] != "full"), line
@@ -91,7 +91,7 @@ def test_calibration_measures_the_layers_that_are_compressed(
     )  # fmt: skip
     assert code == 0, err + out
     made = read_profile(profile)
-    assert (len(made.errors), len(made.semantic), made.fingerprint.layers) == (2, 2, 6)
+    assert (len(made.errors), len(made.semantic), made.model_info.layers) == (2, 2, 6)
     assert made.errors[0] != made.errors[1]
     code, out, err = winnow(
         "needle", "--model", folder, "--no-chat", "--policies", f"compresskv:profile={profile}", "--budgets", 0.2,

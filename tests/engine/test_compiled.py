@@ -34,7 +34,7 @@ def shallow(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("flexible", [True, False])
 def test_compiled_steps_give_the_logits_of_eager_ones(llama: PreTrainedModel, flexible: bool) -> None:
     shallow(llama)
-    settings = {"policy": "adakv:observe=4:floor=0", "budget": 0.5}
+    settings = {"policy": "adakv:floor=0:of=snapkv:observe=4", "budget": 0.5}
     expected = [alone(llama, row, settings) for row in range(len(LENGTHS))]
     slots = Slots(llama, compile=True)
     slots._flexible = flexible  # False as on a GPU

@@ -13,11 +13,12 @@ from support.models import hybrid, prompt
 from support.profiles import PROFILES
 from support.tokenizers import word_tokenizer
 from winnowkv.cache.reading import prefill
+from winnowkv.engine.admission import Admission
 from winnowkv.engine.engine import Engine
 from winnowkv.engine.request import Claim
 from winnowkv.engine.sampling import Sampling
 
-BEGINS = ("full", "snapkv:observe=8", "dynamickv:observe=4", "cake:observe=4", "adakv:observe=4:f", "headkv:observe=4:k",
+BEGINS = ("full", "snapkv:observe=8", "dynamickv:observe=4", "cake:observe=4", "adakv:floor=0:of=s", "headkv:observe=4:k",
           "windowkv:observe=4", "winnow:observe=4:h")  # fmt: skip
 CHOSEN = [case for case in CASES if str(case).startswith(BEGINS)]
 
@@ -45,7 +46,7 @@ def test_every_prompt_gets_the_tokens_it_gets_alone(
     assert all(peak <= claimed for peak, claimed in watch.peaks)
 
 
-@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:kernel=3", "cake:observe=4"])
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:of=snapkv:observe=4:kernel=3", "cake:observe=4"])
 def test_prompts_of_sliding_window_models_get_the_tokens_they_get_alone(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lengths = hybrid(), (72, 9, 33, 16, 15, 50)
     new = (24, 30, 3, 9, 20, 18)
@@ -139,7 +140,7 @@ def test_finished_rows_are_freed_if_a_prompt_needs_the_memory(llama: PreTrainedM
     engine.generate([ids(60, seed) for seed in range(7)], many)
     held = engine.held_bytes
     assert long.completion is None
-    engine.kv_memory = held + long.claim.peak - 1  # only without the rows of finished requests
+    engine._admission.kv_memory = held + long.claim.peak - 1  # only without the rows of finished requests
     engine.generate([ids(60)], many[0])
     assert long.completion is None
     assert engine.held_bytes < held
@@ -149,8 +150,8 @@ def test_a_prompt_that_needs_more_than_claimed_and_does_not_fit_fails_alone(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Claims that are too low, as those of a policy that is not ours may be."""
-    claim = Engine._claim
-    monkeypatch.setattr(Engine, "_claim", lambda self, tokens, *more: Claim(9, [4] * 5, claim(self, tokens, *more).room))
+    claim = Admission.claim
+    monkeypatch.setattr(Admission, "claim", lambda self, tokens, *more: Claim(9, [4] * 5, claim(self, tokens, *more).room))
     free = Engine(llama, word_tokenizer(), **SNAP)
     memory = free._slots.bytes_alone([20] * 5, 4)
     engine = Engine(llama, word_tokenizer(), kv_memory=memory, **SNAP)
@@ -187,7 +188,7 @@ def test_warming_up_leaves_the_engine_empty(llama: PreTrainedModel, monkeypatch:
     assert engine.warm_up(60, 10) > 0
     assert [rows for rows, _ in sizes] == [1, 2, 4, 8, 12]
     assert (engine.active, engine.held_bytes) == (0, 0)
-    engine.kv_memory = 5 * sizes[0][1]
+    engine._admission.kv_memory = 5 * sizes[0][1]
     sizes.clear()
     engine.warm_up(60, 10)
     assert [rows for rows, _ in sizes] == [1, 2, 4]
@@ -197,7 +198,7 @@ def test_warming_up_leaves_the_engine_empty(llama: PreTrainedModel, monkeypatch:
     engine.warm_up(60, 10)
     assert sizes[0][0] == 1
     assert engine.kv_memory - sizes[0][1] < max(held for _, held in sizes) <= engine.kv_memory
-    engine._slots._flexible, engine.kv_memory = False, None
+    engine._slots._flexible, engine._admission.kv_memory = False, None
     request = engine.submit(ids(60))
     engine.step()
     with pytest.raises(wk.CacheError, match="1 requests are placed"):

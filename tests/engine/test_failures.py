@@ -45,14 +45,14 @@ def test_a_row_with_logits_that_are_not_finite_fails_alone(llama: PreTrainedMode
 
 def test_a_prompt_that_fails_does_not_stop_the_others(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(llama, word_tokenizer(), **SNAP)
-    read = Engine._prefilled
+    read = Engine._prompt_logits
 
     def failing(self: Engine, request: Request, cache: wk.CompactCache) -> torch.Tensor:
         if len(request.prompt) == 61:
             raise wk.InputError("this one")
         return read(self, request, cache)
 
-    monkeypatch.setattr(Engine, "_prefilled", failing)
+    monkeypatch.setattr(Engine, "_prompt_logits", failing)
     done = engine.generate([ids(60), ids(61), ids(60)], Sampling(max_new_tokens=5))
     assert [one.finish_reason for one in done] == ["length", "error", "length"]
     assert (str(done[1].error), done[1].tokens, done[1].text) == ("this one", [], "")
@@ -63,12 +63,12 @@ def test_a_prompt_that_fails_does_not_stop_the_others(llama: PreTrainedModel, mo
     assert (event.token, event.finished.finish_reason) == (None, "error")
 
 
-@pytest.mark.parametrize("where", ["_prefilled", "step"])
+@pytest.mark.parametrize("where", ["_prompt_logits", "step"])
 def test_an_error_of_the_forward_pass_is_raised_and_the_engine_continues(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     engine, count = Engine(llama, word_tokenizer(), **SNAP), itertools.count()
-    target = engine if where == "_prefilled" else engine._slots
+    target = engine if where == "_prompt_logits" else engine._slots
     before = getattr(target, where)
 
     def failing(*arguments: Any) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_an_error_of_the_forward_pass_is_raised_and_the_engine_continues(
     while engine.waiting or engine.active:
         engine.step()
     truth = [alone(llama, ids(60, seed), 6, **SNAP) for seed in range(4)]
-    failed = [1] if where == "_prefilled" else [0, 1]
+    failed = [1] if where == "_prompt_logits" else [0, 1]
     for row, request in enumerate(requests):
         assert request.completion.finish_reason == ("error" if row in failed else "length")
         assert request.tokens == (truth[row][: len(request.tokens)] if row in failed else truth[row])
@@ -148,14 +148,14 @@ def test_withheld_text_of_a_cancelled_request_is_dropped(llama: PreTrainedModel)
     assert pieces[-1].request.completion.text == "".join(event.text for event in pieces) == f"w{first} "
 
 
-@pytest.mark.parametrize("where", ["_prefilled", "step"])
+@pytest.mark.parametrize("where", ["_prompt_logits", "step"])
 def test_a_request_may_be_cancelled_during_a_forward_pass(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """From another thread, during a forward pass: neither call waits for the other, and the row is free afterwards."""
     engine = Engine(llama, word_tokenizer(), **SNAP)
     kept, gone = engine.submit(ids(60), Sampling(max_new_tokens=6)), engine.submit(ids(70), Sampling(max_new_tokens=6))
-    target = engine if where == "_prefilled" else engine._slots
+    target = engine if where == "_prompt_logits" else engine._slots
     before, count, done = getattr(target, where), itertools.count(), []
 
     def working(*arguments: Any) -> torch.Tensor:
@@ -224,6 +224,7 @@ def test_threads_that_share_an_engine_get_their_own_tokens(llama: PreTrainedMode
     assert (engine.waiting, engine.active, engine.held_bytes) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_requests_that_have_ended(llama: PreTrainedModel) -> None:
     engine = Engine(llama, word_tokenizer(), max_rows=8, kv_memory="1MiB", **SNAP)
     alive: list[weakref.ref[Any]] = []

@@ -29,9 +29,9 @@ def speaker() -> PreTrainedModel:
 
 @pytest.fixture
 def talk() -> Engine:
-    spoken = byte_tokenizer(bos=False)
-    spoken.eos_token = "<s>"
-    return Engine(copy.deepcopy(speaker()), spoken, "full", 1)
+    budget_text = byte_tokenizer(bos=False)
+    budget_text.eos_token = "<s>"
+    return Engine(copy.deepcopy(speaker()), budget_text, "full", 1)
 
 
 def test_a_request_that_can_never_fit_is_refused_with_a_size_that_works(llama: PreTrainedModel) -> None:
@@ -57,12 +57,12 @@ def test_memory_is_a_number_or_a_size(llama: PreTrainedModel, asked: int | str, 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"kv_memory": 0}, wk.InputError, "kv_memory 0 is no size: write it as"),
-        ({"kv_memory": "12XB"}, wk.InputError, "kv_memory '12XB' is no size"),
-        ({"kv_memory": True}, wk.InputError, "kv_memory True is no size"),
-        ({"kv_memory": -5}, wk.InputError, "kv_memory -5 is no size"),
+        ({"kv_memory": 0}, wk.InputError, "kv_memory 0 is not a size: write it as"),
+        ({"kv_memory": "12XB"}, wk.InputError, "kv_memory '12XB' is not a size"),
+        ({"kv_memory": True}, wk.InputError, "kv_memory True is not a size"),
+        ({"kv_memory": -5}, wk.InputError, "kv_memory -5 is not a size"),
         ({"max_rows": 0}, wk.InputError, "max_rows=0 must be a whole number of at least 1"),
-        ({"prefill_ceiling": 100}, wk.InputError, "prefill_ceiling=100 is for .* give prefill_chunk, too"),
+        ({"prefill_ceiling": 100}, wk.InputError, "prefill_ceiling=100 limits .* give prefill_chunk, too"),
         ({"budget": 0}, wk.BudgetError, "keeps nothing"),
         ({"policy": "nothing"}, wk.PolicyError, "unknown"),
         ({"task": "chess"}, wk.PolicyError, "task 'chess' is unknown"),
@@ -102,15 +102,15 @@ def test_prompts_that_cannot_be_read_are_refused(llama: PreTrainedModel) -> None
 
 
 def test_prompts_as_text_messages_and_tokens(llama: PreTrainedModel) -> None:
-    spoken = word_tokenizer()
-    spoken.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
-    engine, text = Engine(llama, spoken, **SNAP), " ".join(f"w{n}" for n in ids(40))
+    budget_text = word_tokenizer()
+    budget_text.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+    engine, text = Engine(llama, budget_text, **SNAP), " ".join(f"w{n}" for n in ids(40))
     messages = [{"role": "user", "content": text}, {"role": "user", "content": "w3"}]
     tensor, raw, chat = engine.generate([prompt(40)[0], text, messages], Sampling(max_new_tokens=6))
     assert tensor.tokens == raw.tokens == alone(llama, ids(40), 6, **SNAP)
     assert chat.tokens == alone(llama, [*ids(40), 3, 9], 6, **SNAP)
-    assert raw.text == spoken.decode(raw.tokens)
-    spoken.chat_template = "{{ raise_exception('only users speak') }}"
+    assert raw.text == budget_text.decode(raw.tokens)
+    budget_text.chat_template = "{{ raise_exception('only users speak') }}"
     with pytest.raises(wk.InputError, match="does not take these messages: only users speak"):
         engine.submit(messages)
 
@@ -129,15 +129,15 @@ def test_the_prompt_is_classified_if_no_task_is_given(llama: PreTrainedModel) ->
 
 
 def test_end_tokens_stop_unless_ignored_or_too_early(talk: Engine) -> None:
-    assert talk.ends == {200, 0}  # the model's, and the tokenizer's
+    assert talk.end_tokens == {200, 0}  # the model's, and the tokenizer's
     prompts = [torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
     hot = {"temperature": 3.0, "max_new_tokens": 300}
     done = talk.generate(prompts, [Sampling(seed=seed, **hot) for seed in range(8)])
     stopped = [one for one in done if one.finish_reason == "stop"]
     assert stopped
     for one in stopped:
-        assert one.tokens[-1] in talk.ends
-        assert not set(one.tokens[:-1]) & talk.ends
+        assert one.tokens[-1] in talk.end_tokens
+        assert not set(one.tokens[:-1]) & talk.end_tokens
         assert one.text == talk.tokenizer.decode(one.tokens[:-1])
     ignored = talk.generate(prompts, [Sampling(seed=seed, ignore_eos=True, **hot) for seed in range(8)])
     assert [(len(one.tokens), one.finish_reason) for one in ignored] == [(300, "length")] * 8
@@ -156,7 +156,7 @@ def test_streamed_pieces_add_up_to_the_text(talk: Engine) -> None:
         assert "".join(event.text for event in events) == whole.text == events[-1].finished.text
         assert [event.logprob for event in events] == whole.logprobs
         assert [event.finished for event in events[:-1]] == [None] * (len(events) - 1)
-        assert whole.text == talk.tokenizer.decode([token for token in whole.tokens if token not in talk.ends])
+        assert whole.text == talk.tokenizer.decode([token for token in whole.tokens if token not in talk.end_tokens])
 
 
 def test_a_stop_string_ends_a_request_and_is_not_in_its_text(talk: Engine) -> None:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import winnowkv as wk
 from support.tokenizers import byte_tokenizer
-from winnowkv.engine.sampling import Sampler, Sampling, TextStream, choose
+from winnowkv.engine.detokenizer import TextStream
+from winnowkv.engine.sampling import Sampler, Sampling, choose
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -47,7 +48,7 @@ def draws(sampling: Sampling, count: int = 30, ends: tuple[int, ...] = ()) -> li
         ({"top_p": 1.1}, "top_p=1.1 must be above 0"),
         ({"top_k": -1}, "top_k=-1 must be a whole number of at least 0; 0 draws from all"),
         ({"top_k": True}, "top_k=True must be a whole number"),
-        ({"seed": -1}, "seed=-1 must be .* or None for another one"),
+        ({"seed": -1}, "seed=-1 must be .* or None for a new one"),
         ({"seed": 2**63}, "seed=9223372036854775808 is too large: give a number below"),
         ({"logprobs": -1}, "logprobs=-1 must be .* or None for none"),
         ({"stop": "word"}, r"stop='word' must be strings .* give stop=\('...',\)"),
@@ -210,11 +211,11 @@ def test_a_possible_start_of_a_stop_string_is_withheld_until_it_is_decided() -> 
 
 
 def test_stop_strings_do_not_count_before_min_new_tokens() -> None:
-    stream = TextStream(byte_tokenizer(bos=False), ("xx",), least=4)
+    stream = TextStream(byte_tokenizer(bos=False), ("xx",), min_tokens=4)
     pieces = [stream.push(token) for token in bytes_of("xxxxx")]
     assert stream.stopped
     assert "".join(pieces) == "xxx"  # the first that ends after the fourth token
-    stream = TextStream(byte_tokenizer(bos=False), ("xx",), least=4)
+    stream = TextStream(byte_tokenizer(bos=False), ("xx",), min_tokens=4)
     assert "".join(stream.push(token) for token in bytes_of("xxabcxx")) == "xxabc"
 
 

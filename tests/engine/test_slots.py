@@ -33,7 +33,7 @@ def test_every_policy_decodes_as_alone(model: PreTrainedModel, case: Case, rows:
     assert_same(together(model, Slots(model), settings, rows), expected)
 
 
-@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:floor=0"])
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:floor=0:of=snapkv:observe=4"])
 def test_sliding_windows_decode_as_alone(spec: str) -> None:
     model = hybrid()
     settings = {"policy": spec, "budget": 0.5}
@@ -47,7 +47,7 @@ def test_quantized_entries_decode_as_alone(llama: PreTrainedModel) -> None:
     assert_same(together(llama, Slots(llama), settings, 2), [alone(llama, row, settings) for row in range(len(LENGTHS))])
 
 
-@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "cake:observe=4", "adakv:observe=4:floor=0"])
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "cake:observe=4", "adakv:floor=0:of=snapkv:observe=4"])
 def test_held_bytes_are_the_storage_and_within_the_predicted_bytes(llama: PreTrainedModel, spec: str) -> None:
     slots = Slots(llama)
     assert slots.held_bytes == 0

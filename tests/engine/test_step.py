@@ -50,14 +50,14 @@ def test_every_policy_answers_as_alone(llama: PreTrainedModel, case: Case) -> No
     assert rows == alone
 
 
-@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:observe=4:floor=0"])
+@pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "adakv:floor=0:of=snapkv:observe=4"])
 def test_rows_of_sliding_window_models_answer_as_alone(spec: str) -> None:
     rows, alone = answers(hybrid(), [{"policy": spec, "budget": budget} for budget in BUDGETS], 30)
     assert rows == alone
 
 
 def test_rows_decode_past_their_initial_buffers(llama: PreTrainedModel) -> None:
-    rows, alone = answers(llama, [{"policy": "adakv:observe=4", "budget": budget} for budget in BUDGETS], BLOCKS)
+    rows, alone = answers(llama, [{"policy": "adakv:of=snapkv:observe=4", "budget": budget} for budget in BUDGETS], BLOCKS)
     assert rows == alone
 
 

@@ -23,7 +23,7 @@ from winnowkv.evaluate.settings import (
 )  # fmt: skip
 
 TASK = wk.TaskProfile.of("localization")
-SPECS = ("full", "snapkv:observe=8", "streaming:observe=8", "adakv:observe=8", "windowkv:observe=8")
+SPECS = ("full", "snapkv:observe=8", "streaming:observe=8", "adakv:of=snapkv:observe=8", "windowkv:observe=8")
 
 
 def never(tokens: list[int]) -> bool:
@@ -46,8 +46,8 @@ def test_answers_equal_single_live_runs(model: PreTrainedModel, question: int) -
     asked_later = prompt(3, seed=9)[0].tolist()[:question]
     asked = settings(SPECS, [24, 0.4])
     made = policies_for(asked, model, TASK)
-    recorded, logits, _ = read_prompt(model, ids, made)
-    kept = replay(recorded, asked, made)
+    recorded, logits, _ = read_prompt(model, ids, made.values(), TASK)
+    kept = replay(recorded, asked, made, TASK)
     assert [len(batch) for batch in batches(kept)] == [8, 1]  # the full cache by itself
     answers = continue_all(model, kept, logits, asked_later, 10, never)
     for setting in asked:
@@ -63,8 +63,8 @@ def test_a_setting_that_fails_does_not_stop_the_others(llama: PreTrainedModel) -
     ids = prompt(60)[0].tolist()
     asked = [Setting("snapkv:observe=32", 16), Setting("streaming:observe=8", 16)]
     made = policies_for(asked, llama, TASK)
-    recorded, logits, _ = read_prompt(llama, ids, made)
-    kept = replay(recorded, asked, made)
+    recorded, logits, _ = read_prompt(llama, ids, made.values(), TASK)
+    kept = replay(recorded, asked, made, TASK)
     assert kept[0].cache is None
     assert "a budget of 16 entries" in (kept[0].failed or "")
     answers = continue_all(llama, kept, logits, [], 4, never)
@@ -79,8 +79,8 @@ def test_rows_of_other_prompts_decode_together(llama: PreTrainedModel) -> None:
     for ids, question in rows:
         made = policies_for(asked, llama, TASK)
         for target in (started, alone):
-            recorded, logits, _ = read_prompt(llama, ids, made)
-            target += [replace(one, logits=logits, question=question) for one in replay(recorded, asked, made)]
+            recorded, logits, _ = read_prompt(llama, ids, made.values(), TASK)
+            target += [replace(one, logits=logits, question=question) for one in replay(recorded, asked, made, TASK)]
     assert [len(batch) for batch in batches(started)] == [6]
     together = decode_together(llama, started, 8, never)
     for one, answer in zip(alone, together, strict=True):

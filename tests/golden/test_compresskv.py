@@ -19,8 +19,8 @@ from support import golden
 from support.golden import Case, cases, heads, positions, same
 from winnowkv.calibrate.errors import attention_output, layer_shares, project, relative_error
 from winnowkv.calibrate.heads import HeadWatch, last_query_attention, semantic_scores
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies import Policy, policy
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import LayerStates, Policy, policy
 from winnowkv.scoring.allocate import weighted
 
 SELECTION = cases("compresskv")
@@ -35,7 +35,7 @@ def entries(part: str) -> list[Any]:
     return [pytest.param(row, id=f"{row['name']}-{i}") for i, row in enumerate(rows)]
 
 
-def ranked_profile(ranking: torch.Tensor, kv_heads: int) -> wk.Profile:
+def ranked_profile(ranking: torch.Tensor, kv_heads: int) -> wk.CalibrationProfile:
     """A profile whose head scores rank as the vectors' heads do."""
     layers, count = ranking.shape
     scores = [[0.0] * count for _ in range(layers)]
@@ -43,7 +43,9 @@ def ranked_profile(ranking: torch.Tensor, kv_heads: int) -> wk.Profile:
         for place, head in enumerate(order):
             scores[layer][head] = float(count - place)
     table = tuple(map(tuple, scores))
-    return wk.Profile("golden", Fingerprint("Golden", layers, count, kv_heads, ""), table, table, (1 / layers,) * layers)
+    return wk.CalibrationProfile(
+        "golden", ModelInfo("Golden", layers, count, kv_heads, ""), table, table, (1 / layers,) * layers
+    )
 
 
 def chooser(case: Case) -> Policy:
@@ -70,7 +72,7 @@ def test_selections_equal_those_of_the_authors(case: Case) -> None:
         if budget >= case["n"]:  # C4: the same set either way
             assert sorted(expected) == list(range(case["n"]))
             continue
-        kept = ours.select(layer, case.scores(ours, layer), budget, case.prompt(budget))
+        kept = case.select(ours, layer, case.scores(ours, layer), budget)
         assert kept.shape[1] == 1
         tied = positions(case.tensor("may")[layer]) if case["may"] else None
         same(heads(kept, case["n"], 1)[0], expected, tied)
@@ -169,12 +171,14 @@ def test_layer_errors_equal_those_of_the_authors() -> None:
     prompt, steps, window = about["n_prompt"], about["decode_steps"], about["window"]
     profile = ranked_profile(stored[about["head_ranking"]], 2)
     ours = policy("compresskv", profile=profile, heads_per_layer=about["first_k"], observe=window, kernel=about["kernel"])
+    asked = wk.PromptInfo(prompt, about["num_layers"], about["capacity"])
+    parts = ours.bind(profile.model_info, asked).parts
     scale, sums = 16**-0.5, []
     for layer in range(about["num_layers"]):
         queries, keys, values = (stored[f"layer_error.{part}"][layer, None].float() for part in "qkv")
         rows = queries.shape[2] - steps
-        scores = ours.score(layer, queries[:, :, rows - window : rows], keys[:, :, :prompt], scale)
-        kept = ours.select(layer, scores, about["capacity"], wk.Prompt(prompt, about["num_layers"], about["capacity"]))
+        states = LayerStates(layer, queries[:, :, rows - window : rows], keys[:, :, :prompt], values[:, :, :prompt], scale)
+        kept = parts.selector.select(layer, parts.scorer.score(states), about["capacity"])
         assert kept[0, 0].tolist() == sorted(stored["layer_error.kept"][layer].tolist())
         projection = nn.Linear(128, 128, bias=False)
         projection.weight.data = stored["layer_error.w_o"][layer].float()

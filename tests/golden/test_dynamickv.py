@@ -11,7 +11,7 @@ import pytest
 
 from support import golden
 from support.golden import Case, cases, heads, positions, published_dynamickv_updates, same
-from winnowkv.cache.session import PrefillPlan
+from winnowkv.cache.selection import PromptSelection
 from winnowkv.policies import Policy, policy
 from winnowkv.scoring.allocate import apportion
 
@@ -34,14 +34,14 @@ def dynamickv(case: Case, **options: float) -> Policy:
     return policy("dynamickv", observe=case["window"], kernel=case["kernel"], pooling=pooling, **options)
 
 
-def lengths(case: Case, plan: PrefillPlan) -> list[int]:
-    return [case["n"] if kept is None else kept.shape[-1] for kept in plan.kept]
+def lengths(case: Case, selection: PromptSelection) -> list[int]:
+    return [case["n"] if kept is None else kept.shape[-1] for kept in selection.kept]
 
 
-def check_laws(case: Case, plan: PrefillPlan) -> None:
+def check_laws(case: Case, selection: PromptSelection) -> None:
     """Exact total, no repeated position, the window kept once and last."""
-    assert sum(lengths(case, plan)) == min(case["max_capacity"], case["n"]) * case["num_layers"]
-    for kept in plan.kept:
+    assert sum(lengths(case, selection)) == min(case["max_capacity"], case["n"]) * case["num_layers"]
+    for kept in selection.kept:
         for row in heads(kept, case["n"], 1):
             assert row == sorted(set(row))
             assert row[-case["window"] :] == list(range(case.context, case["n"]))
@@ -70,7 +70,7 @@ def test_parity_with_the_published_selection(case: Case) -> None:
     ours, may = dynamickv(case), case.get("may")
     for layer, budget in enumerate(case.numbers("budgets_final")):
         entries = min(budget, case.context) + ours.observe  # D4: the excess is lost
-        kept = ours.select(0, case.scores(ours, layer), entries, case.prompt(case["max_capacity"]))
+        kept = case.select(ours, 0, case.scores(ours, layer), entries)
         assert kept.shape[1] == case["num_heads"]
         for head, row in enumerate(kept[0].tolist()):
             tied = positions(case.tensor("may")[layer, head]) if may else None
@@ -90,19 +90,18 @@ def test_d1_a_layer_that_shrank_never_grows_again(case: Case) -> None:
         row = positions(case.tensor("kept")[layer, 0])
         assert len(row) > len(set(row))
     ours = dynamickv(case)
-    plan = PrefillPlan(ours, case.prompt(case["max_capacity"]))
+    selection = PromptSelection(case.bind(ours, case["max_capacity"]))
     held: dict[int, set[int]] = {}
     shrunk_twice = 0
     for layer in range(case["num_layers"]):
-        queries, keys = case.queries(layer, ours.observe), case.keys(layer, per_query_head=True)
-        for i, kept in plan.observe(queries, keys, case.scale).items():
+        for i, kept in selection.observe(case.states(selection.bound, layer, per_query_head=True)).items():
             now = set(kept[0, 0].tolist())
             shrunk_twice += i in held
             assert now <= held.get(i, now)  # what left never comes back
             assert len(now) < len(held.get(i, range(case["n"])))
             held[i] = now
     assert shrunk_twice > 0
-    check_laws(case, plan)
+    check_laws(case, selection)
 
 
 @pytest.mark.parametrize("case", with_bug("D2_exceeds_rmax"))
@@ -112,12 +111,12 @@ def test_d2_no_layer_passes_its_ceiling_and_d4_what_it_cannot_hold_goes_to_the_o
     row = positions(case.tensor("kept")[5, 0])
     assert len(row) > len(set(row))
     ours = dynamickv(case)
-    plan = case.run(ours, case["max_capacity"], per_query_head=True)
-    context = [length - ours.observe for length in lengths(case, plan)]
+    selection = case.run(ours, case["max_capacity"], per_query_head=True)
+    context = [length - ours.observe for length in lengths(case, selection)]
     assert context[5] == most
     assert sum(context) == case["context_slots_target"] == 192
     assert case["context_slots_total"] == 128  # D4: slots that the published code lost to the ceiling
-    check_laws(case, plan)
+    check_laws(case, selection)
 
 
 @pytest.mark.parametrize("case", with_bug("D3_overallocation_tail"))
@@ -125,15 +124,15 @@ def test_d3_the_layers_after_the_last_multiple_of_four_are_updated_too(case: Cas
     assert (case["context_slots_total"], case["context_slots_target"]) == (624, 144)  # the fault, as recorded
     assert case.tensor("context_kept")[4:].unique().tolist() == [case["budget_size"]]
     ours = dynamickv(case)
-    plan = case.run(ours, case["max_capacity"], per_query_head=True)
-    context = [length - ours.observe for length in lengths(case, plan)]
+    selection = case.run(ours, case["max_capacity"], per_query_head=True)
+    context = [length - ours.observe for length in lengths(case, selection)]
     assert sum(context) == 144
     assert max(context[4:]) < case["budget_size"]
-    check_laws(case, plan)
+    check_laws(case, selection)
     # The first four layers share the budget of four layers, not the whole model's.
-    first = PrefillPlan(ours, case.prompt(case["max_capacity"]))
+    first = PromptSelection(case.bind(ours, case["max_capacity"]))
     for layer in range(4):
-        first.observe(case.queries(layer, ours.observe), case.keys(layer), case.scale)
+        first.observe(case.states(first.bound, layer))
     assert sum(lengths(case, first)) == 4 * case["max_capacity"]
     assert sum(case.update("budgets", 0)) == case["num_layers"] * case["base"]
 
@@ -141,8 +140,8 @@ def test_d3_the_layers_after_the_last_multiple_of_four_are_updated_too(case: Cas
 @pytest.mark.parametrize("case", with_bug("D4_lost_slots"))
 def test_d4_a_budget_above_the_prompt_keeps_everything(case: Case) -> None:
     assert case["context_slots_total"] < case["context_slots_target"]
-    plan = case.run(dynamickv(case), case["max_capacity"])
-    assert plan.kept == [None] * case["num_layers"]
+    selection = case.run(dynamickv(case), case["max_capacity"])
+    assert selection.kept == [None] * case["num_layers"]
 
 
 @pytest.mark.parametrize("case", CLEAN)
@@ -160,10 +159,10 @@ def test_our_allocation_splits_the_published_hits(case: Case) -> None:
     """With room in every layer the budgets are the recorded hits' largest-remainder shares."""
     ours = dynamickv(case, floor=0.0)
     scores = [case.scores(ours, layer) for layer in range(case["num_layers"])]
-    prompt = case.prompt(case["max_capacity"])
+    allocator = case.bind(ours, case["max_capacity"]).parts.allocator
     for i in range(2):
         seen = 4 * (i + 1)
-        found = ours.allocate(scores[:seen], [case["n"]] * seen, prompt)
+        found = allocator.allocate(scores[:seen], [case["n"]] * seen)
         context = apportion(case.update("counts", i), case["base"] * seen, [case.context] * seen)
         assert found == [share + ours.observe for share in context]
 
@@ -171,19 +170,19 @@ def test_our_allocation_splits_the_published_hits(case: Case) -> None:
 @pytest.mark.parametrize("case", with_bug("D6_radio_min_ignored"))
 def test_d6_every_layer_keeps_the_floor(case: Case) -> None:
     ours = dynamickv(case, floor=0.25)
-    plan = case.run(ours, case["max_capacity"])
+    selection = case.run(ours, case["max_capacity"])
     least = case["base"] // 4
-    assert min(lengths(case, plan)) - ours.observe >= least
+    assert min(lengths(case, selection)) - ours.observe >= least
     assert min(case.numbers("budgets_final")) < least  # the fault, as recorded
-    check_laws(case, plan)
+    check_laws(case, selection)
 
 
 @pytest.mark.parametrize("case", CLEAN)
 def test_d7_our_selection_is_per_kv_head_and_d8_keeps_no_state_between_prompts(case: Case) -> None:
     ours = dynamickv(case)
-    plan = case.run(ours, case["max_capacity"])
-    assert all(kept is not None and kept.shape[:2] == (1, case["num_kv_heads"]) for kept in plan.kept)
+    selection = case.run(ours, case["max_capacity"])
+    assert all(kept is not None and kept.shape[:2] == (1, case["num_kv_heads"]) for kept in selection.kept)
     case.run(ours, case["max_capacity"] - 8)
     again = case.run(ours, case["max_capacity"])
-    assert [heads(a, case["n"], 2) for a in again.kept] == [heads(b, case["n"], 2) for b in plan.kept]
+    assert [heads(a, case["n"], 2) for a in again.kept] == [heads(b, case["n"], 2) for b in selection.kept]
     # D8 names a crash for prompts shorter than the window, too: those are kept whole, see policies/test_registry.py.

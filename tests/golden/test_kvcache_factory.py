@@ -11,8 +11,8 @@ import torch
 
 from support import golden
 from support.golden import Case, cases, heads, positions, published_pyramidkv_budgets, same
-from winnowkv.cache.session import PrefillPlan
-from winnowkv.policies import Policy, policy
+from winnowkv.cache.selection import PromptSelection
+from winnowkv.policies import LayerStates, Policy, policy
 from winnowkv.scoring.allocate import pyramid
 from winnowkv.scoring.attention import group_reduce, pool, window_attention
 
@@ -47,9 +47,9 @@ def test_every_fault_listed_in_the_vectors_has_a_test(method: str) -> None:
 
 @pytest.mark.parametrize("case", SNAPKV)
 def test_snapkv_parity_through_our_own_prefill(case: Case) -> None:
-    plan = case.run(scorer(case), case["capacity"], per_query_head=case["granularity"] == "query_head")
+    selection = case.run(scorer(case), case["capacity"], per_query_head=case["granularity"] == "query_head")
     for layer, budget in enumerate(case.numbers("budgets")):
-        kept = plan.kept[layer]
+        kept = selection.kept[layer]
         assert (kept is None) == (case["n"] <= case["capacity"])
         if kept is not None:
             assert kept.shape[-1] == budget + case["window"]
@@ -61,12 +61,13 @@ def test_streaming_parity_through_our_own_prefill(case: Case) -> None:
     """Their first ``capacity - window`` and last ``window`` tokens are our sinks and the rest of the budget."""
     context = case["capacity"] - case["window"]
     for ours in (policy("streaming", sinks=context), policy("streaming", sinks=context, observe=case["window"])):
-        plan = PrefillPlan(ours, case.prompt(case["capacity"]))
+        selection = PromptSelection(case.bind(ours, case["capacity"]))
         keys = torch.zeros(1, case["num_kv_heads"], case["n"], case["head_dim"])
         for layer in range(case["num_layers"]):
-            plan.observe(torch.zeros(1, case["num_heads"], ours.observe, case["head_dim"]), keys, case.scale)
-            compare(case, layer, plan.kept[layer])
-        assert (plan.kept[0] is None) == case["uncompressed"]
+            queries = torch.zeros(1, case["num_heads"], ours.observe, case["head_dim"])
+            selection.observe(LayerStates(layer, queries, keys, keys, case.scale))
+            compare(case, layer, selection.kept[layer])
+        assert (selection.kept[0] is None) == case["uncompressed"]
     if not case["uncompressed"]:
         assert case.numbers("budgets") == [context] * case["num_layers"]
 
@@ -85,21 +86,22 @@ def test_pyramidkv_parity_with_the_published_selection(case: Case) -> None:
             kept = case.run(ours, case["capacity"]).kept[layer]
             assert kept is None
         else:
-            kept = ours.select(0, case.scores(ours, layer), budget + ours.observe, case.prompt(case["capacity"]))
+            kept = case.select(ours, 0, case.scores(ours, layer), budget + ours.observe)
         compare(case, layer, kept)
 
 
 @pytest.mark.parametrize("case", PYRAMIDKV)
 def test_p1_our_pyramid_is_exact_falls_and_has_no_fallback(case: Case) -> None:
     ours, budget = scorer(case), min(case["capacity"], case["n"])
-    context = [entries - ours.observe for entries in ours.ceilings(case.prompt(budget))]
+    limits = case.bind(ours, budget).parts.allocator.prefill_limits()
+    context = [entries - ours.observe for entries in limits]
     assert sum(context) == (budget - ours.observe) * case["num_layers"]
     assert context == sorted(context, reverse=True)
     assert max(context) <= case.context
     if budget < case["n"]:
         assert len(set(context)) > 1  # equal budgets are the published fall-back for short prompts
-        plan = case.run(ours, budget)
-        assert [case["n"] if kept is None else kept.shape[-1] for kept in plan.kept] == ours.ceilings(plan.prompt)
+        selection = case.run(ours, budget)
+        assert [case["n"] if kept is None else kept.shape[-1] for kept in selection.kept] == limits
 
 
 @pytest.mark.parametrize(("name", "found", "target"), [("clipped", 516, 512), ("beta14", 228, 224)])

@@ -7,12 +7,14 @@ W6 order of the kept windows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from support import golden
 from support.golden import Case, cases, positions, published_windowkv_budgets, published_windowkv_entries, same
 from winnowkv.policies import Policy, policy
-from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import arithmetic_groups
 
 CASES = cases("windowkv")
@@ -24,11 +26,21 @@ BUGS = {
 }  # fmt: skip
 
 
-def repo_policy(case: Case) -> Policy:
+def repo_policy(case: Case) -> Any:
     """Our policy with the repository's preset: QA is their ``max``, everything else their ``average``."""
     task = {"max": "localization", "average": "aggregation"}[case["strategy"]]
-    options = {"preset": "repo", "group": case["shared_layers"], "slope": case["beta"]}
-    return policy("windowkv", **options).for_task(TaskProfile.of(task))
+    return with_numbers(policy("windowkv", preset="repo", task=task, group=case["shared_layers"], slope=case["beta"]), case)
+
+
+def with_numbers(made: Any, case: Case) -> Any:
+    """The policy with the preset's numbers for its task as options."""
+    observe, window, top = made.numbers(case.prompt(case["n"]))
+    return replace(made, observe=observe, window=window, top=top)
+
+
+def leader(case: Case, ours: Policy, layer: int) -> int:
+    """The layer whose scores this one uses."""
+    return case.bind(ours, case["n"]).parts.scorer.leader(layer)
 
 
 def published_budgets(case: Case) -> list[int]:
@@ -38,9 +50,9 @@ def published_budgets(case: Case) -> list[int]:
 def published_kept(case: Case, layer: int) -> list[int]:
     """Our scores and our selection, with as many tokens as the published rule keeps."""
     ours = repo_policy(case)
-    scores = case.scores(ours, ours.leader(layer))
+    scores = case.scores(ours, leader(case, ours, layer))
     context = published_windowkv_entries(scores, published_budgets(case)[layer], ours.window, ours.top)
-    return ours.select(0, scores, context + ours.observe, case.prompt(case["capacity"]))[0, 0].tolist()
+    return case.select(ours, 0, scores, context + ours.observe)[0, 0].tolist()
 
 
 def test_every_fault_listed_in_the_vectors_has_a_test() -> None:
@@ -111,23 +123,23 @@ def test_w1_followers_never_reuse_the_windows_of_another_group(case: Case) -> No
 
     # Our own way through prefill: a follower's tokens come from its own leader's scores.
     ours = repo_policy(case)
-    plan = case.run(ours, case["capacity"] + ours.observe)
+    selection = case.run(ours, case["capacity"] + ours.observe)
     for layer in range(case["num_layers"]):
-        leader = ours.leader(layer)
-        (kept,) = golden.heads(plan.kept[layer], case["n"], 1)
-        own = ours.select(0, case.scores(ours, leader), len(kept), plan.prompt)
+        first = leader(case, ours, layer)
+        (kept,) = golden.heads(selection.kept[layer], case["n"], 1)
+        own = case.select(ours, 0, case.scores(ours, first), len(kept))
         same(kept, own[0, 0].tolist())
 
 
 @pytest.mark.parametrize("case", STALE)
 def test_w1_a_group_without_context_keeps_the_suffix_only(case: Case) -> None:
     """Slope 1000 leaves the last group nothing but its window: leader and follower both keep just that."""
-    ours = policy("windowkv", preset="repo", task="localization", group=2, slope=1000.0).for_task(TaskProfile())
+    ours = with_numbers(policy("windowkv", preset="repo", task="localization", group=2, slope=1000.0), case)
     assert ours.observe == 32
-    plan = case.run(ours, 32 + 8)
+    selection = case.run(ours, 32 + 8)
     suffix = list(range(case["n"] - 32, case["n"]))
-    assert plan.kept[6][0, 0].tolist() == plan.kept[7][0, 0].tolist() == suffix
-    assert plan.kept[5].shape[-1] > 32  # the group before has windows that could have leaked
+    assert selection.kept[6][0, 0].tolist() == selection.kept[7][0, 0].tolist() == suffix
+    assert selection.kept[5].shape[-1] > 32  # the group before has windows that could have leaked
 
 
 @pytest.mark.parametrize("case", PARTIAL)
@@ -138,8 +150,8 @@ def test_w2_our_strict_selection_meets_the_budget_and_differs_by_the_overshoot_o
         published = {p for p in positions(case.tensor("kept")[layer]) if p < case.context}
         target = min(budget, case.context)
         entries = target + ours.observe
-        scores = case.scores(ours, ours.leader(layer))
-        strict = ours.select(0, scores, entries, case.prompt(case["capacity"]))[0, 0].tolist()
+        scores = case.scores(ours, leader(case, ours, layer))
+        strict = case.select(ours, 0, scores, entries)[0, 0].tolist()
         context = {p for p in strict if p < case.context}
         assert len(context) == target
         assert len(strict) == len(set(strict)) == entries
@@ -158,8 +170,8 @@ def test_w2_our_strict_selection_meets_the_budget_and_differs_by_the_overshoot_o
 def test_w3_our_budget_includes_the_suffix_and_w6_our_order_is_the_prompts(case: Case) -> None:
     ours = repo_policy(case)
     budget = min(case["capacity"] + 8, case["n"] - 1)
-    plan = case.run(ours, budget)
-    rows = [golden.heads(kept, case["n"], 1)[0] for kept in plan.kept]
+    selection = case.run(ours, budget)
+    rows = [golden.heads(kept, case["n"], 1)[0] for kept in selection.kept]
     assert sum(map(len, rows)) == budget * case["num_layers"]
     for row in rows:
         assert row == sorted(set(row))

@@ -229,6 +229,7 @@ print(json.dumps([before == look(), "winnow" in AttentionInterface().keys()]))
 """
 
 
+@pytest.mark.slow
 def test_import_changes_nothing_in_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", INERT], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 def plain(case: Case) -> dict[str, object]:
     """The settings of a case without quantization."""
-    bare = wk.policy("full") if case.name in STORED else replace(wk.policy(case.spec), quantize=None)
+    bare = wk.policy("full") if case.name in STORED else wk.policy(case.spec).stored_as(None)
     return {**case.settings, "policy": bare}
 
 
@@ -164,13 +163,15 @@ def test_the_full_precision_entries_are_freed(model: PreTrainedModel, quantized:
 LOGITS = {"int8": 0.06, "int4": 0.7}
 
 
-@pytest.mark.parametrize("spec", ["full", "snapkv:observe=8:kernel=3", "adakv:observe=4:kernel=3", "pyramidkv:observe=4"])
+@pytest.mark.parametrize(
+    "spec", ["full", "snapkv:observe=8:kernel=3", "adakv:of=snapkv:observe=4:kernel=3", "pyramidkv:observe=4"]
+)
 def test_logits_stay_close_to_full_precision(model: PreTrainedModel, spec: str) -> None:
     more = prompt(10, seed=50)
     exact = compact_logits(model, wk.CompactCache(model, spec, 20), prompt(PROMPT), [more])[1:]
     errors = {}
     for stored, bound in LOGITS.items():
-        cache = wk.CompactCache(model, spec, 20, quantize=stored)
+        cache = wk.CompactCache(model, wk.policy(spec).stored_as(stored), 20)
         logits = compact_logits(model, cache, prompt(PROMPT), [more])[1:]
         errors[stored] = float((logits - exact).norm() / exact.norm())
         assert 0 < errors[stored] < bound
@@ -184,7 +185,7 @@ def test_half_precision_models_are_quantized_in_their_dtype(llama: PreTrainedMod
     cache = wk.CompactCache(llama, "int8", 20)
     assert compact_logits(llama, cache, prompt(PROMPT), [prompt(5, seed=3)]).dtype == dtype
     assert cache.report.kept_bytes == naive_bytes(cache, itemsize=2)
-    cache = wk.CompactCache(llama, "snapkv:observe=8", 20, quantize="int8")
+    cache = wk.CompactCache(llama, "snapkv:observe=8:quantize=int8", 20)
     logits = compact_logits(llama, cache, prompt(PROMPT), [prompt(5, seed=3)])
     assert ((logits - exact).float().norm() / exact.float().norm()) < LOGITS["int8"]
 
@@ -288,10 +289,10 @@ def test_replay_equals_a_live_prefill(model: PreTrainedModel, quantized: Case) -
     prefill(model, prompt(PROMPT), recorded)
     expected = compact_logits(model, live, prompt(PROMPT), [prompt(4, seed=3)])[1:]
     stored = "int8" if "int8" in quantized.spec else "int4"
-    bare = plain(quantized)
+    bare = wk.policy(plain(quantized)["policy"])
     for replayed in (
         recorded.replay(quantized.spec, quantized.budget, task=quantized.task),
-        recorded.replay(bare["policy"], quantized.budget, task=quantized.task, quantize=stored),
+        recorded.replay(bare.stored_as(stored), quantized.budget, task=quantized.task),
     ):
         for field in ("kept_entries", "kept_bytes", "full_bytes", "held_bytes", "peak_bytes", "quantize"):
             assert getattr(replayed.report, field) == getattr(live.report, field)
@@ -310,7 +311,7 @@ def test_a_quantized_prefill_cannot_be_replayed(llama: PreTrainedModel) -> None:
 
 def test_entries_in_use_copies_only_what_it_must(llama: PreTrainedModel) -> None:
     for stored in (None, "int8"):
-        cache = wk.CompactCache(llama, "streaming", 20, quantize=stored)
+        cache = wk.CompactCache(llama, wk.policy("streaming").stored_as(stored), 20)
         compact_logits(llama, cache, prompt(PROMPT), [prompt(3)])
         for layer in cache.compact_layers:
             keys, values = layer.entries_in_use()
@@ -320,7 +321,7 @@ def test_entries_in_use_copies_only_what_it_must(llama: PreTrainedModel) -> None
 
 
 def test_quantized_caches_stack_beside_others(llama: PreTrainedModel) -> None:
-    specs = ("full", "int8", "snapkv:observe=8:quantize=int4", "adakv:observe=8:quantize=int8")
+    specs = ("full", "int8", "snapkv:observe=8:quantize=int4", "adakv:of=snapkv:observe=8:quantize=int8")
     caches = [wk.CompactCache(llama, spec, 20) for spec in specs]
     for cache in caches:
         prefill(llama, prompt(PROMPT), cache)
@@ -380,11 +381,11 @@ def test_the_cases_cover_both_codings() -> None:
     assert {case.name for case in QUANTIZED} >= {"int8", "int4"}
 
 
-def test_compress_takes_quantize_as_the_cache_does(llama: PreTrainedModel) -> None:
+def test_compress_stores_in_fewer_bits_as_the_cache_does(llama: PreTrainedModel) -> None:
     ids = prompt(60)
-    with wk.compress(llama, "snapkv:observe=8", 24, quantize="int8") as run:
+    with wk.compress(llama, "snapkv:observe=8:quantize=int8", 24) as run:
         llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-    cache = wk.CompactCache(llama, "snapkv:observe=8", 24, quantize="int8")
+    cache = wk.CompactCache(llama, "snapkv:observe=8:quantize=int8", 24)
     with torch.no_grad():
         llama(input_ids=ids, past_key_values=cache)
     assert run.report.kept_bytes == cache.report.kept_bytes < run.report.full_bytes / 4

@@ -17,7 +17,7 @@ from winnowkv.cache.reading import extend, greedy, prefill
 from winnowkv.cache.stacked import stack
 from winnowkv.engine.step import greedy_rows
 from winnowkv.models import load as models
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import ModelInfo
 
 LENGTHS = (PROMPT, 57, WINDOW + 1, WINDOW, WINDOW - 1, WINDOW - 2, 9)
 
@@ -31,7 +31,7 @@ def model() -> PreTrainedModel:
 def profiles(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a profile for the hybrid model, which has scores for the layers that are compressed only."""
     folder = tmp_path_factory.mktemp("profiles")
-    random_profile(Fingerprint.of(model), 2).write(folder / "hybrid.json")
+    random_profile(ModelInfo.of(model), 2).write(folder / "hybrid.json")
     return folder
 
 
@@ -93,7 +93,7 @@ def test_a_replayed_cache_that_decodes_changes_no_other(model: PreTrainedModel, 
 def test_stacked_rows_equal_single_runs(model: PreTrainedModel, lengths: tuple[int, ...]) -> None:
     """Prompts longer and shorter than the window; two tokens at once, then one, then freely in slots, leaving one by one."""
     specs, more = (
-        ("full", "snapkv:observe=4", "adakv:observe=4:kernel=3"),
+        ("full", "snapkv:observe=4", "adakv:of=snapkv:observe=4:kernel=3"),
         torch.cat([prompt(3, 9 + n) for n in range(len(lengths))]),
     )
     first, singles, placed = ([read(model, n, row, specs[row % 3], 8)[0] for row, n in enumerate(lengths)] for _ in range(3))

@@ -55,6 +55,7 @@ def test_a_padded_batch_can_be_saved_in_the_middle_of_an_answer(model: PreTraine
         assert torch.equal(model(more[:, 2:], attention_mask=mask, past_key_values=loaded).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_cache_loaded_in_a_fresh_process_gives_the_same_tokens(llama: PreTrainedModel, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "model")
     cache = wk.CompactCache(llama, "snapkv:observe=8:kernel=3", 20)

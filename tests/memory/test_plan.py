@@ -19,16 +19,18 @@ from winnowkv.budget import Budget
 from winnowkv.cache.reading import extend, prefill
 from winnowkv.memory.plan import LayerShape, MemoryPlan, Need, Shape, need
 from winnowkv.memory.shape import read_shape
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies import Policy, resolve
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import BoundPolicy
 from winnowkv.policies.winnow import Winnow
+from winnowkv.prompt.task import TaskProfile
 
+LOCALIZATION = TaskProfile("localization")
 LLAMA = Shape(
-    (LayerShape(2, 8, 8),) * 5, itemsize=2, parameters=1000, positions=4096, fingerprint=Fingerprint("Tiny", 5, 8, 2, "")
+    (LayerShape(2, 8, 8),) * 5, itemsize=2, parameters=1000, positions=4096, model_info=ModelInfo("Tiny", 5, 8, 2, "")
 )
 MIXED = Shape(
     (LayerShape(2, 16, 12, window=64), LayerShape(2, 16, 12), LayerShape(2, 16, 12, window=64), LayerShape(2, 16, 12)),
-    itemsize=4, parameters=1000, positions=None, fingerprint=Fingerprint("Mixed", 4, 8, 2, ""),
+    itemsize=4, parameters=1000, positions=None, model_info=ModelInfo("Mixed", 4, 8, 2, ""),
 )  # fmt: skip
 SPECS = [
     "full", "int8", "streaming", "snapkv:observe=8", "pyramidkv", "windowkv", "dynamickv:ceiling=2", "cake:observe=4",
@@ -61,20 +63,20 @@ def storage(cache: wk.CompactCache, *returned: torch.Tensor) -> int:
     return sum({s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in states}.values())
 
 
-def planned(model: PreTrainedModel, case: Case) -> tuple[Need, Policy]:
+def planned(model: PreTrainedModel, case: Case) -> tuple[Need, BoundPolicy]:
     """What the case's prompt needs, from the model's config alone."""
-    (policy,) = resolve(case.spec, Fingerprint.of(model), case.task)
-    return need(read_shape(model.config, 4), policy, Budget(case.budget), PROMPT), policy
+    policy, task = wk.policy(case.spec), TaskProfile.of(case.task)
+    asked = wk.PromptInfo(PROMPT, model.config.num_hidden_layers, case.budget, task)
+    return need(read_shape(model.config, 4), policy, Budget(case.budget), PROMPT, task), policy.bind(ModelInfo.of(model), asked)
 
 
-def decided(policy: Policy, budget: int, layers: int) -> bool:
+def decided(bound: BoundPolicy) -> bool:
     """Whether a policy knows before it reads what every layer ends with."""
-    ceilings = policy.ceilings(wk.policies.Prompt(PROMPT, layers, budget))
-    return not policy.evicts or sum(ceilings) == layers * budget
+    return not bound.policy.evicts or sum(bound.parts.allocator.prefill_limits()) == bound.prompt.total
 
 
 def test_planned_bytes_are_those_of_the_report(model: PreTrainedModel, case: Case) -> None:
-    one, policy = planned(model, case)
+    one, bound = planned(model, case)
     cache = wk.CompactCache(model, **case.settings)
     prefill(model, prompt(PROMPT), cache)
     assert one.rest == one.kept == cache.report.kept_bytes
@@ -82,7 +84,7 @@ def test_planned_bytes_are_those_of_the_report(model: PreTrainedModel, case: Cas
         assert one.rest <= cache.report.held_bytes
         return
     assert one.rest == cache.report.held_bytes
-    if decided(policy, case.budget, model.config.num_hidden_layers):
+    if decided(bound):
         assert one.peak == cache.report.peak_bytes
     else:
         assert cache.report.peak_bytes <= one.peak <= cache.report.full_bytes
@@ -90,10 +92,10 @@ def test_planned_bytes_are_those_of_the_report(model: PreTrainedModel, case: Cas
 
 def test_planned_bytes_of_quantized_entries(model: PreTrainedModel, quantized: Case) -> None:
     pytest.importorskip("optimum.quanto")
-    one, policy = planned(model, quantized)
+    one, bound = planned(model, quantized)
     cache = wk.CompactCache(model, **quantized.settings)
     prefill(model, prompt(PROMPT), cache)
-    if decided(policy, quantized.budget, model.config.num_hidden_layers) and not quantized.ragged:
+    if decided(bound) and not quantized.ragged:
         assert one.kept == cache.report.kept_bytes == cache.report.held_bytes
     else:  # which head or layer keeps how many is not known before: one scale and zero point of each channel more or less
         scales = model.config.num_hidden_layers * 2 * 8 * (4 + 4)
@@ -106,8 +108,7 @@ def test_planned_bytes_of_quantized_entries(model: PreTrainedModel, quantized: C
 @pytest.mark.parametrize("spec", ["full", "snapkv:observe=4", "pyramidkv:observe=4", "windowkv:observe=4:window=4:top=2"])
 def test_layers_that_slide_are_counted(tokens: int, spec: str) -> None:
     model = hybrid()
-    (policy,) = resolve(spec, Fingerprint.of(model), "localization")
-    one = need(read_shape(model.config, 4), policy, Budget(8), tokens)
+    one = need(read_shape(model.config, 4), wk.policy(spec), Budget(8), tokens, LOCALIZATION)
     cache = Watched(model, spec, 8, task="localization")
     prefill(model, prompt(tokens), cache)
     assert one.kept == cache.report.kept_bytes
@@ -122,27 +123,27 @@ def test_layers_that_slide_are_counted(tokens: int, spec: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [WINDOW - 6, WINDOW, WINDOW + 6, 2 * WINDOW - 2, 3 * WINDOW, PROMPT])
-@pytest.mark.parametrize("spec", ["cake:observe=4", "expected:observe=4", "winnow:observe=4:least=2", "adakv:observe=4"])
+@pytest.mark.parametrize(
+    "spec", ["cake:observe=4", "expected:observe=4", "winnow:observe=4:least=2", "adakv:of=snapkv:observe=4"]
+)
 def test_plans_with_sliding_layers_are_never_exceeded(spec: str, tokens: int) -> None:
     """Policies whose layers share by prompt; what sliding layers hold after a prompt may be more than their window."""
     model = hybrid()
-    (policy,) = resolve(spec, Fingerprint.of(model))
     cache = Watched(model, spec, 8)
     prefill(model, prompt(tokens), cache)
     padded = cache.report.held_bytes - cache.report.kept_bytes
-    assert cache.most - padded <= need(read_shape(model.config, 4), policy, Budget(8), tokens).peak
+    assert cache.most - padded <= need(read_shape(model.config, 4), wk.policy(spec), Budget(8), tokens, TaskProfile()).peak
 
 
 @pytest.mark.parametrize("spec", ["cake", "expected", "winnow", "winnow:task=aggregation"])
 def test_policies_that_bound_what_they_hold_are_planned_with_less(spec: str) -> None:
-    shape = replace(LLAMA, layers=LLAMA.layers * 4, fingerprint=replace(LLAMA.fingerprint, layers=20))
+    shape = replace(LLAMA, layers=LLAMA.layers * 4, model_info=replace(LLAMA.model_info, layers=20))
     made = wk.policy(spec)
     if isinstance(made, Winnow):  # without a profile it holds all
-        made = replace(made, profile=random_profile(shape.fingerprint, 20))
-    (policy,) = resolve(made, shape.fingerprint)
-    one = need(shape, policy, Budget(0.12), 4000)
-    asked = wk.policies.Prompt(4000, 20, 480)
-    assert one.peak == policy.peak_entries(asked) * shape.full_bytes(1) // 20
+        made = replace(made, profile=random_profile(shape.model_info, 20))
+    one = need(shape, made, Budget(0.12), 4000, TaskProfile())
+    parts = made.bind(shape.model_info, wk.PromptInfo(4000, 20, 480)).parts
+    assert one.peak == parts.allocator.peak_entries() * shape.full_bytes(1) // 20
     assert one.rest < one.peak <= 0.35 * shape.full_bytes(4000)
 
 
@@ -158,7 +159,7 @@ def test_a_shape_is_what_the_cache_holds(name: str) -> None:
     for layer, held in zip(shape.layers, cache.layers, strict=True):
         assert layer.kv_bytes(5, 4) == held.keys.nbytes + held.values.nbytes
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert shape.fingerprint == Fingerprint.of(model)
+    assert shape.model_info == ModelInfo.of(model)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -202,8 +203,10 @@ def plan(shape: Shape, context: int, batch: int, memory: int) -> MemoryPlan:
 def test_more_memory_never_fits_less(
     shape: Shape, spec: str, budget: int | float, context: int, batch: int, memory: int, more: int
 ) -> None:
-    (policy,) = resolve(spec, shape.fingerprint, "localization")
-    less, larger = (plan(shape, context, batch, size).fit(spec, policy, budget) for size in (memory, memory + more))
+    policy = wk.policy(spec)
+    less, larger = (
+        plan(shape, context, batch, size).fit(spec, policy, budget, LOCALIZATION) for size in (memory, memory + more)
+    )
     assert less.fits <= larger.fits
     assert less.largest_batch <= larger.largest_batch
     assert less.largest_context <= larger.largest_context
@@ -214,12 +217,12 @@ def test_more_memory_never_fits_less(
 def test_the_largest_that_fit_fit_and_one_more_does_not(
     shape: Shape, spec: str, budget: int | float, context: int, batch: int, memory: int
 ) -> None:
-    (policy,) = resolve(spec, shape.fingerprint, "localization")
+    policy = wk.policy(spec)
 
     def fits(tokens: int, rows: int) -> bool:
-        return plan(shape, tokens, rows, memory).fit(spec, policy, budget).fits
+        return plan(shape, tokens, rows, memory).fit(spec, policy, budget, LOCALIZATION).fits
 
-    found = plan(shape, context, batch, memory).fit(spec, policy, budget)
+    found = plan(shape, context, batch, memory).fit(spec, policy, budget, LOCALIZATION)
     assert found.fits == (found.largest_batch >= batch)
     assert found.fits == (found.largest_context >= context)
     if found.largest_batch:
@@ -230,13 +233,12 @@ def test_the_largest_that_fit_fit_and_one_more_does_not(
     if found.largest_context >= 400 and found.largest_context != shape.positions:
         assert not fits(found.largest_context + 1, batch)
     # A plan that is given just what it needs works, and with a byte less does not.
-    assert plan(shape, context, batch, found.needed_bytes).fit(spec, policy, budget).fits
-    assert not plan(shape, context, batch, found.needed_bytes - 1).fit(spec, policy, budget).fits
+    assert plan(shape, context, batch, found.needed_bytes).fit(spec, policy, budget, LOCALIZATION).fits
+    assert not plan(shape, context, batch, found.needed_bytes - 1).fit(spec, policy, budget, LOCALIZATION).fits
 
 
 def test_one_request_is_read_while_the_others_rest() -> None:
-    (policy,) = resolve("snapkv:observe=8", LLAMA.fingerprint)
-    one = need(LLAMA, policy, Budget(100), 1000)
+    one = need(LLAMA, wk.policy("snapkv:observe=8"), Budget(100), 1000, TaskProfile())
     entry = 2 * 2 * 8 * 2  # keys and values, KV heads, head size, bfloat16
     assert (one.kept, one.peak) == (5 * 100 * entry, (4 * 100 + 1000) * entry)
     assert one.of_batch(3) == 2 * one.kept + one.peak
@@ -248,7 +250,7 @@ def test_one_request_is_read_while_the_others_rest() -> None:
 
 
 def test_requests_that_cannot_be_planned_are_refused() -> None:
-    (policy,) = resolve("snapkv:observe=32", LLAMA.fingerprint)
+    policy = wk.policy("snapkv:observe=32")
     with pytest.raises(wk.InputError, match="a context of 4097 tokens passes the model's 4096 positions: give at most 4096"):
         plan(LLAMA, 4097, 1, 2**20)
     with pytest.raises(wk.BudgetError, match="keep at least 32 entries"):
@@ -256,11 +258,12 @@ def test_requests_that_cannot_be_planned_are_refused() -> None:
     # A prompt no longer than the window is kept whole, as in prefill.
     assert plan(LLAMA, 30, 1, 2**20).fit("snapkv", policy, 20).kept_bytes == LLAMA.full_bytes(30)
     # Prompts of 12% below the window's 32 entries cannot be: none is proposed where only they would fit.
-    little = need(LLAMA, policy, Budget(0.12), 267).peak + 2000
+    little = need(LLAMA, policy, Budget(0.12), 267, TaskProfile()).peak + 2000
     assert plan(LLAMA, 1000, 1, little).fit("snapkv", policy, 0.12).largest_context == 267
     assert plan(LLAMA, 1000, 1, little - 1).fit("snapkv", policy, 0.12).largest_context == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated() -> None:
     """A model whose weights take 140 GB is read in a moment."""
     from transformers import LlamaConfig

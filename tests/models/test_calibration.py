@@ -13,9 +13,9 @@ from support.models import PROMPT, prompt
 from support.profiles import PROFILES, random_profile
 from support.reference import compact_logits
 from winnowkv.models.calibration import choose_heads, find_profile
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import ModelInfo
 
-SHAPE = Fingerprint("Drawn", 3, 4, 2, "abc")
+SHAPE = ModelInfo("Drawn", 3, 4, 2, "abc")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_newer_schema_is_refused(written: Path) -> None:
         ({"semantic": [[0.1] * 4] * 2 + [[0.1] * 3]}, "3 layers x 4 heads"),
         ({"traditional": [[-0.1] * 4] * 3}, "negative"),
         ({"errors": ["x", 1, 2]}, "cannot be used"),
-        ({"fingerprint": {"heads": 4}}, "cannot be used"),
+        ({"model_info": {"heads": 4}}, "cannot be used"),
     ],
 )
 def test_broken_tables_are_refused(written: Path, change: dict, says: str) -> None:
@@ -78,7 +78,7 @@ def test_another_model_is_named(written: Path, llama: PreTrainedModel) -> None:
     with pytest.raises(wk.ProfileError, match="architecture Drawn, not LlamaForCausalLM"):
         wk.CompactCache(llama, f"compresskv:profile={written}")
     with pytest.raises(wk.ProfileError, match="heads 4, not 8"):
-        find_profile(str(written), Fingerprint("Drawn", 3, 8, 2, "abc"))
+        find_profile(str(written), ModelInfo("Drawn", 3, 8, 2, "abc"))
 
 
 def test_an_unknown_model_has_no_packaged_profile(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_unknown_model_has_no_packaged_profile(llama: PreTrainedModel, tmp_pa
 
 
 def test_the_embedded_models_profile_ships() -> None:
-    shape = Fingerprint("LlamaForCausalLM", 30, 9, 3, "90836ae8b7801ca0")
+    shape = ModelInfo("LlamaForCausalLM", 30, 9, 3, "90836ae8b7801ca0")
     profile = find_profile(None, shape)
     assert len(profile.semantic) == 30
     assert profile.about["answered"] >= 8

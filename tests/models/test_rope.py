@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,9 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.architectures import COMMON, HYBRID, SERVED, build
 from support.models import hybrid, prompt
-from winnowkv.attention.hooks import known, read_rotation
 from winnowkv.memory.shape import read_shape
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.rope import Rotation
+from winnowkv.models.info import ModelInfo
+from winnowkv.models.rope import Rotation, read_rotation
 
 TOKENS, AWAY = 20, 7
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 64}
@@ -111,9 +111,10 @@ def test_a_model_without_weights_has_no_rotation() -> None:
     assert read_rotation(model.to("meta")) is None
 
 
-def test_a_fingerprint_with_a_rotation_is_the_same_fingerprint() -> None:
-    model = build("LlamaConfig", COMMON)
-    with_rotation, without = known(model), Fingerprint.of(model)
+def test_the_rotation_is_not_compared() -> None:
+    """A calibration profile holds the model without it."""
+    with_rotation = ModelInfo.of(build("LlamaConfig", COMMON))
+    without = replace(with_rotation, rotation=None)
     assert with_rotation.rotation is not None
     assert without.rotation is None
     assert (with_rotation, hash(with_rotation)) == (without, hash(without))

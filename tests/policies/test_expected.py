@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.models import PROMPT, prompt
 from support.reference import compact_logits
-from winnowkv.attention.hooks import known
-from winnowkv.cache.session import PrefillPlan
+from winnowkv.cache.selection import PromptSelection
+from winnowkv.models.info import ModelInfo
 from winnowkv.models.rope import Rotation
-from winnowkv.policies import resolve
+from winnowkv.policies import BoundPolicy, LayerStates
 from winnowkv.policies.expected import Expected
 
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 6, 0.4
@@ -32,9 +32,20 @@ def drawn(tokens: int, seed: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
     return states[0], states[1]
 
 
-def scored(policy: Any, queries: Tensor, keys: Tensor, scale: float = SCALE) -> Tensor:
+def bound(policy: wk.Policy, tokens: int, layers: int, budget: int, rotation: Rotation | None = None) -> BoundPolicy:
+    """The policy for a prompt of a model with this rotation."""
+    return policy.bind(ModelInfo("Drawn", layers, HEADS, KV_HEADS, "", rotation), wk.PromptInfo(tokens, layers, budget))
+
+
+def states_of(bound: BoundPolicy, layer: int, queries: Tensor, keys: Tensor, scale: float = SCALE) -> LayerStates:
+    """What the policy sees of a layer, out of all its queries."""
+    return LayerStates(layer, queries[:, :, bound.query_positions()], keys, keys, scale)
+
+
+def scored(policy: Any, queries: Tensor, keys: Tensor, scale: float = SCALE, rotation: Rotation | None = None) -> Tensor:
     """The policy's scores of one layer, from all queries of the prompt."""
-    return policy.score(0, queries[:, :, policy.wanted(keys.shape[2])], keys, scale)
+    scorer = bound(policy, keys.shape[2], 1, keys.shape[2], rotation).parts.scorer
+    return scorer.score(LayerStates(0, queries[:, :, scorer.query_positions()], keys, keys, scale))
 
 
 def places(tokens: int, context: int, sinks: int, samples: int, ahead: int) -> list[tuple[int, int]]:
@@ -67,12 +78,12 @@ def attention(query: list[float], keys: list[list[float]]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def slow(queries: Tensor, keys: Tensor, policy: Any) -> tuple[list[list[float]], float]:
+def slow(queries: Tensor, keys: Tensor, policy: Any, rotation: Rotation | None) -> tuple[list[list[float]], float]:
     """Scores ``[Hkv][C]`` before their common factor, and the layer's preference: entropy times variance."""
     tokens, group = keys.shape[2], HEADS // KV_HEADS
     context = tokens - policy.observe
     stands = places(tokens, context, policy.sinks, policy.samples, policy.ahead)
-    frequencies = () if policy.rotation is None else policy.rotation.frequencies
+    frequencies = () if rotation is None else rotation.frequencies
     scores, entropy, variance = [[0.0] * context for _ in range(KV_HEADS)], 0.0, 0.0
     for head in range(HEADS):
         rows = [
@@ -95,15 +106,15 @@ def slow(queries: Tensor, keys: Tensor, policy: Any) -> tuple[list[list[float]],
         {"samples": 8, "observe": 5, "sinks": 2, "ahead": 30},
         {"samples": 300, "observe": 0, "sinks": 0, "ahead": 1},  # more samples than the context has tokens
         {"samples": 4, "observe": 3, "sinks": 99, "ahead": 7},  # sinks pass the context
-        {"samples": 5, "observe": 39, "sinks": 2, "ahead": 9},  # a context of one token: all queries are the same
+        {"samples": 5, "observe": 39, "sinks": 1, "ahead": 9},  # a context of one token: all queries are the same
     ],
     ids=str,
 )
 def test_scores_are_those_of_the_reference(options: dict[str, int], rotation: Rotation | None) -> None:
-    policy: Any = Expected(rotation=rotation, **options)
+    policy: Any = Expected(**options)
     queries, keys = drawn(40, seed=options["samples"])
-    scores = scored(policy, queries.float(), keys.float())
-    raw, preference = slow(queries, keys, policy)
+    scores = scored(policy, queries.float(), keys.float(), rotation=rotation)
+    raw, preference = slow(queries, keys, policy, rotation)
     expected = torch.tensor(raw, dtype=torch.float64)
     assert scores.shape == (1, *expected.shape)
     expected *= preference / expected.sum()
@@ -114,8 +125,8 @@ def test_scores_are_those_of_the_reference(options: dict[str, int], rotation: Ro
 def test_moved_queries_look_elsewhere() -> None:
     """The rotation matters: another token wins when the queries are moved past the prompt."""
     queries, keys = drawn(60, 1)
-    policies = [Expected(observe=4, samples=16, rotation=rotation) for rotation in (None, ROTATION)]
-    still, turned = (scored(policy, queries, keys)[0].argmax(-1).tolist() for policy in policies)
+    policy = Expected(observe=4, samples=16)
+    still, turned = (scored(policy, queries, keys, rotation=by)[0].argmax(-1).tolist() for by in (None, ROTATION))
     assert still != turned
 
 
@@ -153,26 +164,26 @@ def test_no_more_than_half_above_the_budget_and_one_layer_is_held(
     tokens: int, layers: int, budget: int, sinks: int, observe: int, samples: int, seed: int, constant: bool
 ) -> None:
     """The sum is exact, and what the layers seen hold passes the budget by its half at most while the next one is read."""
-    policy = Expected(sinks=sinks, observe=observe, samples=samples, rotation=ROTATION)
-    asked = wk.Prompt(tokens, layers, min(budget, tokens))
+    policy = Expected(sinks=sinks, observe=observe, samples=samples)
     try:
-        plan = PrefillPlan(policy, asked)
+        selection = PromptSelection(bound(policy, tokens, layers, min(budget, tokens), ROTATION))
     except wk.BudgetError:
         assert budget < sinks + 1
         return
+    asked, allocator = selection.bound.prompt, selection.bound.parts.allocator
     held: list[set[tuple[int, int]]] = []
-    for queries, keys in layers_of(layers, tokens, seed, constant):
+    for layer, (queries, keys) in enumerate(layers_of(layers, tokens, seed, constant)):
         if tokens > observe:
-            assert sum(map(len, held)) + KV_HEADS * tokens <= KV_HEADS * policy.peak_entries(asked)
-        plan.observe(queries[:, :, policy.wanted(tokens)].float(), keys.float(), SCALE)
-        now = [entries_of(kept, tokens) for kept in plan.kept]
+            assert sum(map(len, held)) + KV_HEADS * tokens <= KV_HEADS * allocator.peak_entries()
+        selection.observe(states_of(selection.bound, layer, queries.float(), keys.float()))
+        now = [entries_of(kept, tokens) for kept in selection.kept]
         for before, after in zip(held, now, strict=False):
             assert after <= before, "an evicted entry came back"
         held = now
     if tokens <= observe:
-        assert plan.kept == [None] * layers
+        assert selection.kept == [None] * layers
         return
-    assert policy.peak_entries(asked) == min(asked.total + asked.total // 2, (layers - 1) * tokens) + tokens
+    assert allocator.peak_entries() == min(asked.total + asked.total // 2, (layers - 1) * tokens) + tokens
     assert sum(map(len, held)) == KV_HEADS * asked.total
     always = {*range(min(sinks, tokens)), *range(tokens - min(observe, asked.budget - sinks), tokens)}
     for entries in held:
@@ -192,13 +203,13 @@ def entries_of(kept: Tensor | None, tokens: int) -> set[tuple[int, int]]:
 
 def test_layers_share_in_proportion_to_their_preferences() -> None:
     """Above sinks and recent tokens, which every layer keeps."""
-    policy, asked = wk.policy("expected", sinks=2, observe=3, samples=32), wk.Prompt(400, 4, 60)
-    plan, preferences = PrefillPlan(policy, asked), []
+    policy = wk.policy("expected", sinks=2, observe=3, samples=32)
+    selection, preferences = PromptSelection(bound(policy, 400, 4, 60)), []
     for layer, spread in enumerate((0.8, 1.1, 0.9, 1.0)):
         queries, keys = drawn(400, layer, spread)
         preferences.append(float(scored(policy, queries, keys).sum()))
-        plan.observe(queries[:, :, policy.wanted(400)], keys, SCALE)
-    shares = [kept.shape[-1] - 5 for kept in plan.kept]
+        selection.observe(states_of(selection.bound, layer, queries, keys))
+    shares = [kept.shape[-1] - 5 for kept in selection.kept]
     assert sum(shares) == 4 * 55
     assert len(set(shares)) == 4
     for share, preference in zip(shares, preferences, strict=True):
@@ -207,13 +218,13 @@ def test_layers_share_in_proportion_to_their_preferences() -> None:
 
 def test_the_best_tokens_of_each_head_stay() -> None:
     policy, (queries, keys) = wk.policy("expected", sinks=1, observe=2, samples=32), drawn(50, 4)
-    plan = PrefillPlan(policy, wk.Prompt(50, 1, 12))
-    plan.observe(queries[:, :, policy.wanted(50)].float(), keys.float(), SCALE)
+    selection = PromptSelection(bound(policy, 50, 1, 12))
+    selection.observe(states_of(selection.bound, 0, queries.float(), keys.float()))
     scores = scored(policy, queries.float(), keys.float())[0]
     for head in range(KV_HEADS):
         best = sorted(range(1, 48), key=lambda at: -float(scores[head, at]))[:9]
-        assert plan.kept[0][0, head].tolist() == [0, *sorted(best), 48, 49]
-    assert plan.kept[0][0, 0].tolist() != plan.kept[0][0, 1].tolist()
+        assert selection.kept[0][0, head].tolist() == [0, *sorted(best), 48, 49]
+    assert selection.kept[0][0, 0].tolist() != selection.kept[0][0, 1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -236,12 +247,10 @@ def test_options_out_of_bounds_are_refused(options: str, says: str) -> None:
 
 
 def test_the_rotation_is_the_models(model: PreTrainedModel) -> None:
-    (policy,) = resolve("expected", known(model))
-    assert policy.rotation == known(model).rotation is not None
-    (again,) = resolve(policy, known(model))
-    assert again == policy
-    cache = wk.CompactCache(model, "expected:observe=4", 20)
-    assert cache.policies[0].rotation == policy.rotation
+    info, prompt = ModelInfo.of(model), wk.PromptInfo(PROMPT, 5, 40)
+    assert wk.policy("expected").bind(info, prompt).parts.scorer.rotation == info.rotation is not None
+    compression = wk.CompactCache(model, "expected:observe=4", 20).compression
+    assert compression.policy.bind(compression.model, prompt).parts.scorer.rotation == info.rotation
 
 
 def test_a_short_prompt_is_kept_whole_on_a_model(model: PreTrainedModel) -> None:

@@ -6,26 +6,27 @@ import dataclasses
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 import winnowkv as wk
-from support.cases import Case
-from support.policies import HEADS, KV_HEADS, decided
+from support.cases import CASES, QUANTIZED, Case
+from support.policies import KV_HEADS, SIZE, bind, decided, drawn_model, drawn_states
 from winnowkv.budget import Budget
-from winnowkv.cache.session import PrefillPlan
+from winnowkv.cache.selection import PromptSelection
 from winnowkv.errors import BudgetError, PolicyError
-from winnowkv.policies import Policy, Prompt, names, policy, policy_class, registry, split_policies
+from winnowkv.policies import LayerStates, Policy, PromptInfo, names, policy, policy_class, registry, split_policies
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.compose import Wrapper
 from winnowkv.policies.expected import Expected
+from winnowkv.policies.parts import Allocator
 from winnowkv.prompt.task import TaskProfile
 
-BUILT_IN = [entry.name for entry in entry_points(group="winnowkv.policies") if entry.value.startswith("winnowkv.")]
+BUILT_IN = sorted(registry.BUILT_IN)
 LOCALIZATION = TaskProfile("localization")
-
-
-def ready(spec: str) -> Policy:
-    return policy(spec).for_task(LOCALIZATION)
+MODEL = drawn_model(4)
 
 
 # --- finding -------------------------------------------------------------------------------------------------------
@@ -38,6 +39,19 @@ def test_the_built_ins_are_there() -> None:
         assert kind.name == name
         assert kind.source
         assert kind.scope
+
+
+def test_every_registered_policy_has_a_case() -> None:
+    """A policy added to the package without a case would be exempt from all laws."""
+    mine = {name for name in names() if policy_class(name).__module__.startswith("winnowkv.")}
+    assert mine == set(BUILT_IN) == {case.name for case in CASES + QUANTIZED}
+
+
+def test_every_wrapper_is_a_case_over_several_policies() -> None:
+    """So that laws about what a wrapper changes do not hold for snapkv only."""
+    for name in (name for name in BUILT_IN if issubclass(policy_class(name), Wrapper)):
+        inner = {case.spec.split("of=")[1].split(":")[0] for case in CASES if case.name == name}
+        assert len(inner) > 1, name
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -163,9 +177,14 @@ def test_lists_of_specs_are_split_at_commas() -> None:
 
 def test_windowkv_needs_a_task() -> None:
     with pytest.raises(PolicyError, match=r"task='localization'.*task='aggregation'"):
-        policy("windowkv").for_task(TaskProfile())
-    assert policy("windowkv", task="aggregation").for_task(TaskProfile()).task == "aggregation"
-    assert policy("windowkv", task="aggregation").for_task(LOCALIZATION).task == "aggregation"  # a task given as an option wins
+        policy("windowkv").bind(MODEL, PromptInfo(90, 4, 40))
+    with pytest.raises(PolicyError, match=r"task='localization'.*task='aggregation'"):
+        policy("windowkv").check(MODEL, TaskProfile())
+    policy("windowkv").check(MODEL, None)  # a prompt's task is classified later
+    for task in (TaskProfile(), LOCALIZATION):  # a task given as an option wins
+        selector = policy("windowkv", task="aggregation").bind(MODEL, PromptInfo(90, 4, 40, task)).parts.selector
+        assert selector == policy("windowkv").bind(MODEL, PromptInfo(90, 4, 40, TaskProfile("aggregation"))).parts.selector
+        assert selector != policy("windowkv").bind(MODEL, PromptInfo(90, 4, 40, LOCALIZATION)).parts.selector
 
 
 @pytest.mark.parametrize(
@@ -176,18 +195,19 @@ def test_windowkv_needs_a_task() -> None:
     ],
 )  # fmt: skip
 def test_windowkv_presets_have_the_published_numbers(preset: str, task: str, numbers: tuple[int, int, int]) -> None:
-    made = policy("windowkv", preset=preset).for_task(TaskProfile.of(task))
-    assert (made.observe, made.window, made.top) == numbers
-    changed = policy("windowkv", preset=preset, window=5).for_task(TaskProfile.of(task))
-    assert (changed.observe, changed.window, changed.top) == (numbers[0], 5, numbers[2])
+    prompt = PromptInfo(90, 4, 40, TaskProfile.of(task))
+    for options, expected in (({}, numbers), ({"window": 5}, (numbers[0], 5, numbers[2]))):
+        parts = policy("windowkv", preset=preset, **options).bind(MODEL, prompt).parts
+        assert (parts.scorer.window, parts.selector.width, parts.selector.top) == expected
 
 
 def test_policies_without_a_task_ignore_it_and_unknown_tasks_are_named() -> None:
     without_task = [name for name in BUILT_IN if "task" not in {field.name for field in dataclasses.fields(policy_class(name))}]
-    assert len(without_task) > 10
+    assert len(without_task) > 15
     for name in without_task:
-        made = policy(name)
-        assert made.for_task(TaskProfile()) is made
+        assert not policy(name).uses_task
+        kept = [keep(name, 90, 4, 40, task=task).kept for task in (None, LOCALIZATION, "aggregation")]
+        assert str(kept[0]) == str(kept[1]) == str(kept[2])
     with pytest.raises(PolicyError, match="task 'qa' is unknown: it is one of localization, aggregation"):
         TaskProfile.of("qa")
 
@@ -212,14 +232,20 @@ def test_a_policy_of_another_package_is_found(tmp_path: Path, monkeypatch: pytes
         "from dataclasses import dataclass\n"
         "from typing import ClassVar\n"
         "import torch\n"
-        "from winnowkv.policies import Policy\n"
+        "from winnowkv.policies.base import TokenPolicy\n"
+        "from winnowkv.policies.parts import Scorer\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Outside(Policy):\n"
+        "class Outside(TokenPolicy):\n"
         "    name: ClassVar[str] = 'outside'\n"
         "    observe: int = 2\n"
         "    stride: int = 2\n"
-        "    def score(self, layer, queries, keys, scale):\n"
-        "        return (torch.arange(keys.shape[2] - self.observe) % self.stride == 0).float().expand(1, 1, -1)\n",
+        "    def scorer(self, model, prompt):\n"
+        "        return Strides(prompt.tokens, self.observe, stride=self.stride)\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Strides(Scorer):\n"
+        "    stride: int\n"
+        "    def score(self, states):\n"
+        "        return (torch.arange(self.tokens - self.window) % self.stride == 0).float().expand(1, 1, -1)\n",
     )
     assert "outside" not in names()
     monkeypatch.syspath_prepend(tmp_path)
@@ -228,9 +254,20 @@ def test_a_policy_of_another_package_is_found(tmp_path: Path, monkeypatch: pytes
     assert (type(made).__module__, made.stride) == ("winnow_outside", 3)
     with pytest.raises(PolicyError, match=r"outside has no option 'strid'\. Did you mean 'stride'\?"):
         wk.policy("outside:strid=3")
-    plan = PrefillPlan(made, Prompt(tokens=10, layers=1, budget=5))
-    plan.observe(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 10, 4), 1.0)
-    assert plan.kept[0].tolist() == [[[0, 3, 6, 8, 9]]]
+    assert keep(made, 10, 1, 5).kept[0].tolist() == [[[0, 3, 6, 8, 9]]]
+
+
+def test_a_policy_of_another_package_with_a_built_in_name_loses_and_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution(tmp_path, "snapkv = winnow_outside:SnapKV", "raise AssertionError('it is not even imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    says = "policy 'snapkv' of 'winnow_outside:SnapKV' has the name of a built-in one, which wins"
+    with pytest.warns(UserWarning, match=says):
+        found = names()
+    assert found == BUILT_IN
+    assert policy_class("snapkv").__module__ == "winnowkv.policies.snapkv"
+    assert policy("snapkv").spec == "snapkv"
 
 
 def test_installed_packages_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,47 +295,54 @@ def test_an_entry_point_that_is_no_policy_is_refused(tmp_path: Path, monkeypatch
 # --- what is kept of drawn queries and keys -------------------------------------------------------------------------------
 
 
-def keep(made: Policy, tokens: int, layers: int, budget: int, seed: int = 0) -> PrefillPlan:
-    """The policy over random queries and keys, HEADS query heads on KV_HEADS KV heads."""
+def keep(
+    made: str | Policy, tokens: int, layers: int, budget: int, seed: int = 0, task: TaskProfile | str | None = None
+) -> PromptSelection:
+    """The policy over random states of layers."""
     generator = torch.Generator().manual_seed(seed)
-    plan = PrefillPlan(made, Prompt(tokens, layers, budget))
-    for _ in range(layers):
-        queries = 2 * torch.randn(1, HEADS, len(made.wanted(tokens)), 8, generator=generator)
-        plan.observe(queries, torch.randn(1, KV_HEADS, tokens, 8, generator=generator), 0.35)
-    return plan
+    selection = PromptSelection(bind(made, tokens, layers, budget, task))
+    for layer in range(layers):
+        selection.observe(drawn_states(selection.bound, layer, generator))
+    return selection
+
+
+def innermost(made: Policy) -> Policy:
+    """The policy itself, or what a wrapper wraps at last."""
+    return innermost(made.of) if isinstance(made, Wrapper) else made
 
 
 def test_a_budget_below_sinks_and_window_is_refused_with_the_number_that_works(evicting: Case) -> None:
-    made = decided(evicting.spec, evicting.task, 4)
-    least = made.minimum_budget()
-    if not isinstance(made, Expected):  # which lets the window shrink to what the budget leaves
-        assert least >= max(made.sinks + made.observe, 1)
-    with pytest.raises(BudgetError, match=rf"{made.name}: a budget of {least - 1} entries.*at least {least} entries"):
-        PrefillPlan(made, Prompt(tokens=200, layers=4, budget=least - 1))
-    keep(made, 200, 4, least)
+    made, prompt = decided(evicting.spec, 4), PromptInfo(200, 4, 200, TaskProfile.of(evicting.task))
+    least, inner = made.minimum_budget(prompt), innermost(made)
+    if not isinstance(inner, Expected):  # which lets the window shrink to what the budget leaves
+        assert least >= max(made.sinks + made.observation_window(prompt), 1)
+    with pytest.raises(BudgetError, match=rf"{inner.name}: a budget of {least - 1} entries.*at least {least} entries"):
+        bind(made, 200, 4, least - 1, evicting.task)
+    keep(made, 200, 4, least, task=evicting.task)
 
 
 def test_a_prompt_within_budget_or_window_is_kept_whole(evicting: Case) -> None:
-    made = decided(evicting.spec, evicting.task, 4)
-    assert keep(made, 40, 4, 40).kept == [None] * 4
-    if made.observe > 1:  # D8: the published DynamicKV crashes here
-        plan = keep(made, made.observe, 4, made.observe - 1)
-        assert plan.kept == [None] * 4
-        assert f"the prompt of {made.observe} tokens" in plan.note
+    made = decided(evicting.spec, 4)
+    assert keep(made, 40, 4, 40, task=evicting.task).kept == [None] * 4
+    window = made.observation_window(PromptInfo(200, 4, 200, TaskProfile.of(evicting.task)))
+    if window > 1:  # D8: the published DynamicKV crashes here
+        selection = keep(made, window, 4, window - 1, task=evicting.task)
+        assert selection.kept == [None] * 4
+        assert f"the prompt of {window} tokens" in selection.note
 
 
 def test_full_keeps_everything_at_any_budget() -> None:
-    plan = keep(policy("full"), 50, 3, 1)
-    assert plan.kept == [None] * 3
-    assert plan.note is None
+    selection = keep("full", 50, 3, 1)
+    assert selection.kept == [None] * 3
+    assert selection.note is None
 
 
 def test_the_same_prompt_keeps_the_same_and_the_global_generator_is_not_touched(evicting: Case) -> None:
-    made = decided(evicting.spec, evicting.task, 5)
+    made, task = decided(evicting.spec, 5), evicting.task
     state = torch.get_rng_state()
-    first = keep(made, 90, 5, 50)
-    keep(made, 70, 5, 45, seed=1)  # another prompt between them
-    again = keep(made, 90, 5, 50)
+    first = keep(made, 90, 5, 50, task=task)
+    keep(made, 70, 5, 45, seed=1, task=task)  # another prompt between them
+    again = keep(made, 90, 5, 50, task=task)
     for a, b in zip(first.kept, again.kept, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
@@ -318,28 +362,41 @@ def test_streaming_keeps_sinks_and_recent_tokens_with_or_without_a_window(window
 
 
 def test_windowkv_followers_share_their_leaders_selection() -> None:
-    made = ready("windowkv:group=3:observe=8")
     shorter = 0
     for budget in (38, 39, 40, 41):
-        plan = keep(made, 120, 8, budget)
+        selection = keep("windowkv:group=3:observe=8", 120, 8, budget, task=LOCALIZATION)
         for layer in range(8):
-            leader = made.leader(layer)
+            leader = selection.bound.parts.scorer.leader(layer)
             assert leader == 3 * (layer // 3)
-            ours, theirs = set(plan.kept[layer].flatten().tolist()), set(plan.kept[leader].flatten().tolist())
+            ours, theirs = (set(selection.kept[at].flatten().tolist()) for at in (layer, leader))
             assert ours <= theirs  # the same, or one token less by rounding
             assert len(theirs) - len(ours) <= 1
             shorter += ours != theirs
     assert shorter > 0  # rounding does tell a follower from its leader here
 
 
-def test_a_plan_refuses_an_allocation_that_misses_the_total() -> None:
+def test_an_allocation_that_misses_the_total_is_refused() -> None:
+    class More(Allocator):
+        def prefill_limits(self) -> list[int]:
+            return [self.prompt.budget + 1] * self.prompt.layers
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Greedy(type(policy("random"))):  # type: ignore[misc]
-        def ceilings(self, prompt: Prompt) -> list[int]:
-            return [prompt.budget + 1] * prompt.layers
+        def allocator(self, model: wk.ModelInfo, prompt: PromptInfo) -> Allocator:
+            return More(prompt)
 
     with pytest.raises(PolicyError, match="end with 82 entries, the budget is 80"):
         keep(Greedy(), 90, 2, 40)
+
+
+def test_a_policy_without_a_scorer_of_its_own_says_so() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Unfinished(TokenPolicy):
+        name: ClassVar[str] = "unfinished"
+
+    states = LayerStates(0, torch.zeros(1, 1, 0, SIZE), *[torch.zeros(1, KV_HEADS, 9, SIZE)] * 2, 1.0)
+    with pytest.raises(TypeError, match=r"does not define score\(\)"):
+        bind(Unfinished(), 9, 1, 3).parts.scorer.score(states)
 
 
 def test_fractions_and_entries_reach_a_prompt_alike() -> None:

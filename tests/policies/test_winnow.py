@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +14,27 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.models import PROMPT, prompt
 from support.profiles import PROFILES, random_profile
-from support.winnow import KV_HEADS, LAYOUT, SIZE, Layer, drawn, ends, in_all, look, made, profile_of, shape, stages
-from winnowkv.attention.hooks import known
+from support.winnow import (
+    KV_HEADS,
+    STRUCTURE,
+    Layer,
+    asked,
+    bound,
+    drawn,
+    ends,
+    in_all,
+    look,
+    profile_of,
+    shape,
+    stages,
+    states_of,
+)
 from winnowkv.cache.reading import greedy, prefill
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack, read_needles
 from winnowkv.models import load as models
 from winnowkv.models.info import end_tokens
-from winnowkv.policies import Prompt, resolve
-from winnowkv.policies.expected import Expected
-from winnowkv.prompt.structure import Layout, read_layout
+from winnowkv.policies.expected import Expected, sample_moves
+from winnowkv.prompt.structure import Structure, read_structure
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.select import top_spans
 from winnowkv.scoring.spans import concentrated, span_owner, span_reduce, window_reduce
@@ -54,7 +66,7 @@ def test_evicted_tokens_come_last() -> None:
 
 
 def question_sees() -> list[Layer]:
-    """Three layers of LAYOUT. Head 2 of layer 1 looks at 12 and 13 and a little at 7; others, and the tail, at 22 to 24."""
+    """Three layers of STRUCTURE. Head 2 of layer 1 looks at 12 and 13 and a little at 7; others, and the tail, at 22 to 24."""
     layers = [drawn(40, seed, 0.1) for seed in range(3)]
     for layer in layers:
         for head in (1, 3):
@@ -73,20 +85,19 @@ def test_whole_sentences_stay_and_the_question(profiled: bool) -> None:
         for layer, head in ((at, head) for at in range(3) for head in (1, 3)):
             look(layers[layer], head, range(30, 40), range(40))
     options = {"profile": profile_of(3, {(1, 2): 1.0})} if profiled else {"heads": 1}
-    policy = made(3, sinks=2, observe=4, top=2, least=14, peak=1.0, **options)
-    kept = ends(policy, Prompt(40, 3, 26), layers)
+    kept = ends(bound(asked(40, 3, 26), sinks=2, observe=4, top=2, least=14, peak=1.0, **options), layers)
     assert kept == [[{0, 1, *range(6, 20), *range(30, 40)}] * KV_HEADS] * 3
 
 
 def test_the_rest_goes_by_each_layers_own_scores() -> None:
-    policy = made(3, sinks=2, observe=4, top=2, least=9, profile=profile_of(3, {(1, 2): 1.0}))
-    kept = ends(policy, Prompt(40, 3, 26), question_sees())
+    options = {"sinks": 2, "observe": 4, "top": 2, "least": 9, "profile": profile_of(3, {(1, 2): 1.0})}
+    kept = ends(bound(asked(40, 3, 26), **options), question_sees())
     always = {0, 1, *range(11, 20), *range(30, 40)}
     assert in_all(kept) >= always
     assert sum(len(head) for layer in kept for head in layer) == KV_HEADS * 3 * 26
-    own = Expected(sinks=2, observe=10, rotation=shape(3).rotation)
-    for at, (queries, keys) in enumerate(question_sees()):
-        scores = own.score(at, queries[:, :, own.wanted(40)], keys, SIZE**-0.5)[0]
+    own = Expected(sinks=2, observe=10).bind(shape(3), asked(40, 3, 26))
+    for at, layer in enumerate(question_sees()):
+        scores = own.parts.scorer.score(states_of(own, at, layer))[0]
         for head in range(KV_HEADS):
             free = [token for token in range(30) if token not in always]
             best = sorted(free, key=lambda token: -float(scores[head, token]))[: len(kept[at][head] - always)]
@@ -104,9 +115,9 @@ def test_heads_count_by_their_score(weaker: float, swapped: bool) -> None:
     scores = {(0, 1): weaker, (2, 3): 1.0} if swapped else {(0, 1): 1.0, (2, 3): weaker}
     first, second = (set(range(20, 30)), set(range(11, 20))) if swapped else (set(range(11, 20)), set(range(20, 30)))
     options = {"sinks": 1, "observe": 4, "top": 2, "peak": 1.0, "profile": profile_of(3, scores)}
-    little = ends(made(3, least=len(first), share=0.01, **options), Prompt(40, 3, 22), layers)
+    little = ends(bound(asked(40, 3, 22), least=len(first), share=0.01, **options), layers)
     assert first <= in_all(little)
-    both = ends(made(3, least=19, share=0.01, **options), Prompt(40, 3, 30), layers)
+    both = ends(bound(asked(40, 3, 30), least=19, share=0.01, **options), layers)
     assert (first | second <= in_all(both)) == (weaker > 0.5)  # a head of less than half the best score does not count
 
 
@@ -114,14 +125,15 @@ def test_heads_count_by_their_score(weaker: float, swapped: bool) -> None:
 def test_a_sentence_scores_its_best_tokens(top: int, best: range) -> None:
     scores = torch.zeros(1, 1, 30)
     scores[..., 12:14], scores[..., 20:30] = 1.0, 0.5
-    policy = made(1, sinks=2, observe=4, top=top, share=0.01, least=len(best), profile=profile_of(1, {(0, 0): 1.0}))
-    assert policy.shared([scores], Prompt(40, 1, 26), None).tolist() == [[list(best)]]
+    options = {"sinks": 2, "observe": 4, "top": top, "share": 0.01, "least": len(best)}
+    shared = bound(asked(40, 1, 26), profile=profile_of(1, {(0, 0): 1.0}), **options).parts.shared
+    assert shared.choose([scores], None).tolist() == [[list(best)]]
 
 
 def test_the_question_is_kept_up_to_half_of_the_budget() -> None:
     layers = [drawn(40, seed) for seed in range(2)]
     for budget, recent in ((12, 6), (20, 10), (30, 10), (6, 4)):
-        kept = ends(made(2, sinks=1, observe=4, least=0), Prompt(40, 2, budget), layers)
+        kept = ends(bound(asked(40, 2, budget), sinks=1, observe=4, least=0), layers)
         assert set(range(40 - recent, 40)) <= in_all(kept)
         if recent < 10:  # the rest of the question is lost: it does not compete with the text
             assert not set().union(*(head for layer in kept for head in layer)) & set(range(30, 40 - recent))
@@ -129,27 +141,30 @@ def test_the_question_is_kept_up_to_half_of_the_budget() -> None:
 
 def test_the_needed_queries_are_samples_and_the_question() -> None:
     """Samples of the text and the question without the template's tail; samples only if no sentences are kept."""
-    policy = made(2, samples=8, observe=4, sinks=2)
-    assert policy.wanted(40).tolist() == [*policy.places(40)[0].unique().tolist(), *range(30, 37)]
-    assert made(2, TaskProfile("aggregation", layout=LAYOUT), samples=8, sinks=2).wanted(40).max() == 29
-    assert len(policy.wanted(2000)) <= 8 + 4
-    assert policy.wanted(3).tolist() == [0, 1, 2]  # shorter than the question: kept whole, whoever asks
+    options = {"samples": 8, "observe": 4, "sinks": 2}
+    samples = sample_moves(40, 30, 2, 8, 128)[0].unique()
+    assert bound(asked(40, 2, 26), **options).query_positions().tolist() == [*samples.tolist(), *range(30, 37)]
+    scattered = asked(40, 2, 26, TaskProfile("aggregation", structure=STRUCTURE))
+    assert bound(scattered, samples=8, sinks=2).query_positions().max() == 29
+    assert len(bound(asked(2000, 2, 26), **options).query_positions()) <= 8 + 4
+    short = bound(asked(3, 2, 2), **options)  # shorter than the question: kept whole, so nothing is wanted
+    assert not short.evicts
+    assert len(short.query_positions()) == 0
 
 
 def test_sentences_are_chosen_once_after_the_last_head() -> None:
-    policy, asked = made(4, profile=profile_of(4, {(0, 1): 1.0, (1, 1): 1.0}), least=9), Prompt(40, 4, 26)
+    shared = bound(asked(40, 4, 26), profile=profile_of(4, {(0, 1): 1.0, (1, 1): 1.0}), least=9, sinks=2).parts.shared
     gathered = [torch.rand(1, 1, 30, generator=torch.Generator().manual_seed(at)) for at in range(2)]
-    chosen = policy.shared(gathered, asked, None)
-    assert policy.shared([*gathered, torch.zeros(1, 0, 30)], asked, chosen) is chosen
-    assert torch.equal(policy.shared([*gathered, torch.zeros(1, 0, 30)], asked, None), chosen)
+    chosen = shared.choose(gathered, None)
+    assert shared.choose([*gathered, torch.zeros(1, 0, 30)], chosen) is chosen
+    assert torch.equal(shared.choose([*gathered, torch.zeros(1, 0, 30)], None), chosen)
 
 
-def test_a_layout_of_another_prompt_is_not_used() -> None:
-    policy = made(2, observe=4)
-    assert policy.window(40) == 10
-    assert policy.window(41) == 4
-    long = made(2, TaskProfile(layout=Layout(tokens=40, question=21, tail=3, ends=())), observe=4)
-    assert long.window(40) == 4  # more than half of the prompt is no question
+def test_a_structure_of_another_prompt_is_not_used() -> None:
+    assert bound(asked(40, 2, 26), observe=4).parts.scorer.window == 10
+    assert bound(asked(41, 2, 26), observe=4).parts.scorer.window == 4
+    long = TaskProfile(structure=Structure(tokens=40, question=21, tail=3, ends=()))
+    assert bound(asked(40, 2, 26, long), observe=4).parts.scorer.window == 4  # more than half of the prompt is no question
 
 
 @pytest.mark.parametrize(
@@ -166,56 +181,66 @@ def test_a_layout_of_another_prompt_is_not_used() -> None:
     ],
 )
 def test_sentences_get_their_share_within_the_budget(options: dict[str, float], budget: int, room: int) -> None:
-    layout = Layout(tokens=400, question=10, tail=3, ends=tuple(range(5, 390, 7)))
-    policy = made(4, TaskProfile(layout=layout), sinks=2, observe=4, **options)
-    asked = Prompt(400, 4, budget)
-    assert policy.room(asked, budget) == room
-    assert policy.always(asked) == 2 + policy.recent(asked) + room
-    assert made(4, TaskProfile("aggregation", layout=layout), sinks=2, observe=4, **options).room(asked, budget) == 0
-    kept = ends(policy, asked, [drawn(400, seed, 0.5) for seed in range(4)])
-    assert all(len(head) >= policy.always(asked) for layer in kept for head in layer)
-    assert len(in_all(kept)) >= policy.always(asked)
+    structure = Structure(tokens=400, question=10, tail=3, ends=tuple(range(5, 390, 7)))
+    for task in (None, "aggregation"):
+        prompt = asked(400, 4, budget, TaskProfile(task, structure=structure))
+        made = bound(prompt, sinks=2, observe=4, **options)
+        assert (made.parts.shared is None) == (task == "aggregation" or options["share"] == 0)
+        if made.parts.shared is None:
+            assert room == 0 or task == "aggregation"
+            always = made.parts.allocator.always
+        else:
+            assert made.parts.allocator.room(budget) == room
+            always = made.parts.allocator.always + room
+        assert made.parts.allocator.always == 2 + made.parts.selector.recent
+        kept = ends(made, [drawn(400, seed, 0.5) for seed in range(4)])
+        assert all(len(head) >= always for layer in kept for head in layer)
+        assert len(in_all(kept)) >= always
 
 
 @given(st.integers(4, 400), st.integers(0, 400), st.floats(0, 1), st.integers(0, 60), st.integers(0, 8), st.integers(1, 12))
 def test_sentences_take_no_entries_of_sinks_and_question(
     budget: int, more: int, share: float, least: int, sinks: int, observe: int
 ) -> None:
-    policy: Any = wk.policy("winnow", share=share, least=least, sinks=sinks, observe=observe)
-    asked = Prompt(1000, 3, budget)
-    room = policy.room(asked, budget)
-    assert 0 <= room <= max(budget - sinks - policy.recent(asked), 0)
-    assert room <= policy.room(asked, budget + more)  # or what is shared later would not be a part of what was
+    prompt = asked(1000, 3, max(budget, sinks + 1), TaskProfile())
+    parts = bound(prompt, share=share, least=least, sinks=sinks, observe=observe).parts
+    if parts.shared is None:
+        assert share == 0
+        return
+    room = parts.allocator.room(budget)
+    assert 0 <= room <= max(budget - sinks - parts.selector.recent, 0)
+    assert room <= parts.allocator.room(budget + more)  # or what is shared later would not be a part of what was
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, None])
+@pytest.mark.parametrize("structure", [STRUCTURE, None])
 @pytest.mark.parametrize("budget", [20, 26])
-def test_aggregation_is_expected_with_the_question_for_a_window(layout: Layout | None, budget: int) -> None:
+def test_aggregation_is_expected_with_the_question_for_a_window(structure: Structure | None, budget: int) -> None:
     options = {"sinks": 2, "samples": 12, "ahead": 50}
     layers = [drawn(40, seed) for seed in range(4)]
-    mine = made(4, TaskProfile("aggregation", layout=layout), observe=6, profile=random_profile(shape(4), 4), **options)
-    theirs = Expected(observe=6 if layout is None else 10, rotation=shape(4).rotation, **options)
-    assert list(stages(mine, Prompt(40, 4, budget), layers)) == list(stages(theirs, Prompt(40, 4, budget), layers))
-    assert (
-        mine.peak_entries(Prompt(40, 4, budget)) >= theirs.peak_entries(Prompt(40, 4, budget)) == min(6 * budget, 3 * 40) + 40
-    )
+    prompt = asked(40, 4, budget, TaskProfile("aggregation", structure=structure))
+    mine = bound(prompt, observe=6, profile=random_profile(shape(4), 4), **options)
+    theirs = Expected(observe=6 if structure is None else 10, **options).bind(shape(4), prompt)
+    assert list(stages(mine, layers)) == list(stages(theirs, layers))
+    peaks = [made.parts.allocator.peak_entries() for made in (mine, theirs)]
+    assert peaks[0] >= peaks[1] == min(6 * budget, 3 * 40) + 40
 
 
 def test_without_a_known_question_the_policy_is_expected() -> None:
-    """``observe="context"`` gives the policy expected, with any options about the question."""
-    model = shape(4)
-    for spec in (
-        "winnow:observe=context:sinks=3:samples=9:ahead=7:quantize=int8",
-        "winnow:observe=context:heads=3:profile=none",
-    ):
-        for task in (None, "aggregation", TaskProfile("localization", 0.6, LAYOUT)):
-            (policy,) = resolve(spec, model, task)
-            assert type(policy) is Expected
-            assert policy.rotation == model.rotation
-            assert policy.hint is None
-    assert resolve(f"winnow:observe=context:profile={PROFILES}/none.json", model)[0] == resolve("expected", model)[0]
-    (policy,) = resolve("winnow:observe=context:sinks=3:samples=9:ahead=7:quantize=int8", model)
-    assert policy == replace(Expected(sinks=3, samples=9, ahead=7, quantize="int8"), rotation=model.rotation)
+    """``observe="context"`` has the parts of the policy expected, with any options about the question."""
+    specs = {
+        "winnow:observe=context:sinks=3:samples=9:ahead=7:quantize=int8": "expected:sinks=3:samples=9:ahead=7:quantize=int8",
+        "winnow:observe=context:heads=3:profile=none": "expected",
+        f"winnow:observe=context:profile={PROFILES}/none.json": "expected",  # which is not read
+    }
+    for spec, same in specs.items():
+        for task in (None, "aggregation", TaskProfile("localization", 0.6, STRUCTURE)):
+            prompt = asked(40, 4, 36, TaskProfile.of(task))
+            mine, theirs = (wk.policy(each).bind(shape(4), prompt) for each in (spec, same))
+            assert mine.parts == theirs.parts
+            assert mine.parts.scorer.rotation == shape(4).rotation
+            assert mine.note is None
+            assert mine.evicts
+            assert mine.policy.quantize == theirs.policy.quantize
 
 
 def test_without_a_known_question_a_model_keeps_what_expected_keeps(model: PreTrainedModel) -> None:
@@ -241,7 +266,8 @@ def test_without_a_known_question_a_model_keeps_what_expected_keeps(model: PreTr
     ],
 )
 def test_an_uncertain_task_falls_back(options: dict[str, Any], given: TaskProfile, task: str) -> None:
-    assert wk.policy("winnow", **options).for_task(given).task == task  # type: ignore[attr-defined]
+    shared = bound(asked(40, 2, 26, given), **options).parts.shared
+    assert (shared is not None) == (task == "localization")
 
 
 @pytest.mark.parametrize(
@@ -269,14 +295,19 @@ def test_options_out_of_bounds_are_refused(options: str, says: str) -> None:
 def test_the_best_heads_of_a_profile_are_chosen() -> None:
     scores = {(0, 3): 0.5, (1, 0): 1.0, (1, 1): 0.49, (2, 2): 0.8}
     profile = profile_of(3, scores)
-    assert made(3, profile=profile).chosen == [(1, 0), (2, 2), (0, 3)]  # half of the best score, best first
-    assert made(3, profile=profile, heads=2).chosen == [(1, 0), (2, 2)]
-    assert made(3, profile=profile, heads=4).chosen == [(1, 0), (2, 2), (0, 3), (1, 1)]
-    assert made(3, heads=4).chosen == ()
-    asked = Prompt(400, 3, 60)
-    assert made(3, profile=profile).awaited(asked) == range(0, 2)
-    assert made(3, profile=profile, heads=1).awaited(asked) == range(1, 1)
-    assert made(3, share=0.0, least=0, profile=profile).awaited(asked) == range(0)  # no sentences, nothing to wait for
+    prompt = asked(400, 3, 60)
+
+    def allocator(**options: Any) -> Any:
+        return bound(prompt, **options).parts.allocator
+
+    assert allocator(profile=profile).heads == ((1, 0), (2, 2), (0, 3))  # half of the best score, best first
+    assert allocator(profile=profile, heads=2).heads == ((1, 0), (2, 2))
+    assert allocator(profile=profile, heads=4).heads == ((1, 0), (2, 2), (0, 3), (1, 1))
+    assert allocator(heads=4).heads is None  # they are guessed
+    assert allocator(profile=profile).awaited == range(0, 2)
+    assert allocator(profile=profile, heads=1).awaited == range(1, 1)
+    assert allocator(share=0.001, least=0, profile=profile).awaited == range(0)  # no sentences, nothing to wait for
+    assert bound(prompt, share=0.0, least=0, profile=profile).parts.shared is None
 
 
 def test_without_a_profile_heads_are_chosen_by_the_prompt() -> None:
@@ -310,11 +341,13 @@ def test_the_report_says_that_heads_are_guessed(model: PreTrainedModel) -> None:
 
 
 def test_only_a_profile_named_by_the_user_must_exist(llama: PreTrainedModel, tmp_path: Any) -> None:
-    assert wk.CompactCache(llama, "winnow", 60).policies[0].profile is None
+    policy, prompt = wk.CompactCache(llama, "winnow", 60).compression.policy, asked(400, 5, 60)
+    assert policy.read_profile(wk.ModelInfo.of(llama)) is None
+    assert policy.bind(wk.ModelInfo.of(llama), prompt).parts.shared.profile is None
     with pytest.raises(wk.ProfileError, match="holds no profile of"):
         wk.CompactCache(llama, f"winnow:profile={tmp_path}", 60)
-    (policy,) = resolve(f"winnow:profile={PROFILES}", known(llama))
-    assert resolve(policy, known(llama)) == [policy]
+    made = wk.policy(f"winnow:profile={PROFILES}").bind(wk.ModelInfo.of(llama), prompt)
+    assert made.parts.shared.profile == wk.read_profile(Path(PROFILES) / "llama.json")
 
 
 @pytest.mark.slow
@@ -327,10 +360,12 @@ def test_it_finds_needles(budget: float) -> None:
     builder, answered = PromptBuilder(tokenizer, read_haystack(), chat=True), 0
     for needle, depth in zip(read_needles()[:3], (0.2, 0.5, 0.8), strict=True):
         ids = builder.build(needle, 900, depth)
-        layout = read_layout(tokenizer, ids)
-        cache = wk.CompactCache(model, "winnow", budget, task=TaskProfile("localization", layout=layout))
+        structure = read_structure(tokenizer, ids)
+        cache = wk.CompactCache(model, "winnow", budget, task=TaskProfile("localization", structure=structure))
         logits = prefill(model, torch.tensor([ids], device=model.device), cache)
-        begin, end = next(span for span in pairwise((0, *layout.ends)) if needle.answer in tokenizer.decode(ids[slice(*span)]))
+        begin, end = next(
+            span for span in pairwise((0, *structure.ends)) if needle.answer in tokenizer.decode(ids[slice(*span)])
+        )
         for layer in cache.compact_layers:
             assert all(set(range(begin, end)) <= set(head) for head in layer.positions[0].tolist())
         text = tokenizer.decode(list(greedy(model, cache, logits, 16, end_tokens(model, tokenizer))))
@@ -339,7 +374,7 @@ def test_it_finds_needles(budget: float) -> None:
     assert answered >= 2
 
 
-def test_compress_reads_the_layout(llama: Any) -> None:
+def test_compress_reads_the_structure(llama: Any) -> None:
     """With a tokenizer the question is found, without one the last tokens are taken for it."""
 
     class Lines:
@@ -353,7 +388,7 @@ def test_compress_reads_the_layout(llama: Any) -> None:
         llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     assert run.report.kept_entries[0] == [24] * 5
     cache = wk.CompactCache(
-        llama, "winnow:observe=4:samples=16", 24, task=TaskProfile(layout=read_layout(Lines(), ids[0].tolist()))
+        llama, "winnow:observe=4:samples=16", 24, task=TaskProfile(structure=read_structure(Lines(), ids[0].tolist()))
     )
     prefill(llama, ids, cache)
     assert set(range(61, 73)) <= set(cache.compact_layers[0].positions[0][0].tolist())

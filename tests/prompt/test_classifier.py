@@ -18,15 +18,16 @@ from transformers import (
 
 import winnowkv as wk
 from winnowkv.evaluate.needle.prompts import read_rows
-from winnowkv.prompt.classifier import EDGE, FEATURES, WORDS, load_classifier, pieces, vectorizer
+from winnowkv.policies.parts import Scorer, Selector
+from winnowkv.prompt.classifier import EDGE_WORDS, HASHED_FEATURES, WORDS_PER_END, load_classifier, pieces, vectorizer
 
 TEXT = " ".join(f"w{i}" for i in range(5000))
 
 
 def test_it_reads_both_ends_and_nothing_between() -> None:
     read = set(pieces(TEXT))
-    assert {"<w0", ">w4999", "=w0 w1", f"w{EDGE}", f"w{WORDS - 1}", f"w{5000 - WORDS}"} <= read
-    assert f"w{WORDS}" not in read
+    assert {"<w0", ">w4999", "=w0 w1", f"w{EDGE_WORDS}", f"w{WORDS_PER_END - 1}", f"w{5000 - WORDS_PER_END}"} <= read
+    assert f"w{WORDS_PER_END}" not in read
     assert "w2500" not in read
     changed = TEXT.replace("w2500", "question")
     assert (vectorizer().transform([TEXT]) != vectorizer().transform([changed])).nnz == 0
@@ -90,7 +91,7 @@ def hash_of(name: str) -> int:
 
 def test_weights_of_a_newer_format_and_other_files_are_refused(tmp_path: Path) -> None:
     newer, broken = tmp_path / "newer.safetensors", tmp_path / "broken.safetensors"
-    save_file({"weights": torch.zeros(FEATURES)}, newer, metadata={"winnowkv": json.dumps({"format": 2, "bias": 0.0})})
+    save_file({"weights": torch.zeros(HASHED_FEATURES)}, newer, metadata={"winnowkv": json.dumps({"format": 2, "bias": 0.0})})
     broken.write_bytes(b"nothing")
     with pytest.raises(wk.InputError, match="format 2, this version reads up to 1"):
         wk.task_profile("x", newer)
@@ -184,9 +185,14 @@ def test_prompt_files_are_read(tmp_path: Path, text: str, says: str) -> None:
 
 def test_an_unsure_task_falls_back_and_a_sure_one_does_not() -> None:
     unsure, sure = wk.TaskProfile("aggregation", 0.6), wk.TaskProfile("aggregation", 0.9)
-    made = wk.policy("windowkv")
-    assert made.for_task(unsure) == made.for_task(wk.TaskProfile.of("localization"))
-    assert made.for_task(sure) == made.for_task(wk.TaskProfile.of("aggregation"))
-    assert wk.policy("windowkv:sure=0.5").for_task(unsure) == wk.policy("windowkv:sure=0.5").for_task(sure)
+    made, model = wk.policy("windowkv"), wk.ModelInfo("Drawn", 4, 4, 2, "")
+
+    def parts(policy: wk.Policy, task: wk.TaskProfile | str) -> tuple[Scorer, Selector]:
+        bound = policy.bind(model, wk.PromptInfo(200, 4, 80, wk.TaskProfile.of(task)))
+        return bound.parts.scorer, bound.parts.selector
+
+    assert parts(made, unsure) == parts(made, "localization") != parts(made, "aggregation")
+    assert parts(made, sure) == parts(made, "aggregation")
+    assert parts(wk.policy("windowkv:sure=0.5"), unsure) == parts(made, sure)
     with pytest.raises(wk.PolicyError, match="tokenizer="):
-        made.for_task(wk.TaskProfile())
+        parts(made, wk.TaskProfile())

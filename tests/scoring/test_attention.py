@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +11,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import LayerStates, PromptInfo
 from winnowkv.policies.expected import Expected
-from winnowkv.prompt.structure import MOST
+from winnowkv.prompt.structure import LONGEST_QUESTION
 from winnowkv.scoring import attention as under_test
 from winnowkv.scoring.attention import (
-    HALF,
+    HALF_PRECISION_KEYS,
     accumulated_attention,
     causal_attention,
     expected_attention,
@@ -101,7 +102,7 @@ def test_tiles_of_any_size_give_the_same(tile: int, monkeypatch: pytest.MonkeyPa
             sizes.append(found[3].numel())
             yield found
 
-    monkeypatch.setattr(under_test, "TILE", tile)
+    monkeypatch.setattr(under_test, "TILE_LOGITS", tile)
     monkeypatch.setattr(under_test, "tiles", watched)
     torch.testing.assert_close(window_attention(queries, keys, 0.6), attention.sum(-2)[..., :33])
     mean, square, entropy = moments(queries, keys, 0.6, 33, causal=True)
@@ -134,7 +135,7 @@ def test_half_precision_is_multiplied_in_half_precision_only_where_it_was_asked_
         assert torch.equal(half, single)
 
 
-@pytest.mark.parametrize(("tokens", "half"), [(HALF - 1, False), (HALF, True)])
+@pytest.mark.parametrize(("tokens", "half"), [(HALF_PRECISION_KEYS - 1, False), (HALF_PRECISION_KEYS, True)])
 def test_few_keys_are_multiplied_in_float32(tokens: int, half: bool) -> None:
     """The framework keeps kernels for each shape of a product in bfloat16, and short prompts come in many."""
     queries, keys = rand(1, 2, 30, 16), rand(1, 1, tokens, 16, seed=1).bfloat16()
@@ -159,15 +160,15 @@ class Halves(TorchDispatchMode):
 
 def test_the_length_of_the_question_makes_no_new_shape_of_a_product_in_half_precision() -> None:
     """At no length of a prompt; shapes that the framework keeps kernels for come from prompts of other lengths only."""
-    policy = Expected()
-    for tokens in (64, 200, 420, HALF - 1, HALF, 700):
+    for tokens in (64, 200, 420, HALF_PRECISION_KEYS - 1, HALF_PRECISION_KEYS, 700):
         queries, keys = rand(1, 6, tokens, 8), rand(1, 2, tokens, 8, seed=1).bfloat16()
+        model = ModelInfo("Drawn", 1, 6, 2, "")
         with Halves() as seen:
-            for question in (8, 31, 50, MOST):
+            for question in (8, 31, 50, LONGEST_QUESTION):
                 if question < tokens // 2:
-                    each = replace(policy, observe=question)
-                    each.score(0, queries[:, :, each.wanted(tokens)], keys, 0.3)
-        assert len(seen.shapes) == (tokens >= HALF)
+                    bound = Expected(observe=question).bind(model, PromptInfo(tokens, 1, 40))
+                    bound.parts.scorer.score(LayerStates(0, queries[:, :, bound.query_positions()], keys, keys, 0.3))
+        assert len(seen.shapes) == (tokens >= HALF_PRECISION_KEYS)
 
 
 @pytest.mark.parametrize("how", ["mean", "max"])

@@ -14,6 +14,7 @@ CUDA = DEVICE == "cuda"
 # Numpy, which interprets, has no bfloat16.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 SHAPES = [(1, 6, 2, 37, 301, 64), (2, 4, 2, 64, 515, 80), (1, 2, 1, 70, 130, 16), (1, 3, 3, 1, 40, 32), (1, 2, 2, 5, 5, 8)]
+MARKED = [pytest.param(shape, marks=[pytest.mark.slow] if shape in SHAPES[:2] else []) for shape in SHAPES]
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
@@ -26,7 +27,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, f
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MARKED, ids=str)
 def test_fused_received_attention_equals_the_eager_scores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     queries, keys, scale = drawn(shape, dtype)
     expected = scores.received(queries.float(), keys.float(), scale)
@@ -35,7 +36,7 @@ def test_fused_received_attention_equals_the_eager_scores(shape: tuple[int, ...]
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MARKED, ids=str)
 def test_fused_moments_equal_the_eager_scores(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
     queries, keys, scale = drawn(shape, dtype)
     window, tokens, every = shape[3], shape[4], 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import winnowkv as wk
 from support.profiles import PROFILES
-from winnowkv.policies.registry import policy_class
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Case:
     @property
     def ragged(self) -> bool:
         """Whether heads of a layer may keep different numbers of entries."""
-        return policy_class(self.name).per_head
+        return wk.policy(self.spec).per_head
 
     @property
     def settings(self) -> dict[str, object]:
@@ -53,8 +53,9 @@ CASES = [
     Case("tova:sinks=2:observe=3"),
     Case("cake:observe=4:kernel=3"),
     Case("cake:observe=8:sinks=2:tau1=0.5:tau2=2"),
-    Case("adakv:observe=4:kernel=3"),
-    Case("adakv:observe=4:floor=0:sinks=2"),
+    Case("adakv:of=snapkv:observe=4:kernel=3"),
+    Case("adakv:floor=0:of=snapkv:observe=4:sinks=2"),
+    Case("adakv:floor=0.1:of=expected:observe=4:samples=16"),
     Case(f"headkv:observe=4:kernel=3:profile={PROFILES}"),
     Case(f"headkv:observe=4:sinks=2:heads=traditional:beta=4:profile={PROFILES}"),
     Case(f"compresskv:observe=4:least=8:profile={PROFILES}"),
@@ -74,6 +75,16 @@ CASES = [
     Case("winnow:observe=context:samples=16:sinks=1", budget=40),
     Case("expected:observe=4:samples=16"),
     Case("expected:observe=6:samples=300:sinks=0"),
+    Case("keydiff:sinks=2:observe=3"),
+    Case("knorm:sinks=2:observe=3"),
+    Case("lagkv:lag=8"),
+    Case("lagkv:lag=5:sinks=1:observe=3"),
+    Case("defensivekv:observe=6:sinks=2"),
+    Case("criticalkv:of=snapkv:observe=4:kernel=3"),
+    Case("criticalkv:of=dynamickv:observe=4:kernel=3:every=2:ceiling=2"),
+    Case("chunkkv:chunk=4:of=snapkv:observe=4:kernel=3"),
+    Case("chunkkv:chunk=5:of=expected:observe=4:samples=16"),
+    Case("criticalkv:first=0.25:of=adakv:floor=0.1:of=expected:observe=4:samples=16"),  # wrappers of wrappers
 ]
 EVICTING = [case for case in CASES if case.name != "full"]
 # Lossy storage has laws of its own in laws/test_quantization.py: those about exact values do not hold for it.
@@ -81,7 +92,7 @@ QUANTIZED = [
     Case("int8"),
     Case("int4"),
     Case("snapkv:observe=8:kernel=3:quantize=int8"),
-    Case("adakv:observe=4:floor=0:sinks=2:quantize=int4"),
+    Case("adakv:floor=0:of=snapkv:observe=4:sinks=2:quantize=int4"),
     Case("dynamickv:observe=4:kernel=3:every=2:ceiling=2:quantize=int8"),
     Case("windowkv:observe=4:window=4:top=2:group=2:sinks=2:quantize=int4", "localization"),
 ]

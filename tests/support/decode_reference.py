@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from support.reference import Kept, visible
-from winnowkv.cache.generated import BLOCK, OBSERVE, RECENT
+from winnowkv.cache.generated import DECODE_BLOCK
+from winnowkv.policies.decode_eviction import DecodeEviction
+
+OBSERVE, RECENT = DecodeEviction().observe, DecodeEviction().recent
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def slow_logits(
             for row in layer:
                 row += range(end, end + size)
         end += size
-        if len(held[0][0]) < budget + BLOCK:
+        if len(held[0][0]) < budget + DECODE_BLOCK:
             continue
         with watched(model, masks, seen):
             model(input_ids=everything[:, :end], use_cache=False)

@@ -46,12 +46,12 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most, self.waited, self.queued, self.peaks = 0, 0, 0, []
-        step, read = Engine.step, Engine._prefilled
+        step, read = Engine.step, Engine._prompt_logits
 
         def watched_step(engine: Engine) -> list[Event]:
             events = step(engine)
             self.most = max(self.most, engine.held_bytes)
-            self.waited += engine._current is not None
+            self.waited += engine._scheduler._prompt is not None
             self.queued = max(self.queued, engine.waiting)
             return events
 
@@ -63,7 +63,7 @@ class Watch:
             return logits
 
         monkeypatch.setattr(Engine, "step", watched_step)
-        monkeypatch.setattr(Engine, "_prefilled", watched_read)
+        monkeypatch.setattr(Engine, "_prompt_logits", watched_read)
 
 
 def least(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] = NEW) -> int:

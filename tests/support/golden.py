@@ -20,8 +20,9 @@ import pytest
 from torch import Tensor
 
 from support.paths import ROOT
-from winnowkv.cache.session import PrefillPlan
-from winnowkv.policies import Policy, Prompt
+from winnowkv.cache.selection import PromptSelection
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import BoundPolicy, LayerStates, Policy, PromptInfo
 from winnowkv.scoring.allocate import global_top_k
 from winnowkv.scoring.spans import window_reduce
 
@@ -102,21 +103,40 @@ class Case:
     def scale(self) -> float:
         return float(self["head_dim"]) ** -0.5
 
-    def prompt(self, budget: int) -> Prompt:
-        return Prompt(tokens=self["n"], layers=self["num_layers"], budget=min(budget, self["n"]))
+    @property
+    def model(self) -> ModelInfo:
+        """The vectors' model."""
+        return ModelInfo("Golden", self["num_layers"], self["num_heads"], self["num_kv_heads"], "")
+
+    def prompt(self, budget: int) -> PromptInfo:
+        """The vectors' prompt with a budget, which is the prompt's length at most."""
+        return PromptInfo(tokens=self["n"], layers=self["num_layers"], budget=min(budget, self["n"]))
+
+    def bind(self, policy: Policy, budget: int) -> BoundPolicy:
+        """The policy for the vectors' prompt."""
+        return policy.bind(self.model, self.prompt(budget))
+
+    def states(self, bound: BoundPolicy, layer: int, *, per_query_head: bool = False) -> LayerStates:
+        """What the policy sees of a layer; no policy of the vectors reads values."""
+        keys, window = self.keys(layer, per_query_head=per_query_head), bound.policy.observation_window(bound.prompt)
+        return LayerStates(layer, self.queries(layer, window), keys, keys, self.scale)
 
     def scores(self, policy: Policy, layer: int) -> Tensor:
         """The policy's scores for a layer; a head of its own for every query head if the vectors have one."""
-        keys = self.keys(layer, per_query_head=self.get("granularity") == "query_head" or self.method == "dynamickv")
-        return policy.score(layer, self.queries(layer, policy.observe), keys, self.scale)
+        expanded = self.get("granularity") == "query_head" or self.method == "dynamickv"
+        bound = self.bind(policy, self["n"])  # what is scored does not depend on the budget
+        return bound.parts.scorer.score(self.states(bound, layer, per_query_head=expanded))
 
-    def run(self, policy: Policy, budget: int, *, per_query_head: bool = False) -> PrefillPlan:
+    def select(self, policy: Policy, layer: int, scores: Tensor, entries: int) -> Tensor:
+        """What the policy keeps of a layer by these scores."""
+        return self.bind(policy, self["n"]).parts.selector.select(layer, scores, entries)
+
+    def run(self, policy: Policy, budget: int, *, per_query_head: bool = False) -> PromptSelection:
         """The case through the package's own prefill, layer by layer."""
-        plan = PrefillPlan(policy, self.prompt(budget))
+        selection = PromptSelection(self.bind(policy, budget))
         for layer in range(self["num_layers"]):
-            keys = self.keys(layer, per_query_head=per_query_head)
-            plan.observe(self.queries(layer, policy.observe), keys, self.scale)
-        return plan
+            selection.observe(self.states(selection.bound, layer, per_query_head=per_query_head))
+        return selection
 
 
 def cases(method: str, keep: Callable[[Case], bool] = lambda case: True) -> list[Any]:

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import winnowkv as wk
 from support.models import built
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import ModelInfo
 
 # Where write_profiles() below puts a calibration profile for each tiny model: a spec names the folder.
 PROFILES = tempfile.mkdtemp(prefix="winnowkv-profiles-")
 
 
-def random_profile(fingerprint: Fingerprint, layers: int, seed: int = 0) -> wk.Profile:
+def random_profile(model: ModelInfo, layers: int, seed: int = 0) -> wk.CalibrationProfile:
     """A profile with random scores; the laws must hold for any."""
     draw = random.Random(seed)
-    heads = range(fingerprint.heads)
+    heads = range(model.heads)
     semantic, traditional = (tuple(tuple(draw.random() for _ in heads) for _ in range(layers)) for _ in range(2))
     errors = [draw.random() for _ in range(layers)]
-    return wk.Profile("tiny", fingerprint, semantic, traditional, tuple(error / sum(errors) for error in errors))
+    return wk.CalibrationProfile("tiny", model, semantic, traditional, tuple(error / sum(errors) for error in errors))
 
 
 def write_profiles() -> None:
     """Write a profile of each tiny model into PROFILES."""
     for family in ("llama", "qwen2"):
         model = built(family)
-        random_profile(Fingerprint.of(model), model.config.num_hidden_layers).write(Path(PROFILES) / f"{family}.json")
+        random_profile(ModelInfo.of(model), model.config.num_hidden_layers).write(Path(PROFILES) / f"{family}.json")

@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 import winnowkv as wk
+from support.policies import HEADS, KV_HEADS, drawn_model as shape
 from support.profiles import random_profile
-from winnowkv.cache.session import PrefillPlan
-from winnowkv.models.info import Fingerprint
-from winnowkv.models.rope import Rotation
-from winnowkv.policies import Policy, Prompt
-from winnowkv.prompt.structure import Layout
+from winnowkv.cache.selection import PromptSelection
+from winnowkv.policies import BoundPolicy, LayerStates, PromptInfo
+from winnowkv.prompt.structure import Structure
 from winnowkv.prompt.task import TaskProfile
 
-HEADS, KV_HEADS, SIZE = 4, 2, 8
-LAYOUT = Layout(tokens=40, question=10, tail=3, ends=(6, 11, 20, 30))
+SIZE = 8
+STRUCTURE = Structure(tokens=40, question=10, tail=3, ends=(6, 11, 20, 30))
 Layer = tuple[Tensor, Tensor]
 
 
-def shape(layers: int) -> Fingerprint:
-    return Fingerprint("Drawn", layers, HEADS, KV_HEADS, "", Rotation((1.0, 0.1)))
-
-
-def profile_of(layers: int, scores: dict[tuple[int, int], float]) -> wk.Profile:
+def profile_of(layers: int, scores: dict[tuple[int, int], float]) -> wk.CalibrationProfile:
     """A profile in which only these heads ``(layer, head)`` score anything."""
     table = tuple(tuple(scores.get((layer, head), 0.0) for head in range(HEADS)) for layer in range(layers))
     return replace(random_profile(shape(layers), layers), semantic=table)
 
 
-def made(layers: int, task: TaskProfile | None = None, **options: Any) -> Any:
-    """The policy with everything decided that depends on the model of ``layers`` layers and on the task."""
-    return wk.policy("winnow", **options).for_model(shape(layers)).for_task(task or TaskProfile(layout=LAYOUT))
+def asked(tokens: int, layers: int, budget: int, task: TaskProfile | None = None) -> PromptInfo:
+    """A prompt of STRUCTURE, or of a task of its own."""
+    return PromptInfo(tokens, layers, budget, task or TaskProfile(structure=STRUCTURE))
+
+
+def bound(prompt: PromptInfo, **options: Any) -> BoundPolicy:
+    """The policy with these options for the prompt."""
+    return wk.policy("winnow", **options).bind(shape(prompt.layers), prompt)
 
 
 def drawn(tokens: int, seed: int, spread: float = 1.0) -> Layer:
@@ -54,22 +54,28 @@ def look(layer: Layer, head: int, queries: range, at: Iterable[int], strength: f
     layer[1][0, head // (HEADS // KV_HEADS), list(at), head] = 1.0
 
 
-def stages(policy: Policy, asked: Prompt, layers: Sequence[Layer]) -> Iterator[list[list[set[int]]]]:
+def states_of(bound: BoundPolicy, layer: int, drawn: Layer) -> LayerStates:
+    """What the policy sees of a layer; no policy here reads values."""
+    queries, keys = drawn
+    return LayerStates(layer, queries[:, :, bound.query_positions()], keys, keys, SIZE**-0.5)
+
+
+def stages(bound: BoundPolicy, layers: Sequence[Layer]) -> Iterator[list[list[set[int]]]]:
     """What each KV head of each layer seen holds, before a layer is read and after the last one."""
-    plan = PrefillPlan(policy, asked)
-    for queries, keys in layers:
-        yield [held(kept, asked.tokens) for kept in plan.kept]
-        plan.observe(queries[:, :, policy.wanted(asked.tokens)], keys, SIZE**-0.5)
-    yield [held(kept, asked.tokens) for kept in plan.kept]
+    selection, tokens = PromptSelection(bound), bound.prompt.tokens
+    for at, layer in enumerate(layers):
+        yield [held(kept, tokens) for kept in selection.kept]
+        selection.observe(states_of(bound, at, layer))
+    yield [held(kept, tokens) for kept in selection.kept]
 
 
 def held(kept: Tensor | None, tokens: int) -> list[set[int]]:
     return [set(range(tokens)) if kept is None else set(kept[0, head].tolist()) for head in range(KV_HEADS)]
 
 
-def ends(policy: Policy, asked: Prompt, layers: Sequence[Layer]) -> list[list[set[int]]]:
+def ends(bound: BoundPolicy, layers: Sequence[Layer]) -> list[list[set[int]]]:
     """What is held after the last layer."""
-    return list(stages(policy, asked, layers))[-1]
+    return list(stages(bound, layers))[-1]
 
 
 def in_all(kept: list[list[set[int]]]) -> set[int]:

@@ -1,7 +1,4 @@
-"""One layer of the compact cache: its entries in place, growing, selected, quantized.
-
-With cache.py and attention.py the only files that know the internals of transformers.
-"""
+"""One layer of the compact cache: its entries in place, growing, selected, quantized."""
 
 from __future__ import annotations
 
@@ -13,28 +10,29 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from winnowkv.attention.hooks import COMPACT_OFFSET
-from winnowkv.cache.generated import BLOCK, OBSERVE, RECENT, received_attention, staying
+from winnowkv.cache.generated import DECODE_BLOCK
 from winnowkv.cache.quantized import Quantized, quantize, stored_bytes
 from winnowkv.errors import CacheError, InputError
+from winnowkv.policies.decode_eviction import DecodeEviction
 from winnowkv.scoring.select import columns_of, gather_entries, side_by_side
 from winnowkv.types import Entries, Padding, Quantization
 
-GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
+BUFFER_GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
 
 
 class CompactLayer(CacheLayerMixin):
     """Keys and values of one layer: ``[B, Hkv, capacity, D]`` buffers of which ``length`` columns are in use.
 
     Rows of a batch, and heads of a layer, that keep fewer entries than the longest are
-    right-aligned; ``valid`` (``[B, 1 or Hkv, capacity]``, None where all are) marks what they
+    right-aligned; ``valid`` (``[B, 1 or Hkv, capacity]``, None if all are) marks what they
     really hold. ``positions`` are the prompt positions kept, per row ``[H, n]`` with -1 in
-    front of a shorter head's, None where a row keeps all.
+    front of a shorter head's, None if a row keeps all.
 
     Once quantized, the first ``frozen`` of these columns lie in ``quantized`` (keys, values) and the
     buffers hold only what came after, in full precision.
 
-    With a ``decode_budget`` the entries behind the prompt's are evicted in blocks: ``dropped`` counts
-    those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
+    With a ``decode_budget`` the entries after the prompt's are evicted in blocks by ``decode_eviction``: ``dropped``
+    counts those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
 
     While one prompt is read in chunks, ``room`` is how many entries it will hold at most: the buffers have that size
     from the first chunk on and are never copied. 0 else.
@@ -44,14 +42,15 @@ class CompactLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, decode_budget: int | None = None) -> None:
+    def __init__(self, decode_budget: int | None = None, decode_eviction: DecodeEviction | None = None) -> None:
         super().__init__()
         self.decode_budget = decode_budget
+        self.decode_eviction = decode_eviction or DecodeEviction()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]  # as in transformers before the first update
         self.is_initialized = False
         self.length = self.seen = self.prompt = self.dropped = self.room = 0
         self.queries: Tensor | None = None
@@ -85,7 +84,7 @@ class CompactLayer(CacheLayerMixin):
         begin = self.length - self.frozen
         end = begin + added
         if end > self.keys.shape[2]:
-            self._resize(end + GROWTH)
+            self._resize(end + BUFFER_GROWTH)
         self.keys[:, :, begin:end] = key_states.detach()
         self.values[:, :, begin:end] = value_states.detach()
         if self.valid is not None:
@@ -116,7 +115,7 @@ class CompactLayer(CacheLayerMixin):
         return self.quantized[0].entries if self.quantized else 0
 
     def entries_in_use(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, Hkv, length, D]``: views of the buffers, or new tensors where entries are quantized."""
+        """Keys and values ``[B, Hkv, length, D]``: views of the buffers, or new tensors if entries are quantized."""
         used = self.length - self.frozen
         recent = self.keys[:, :, :used], self.values[:, :, :used]
         if not self.quantized:
@@ -144,7 +143,7 @@ class CompactLayer(CacheLayerMixin):
         if self.seen == added:
             lengths = newest.sum(-1)
             if not torch.equal(newest, newest.sort(dim=-1).values):
-                raise InputError("the attention mask has padding behind or inside a prompt: pad on the left")
+                raise InputError("the attention mask has padding after or inside a prompt: pad on the left")
             if not lengths.all():
                 raise InputError("a row of the batch is padding only: every prompt needs at least one token")
             self.pads = [added - n for n in lengths.tolist()]
@@ -181,28 +180,29 @@ class CompactLayer(CacheLayerMixin):
 
     @property
     def generated(self) -> int:
-        """Entries held of the tokens behind the prompt."""
+        """Entries held of the tokens after the prompt."""
         return self.seen - self.prompt - self.dropped
 
     def trim(self, queries: Tensor, scale: float) -> None:
-        """After a step behind the prompt: evict down to the decode budget once a block of entries is above it."""
+        """After a step past the prompt: evict down to the decode budget once a block of entries is above it."""
         if self.decode_budget is None:
             return
-        limit = self.decode_budget + BLOCK
-        if self.generated <= limit - OBSERVE:
+        limit, observe = self.decode_budget + DECODE_BLOCK, self.decode_eviction.observe
+        if self.generated <= limit - observe:
             self.queries = None
             return
         earlier = [] if self.queries is None else [self.queries]
-        self.queries = torch.cat([*earlier, queries[:, :, -OBSERVE:].detach()], 2)[:, :, -OBSERVE:]
+        self.queries = torch.cat([*earlier, queries[:, :, -observe:].detach()], 2)[:, :, -observe:]
         if self.generated < limit:
             return
         used, begin = self.length - self.frozen, self.length - self.generated
         valid = None if self.valid is None else self.valid[..., begin : self.length]
-        scores = received_attention(self.queries, self.keys[:, :, used - self.generated : used], scale, valid)
-        self.keep_generated(staying(scores, self.decode_budget))
+        keys, values = (states[:, :, used - self.generated : used] for states in (self.keys, self.values))
+        stays = self.decode_eviction.select(self.queries, keys, values, scale, valid, self.decode_budget)
+        self.keep_generated(stays)
 
     def keep_generated(self, stays: Tensor) -> None:
-        """Evict all entries behind the prompt's but these, ``[B, Hkv, n]`` counted from the first; in place."""
+        """Evict all entries after the prompt's but these, ``[B, Hkv, n]`` counted from the first; in place."""
         held, n = self.generated, stays.shape[2]
         begin, used = self.length - held, self.length - self.frozen
         for states in (self.keys, self.values):
@@ -212,8 +212,8 @@ class CompactLayer(CacheLayerMixin):
             self.valid = self.valid.expand(-1, stays.shape[1], -1).contiguous()
             self.valid[..., begin : begin + n] = self.valid[..., begin : self.length].gather(2, stays)
         self.dropped, self.length, self.queries = self.dropped + held - n, begin + n, None
-        if self.keys.shape[2] > self.length - self.frozen + BLOCK + GROWTH:  # many tokens came at once
-            self._resize(self.length - self.frozen + GROWTH)
+        if self.keys.shape[2] > self.length - self.frozen + DECODE_BLOCK + BUFFER_GROWTH:  # many tokens came at once
+            self._resize(self.length - self.frozen + BUFFER_GROWTH)
 
     def own(self) -> None:
         """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""
@@ -257,7 +257,7 @@ class CompactLayer(CacheLayerMixin):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of storage behind keys and values, scales and zero points included, and behind the queries kept to score."""
+        """Bytes of storage of keys and values, scales and zero points included, and of the queries kept to score."""
         if not self.is_initialized:
             return 0
         states = (self.keys, self.values) if self.queries is None else (self.keys, self.values, self.queries)
@@ -308,7 +308,11 @@ class CompactLayer(CacheLayerMixin):
             return
         if back > self.seen - self.prompt:
             raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
-        if self.decode_budget is not None and self.dropped and back > (whole := self.generated - self.decode_budget + RECENT):
+        if (
+            self.decode_budget is not None
+            and self.dropped
+            and back > (whole := self.generated - self.decode_budget + self.decode_eviction.recent)
+        ):
             raise CacheError(
                 f"cannot crop {back} tokens: the decode budget of {self.decode_budget} has evicted entries among them, only "
                 f"the last {whole} tokens are whole; crop fewer, or raise decode_budget"

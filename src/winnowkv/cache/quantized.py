@@ -20,12 +20,12 @@ from torch import Tensor
 from winnowkv.errors import InputError
 from winnowkv.types import BITS, Quantization, Valid
 
-GROUP = 64  # most members of a group; KIVI takes 32 for 2 bits, transformers 64
-NIBBLE = 15
+QUANTIZATION_GROUP = 64  # most members of a group; KIVI takes 32 for 2 bits, transformers 64
+LOW_NIBBLE = 15
 
 
 def quanto() -> Any:
-    """The package optimum-quanto, loaded. Raises InputError where it is not installed."""
+    """The package optimum-quanto, loaded. Raises InputError if it is not installed."""
     try:
         import optimum.quanto
     except ImportError:
@@ -61,12 +61,12 @@ class Quantized:
 
     @property
     def held_bytes(self) -> int:
-        """Storage behind codes, scales and zero points."""
+        """Storage of codes, scales and zero points."""
         return sum(tensor.untyped_storage().nbytes() for tensor in (self.codes, self.scales, self.zeros))
 
     def dequantize(self) -> Tensor:
         """What the codes stand for, ``[B, Hkv, n, D]`` in the model's dtype."""
-        codes = self.codes if self.stored == "int8" else torch.cat([self.codes & NIBBLE, self.codes >> 4], -1)
+        codes = self.codes if self.stored == "int8" else torch.cat([self.codes & LOW_NIBBLE, self.codes >> 4], -1)
         states = codes.float()  # in one float32 pass: bfloat16 would round twice
         views = groups(states, self.per_channel)
         sizes = [part.shape[2] for part, _ in views]
@@ -118,23 +118,23 @@ def groups(states: Tensor, per_channel: bool) -> list[tuple[Tensor, int]]:
     if not per_channel:
         members = channel_group(size)
         return [(states.unflatten(3, (size // members, members)), 4)]
-    odd = entries % GROUP
+    odd = entries % QUANTIZATION_GROUP
     views = [(states[:, :, None, :odd], 3)] if odd else []
-    return [*views, (states[:, :, odd:].unflatten(2, (entries // GROUP, GROUP)), 3)]
+    return [*views, (states[:, :, odd:].unflatten(2, (entries // QUANTIZATION_GROUP, QUANTIZATION_GROUP)), 3)]
 
 
 def channel_group(size: int) -> int:
     """Channels of one token that share a scale: the largest divisor of the head size up to 64."""
-    return next(members for members in range(min(size, GROUP), 0, -1) if size % members == 0)
+    return next(members for members in range(min(size, QUANTIZATION_GROUP), 0, -1) if size % members == 0)
 
 
 def without_padding(states: Tensor, valid: Valid) -> Tensor:
-    """Keys or values whose padding repeats the first entry behind it: that leaves the range of its group as it is."""
+    """Keys or values whose padding repeats the first entry after it: that leaves the range of its group as it is."""
     first = valid.int().argmax(-1)[..., None, None].expand(*states.shape[:2], 1, states.shape[3])
     return states.where(valid[..., None], states.gather(2, first))
 
 
 def stored_bytes(entries: int, size: int, stored: Quantization, itemsize: int, *, per_channel: bool) -> int:
     """Bytes of one KV head's keys or values: codes, and a scale and a zero point of ``itemsize`` for each group."""
-    count = math.ceil(entries / GROUP) * size if per_channel else entries * (size // channel_group(size))
+    count = math.ceil(entries / QUANTIZATION_GROUP) * size if per_channel else entries * (size // channel_group(size))
     return entries * size * BITS[stored] // 8 + 2 * itemsize * count

@@ -88,7 +88,7 @@ def greedy(
 def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: Sequence[int], last: int = 0) -> Tensor:
     """Read ``ids`` ``[B, k]`` into a (stacked) cache whose rows have seen ``positions`` tokens.
 
-    Returns the logits ``[B, k, vocabulary]``, or of the ``last`` tokens only where that is not 0.
+    Returns the logits ``[B, k, vocabulary]``, or of the ``last`` tokens only if that is not 0.
     """
     begin = torch.tensor(positions, device=ids.device)
     places = begin[:, None] + torch.arange(ids.shape[1], device=ids.device)

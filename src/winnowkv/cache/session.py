@@ -1,196 +1,220 @@
-"""One request's way through prefill: observe a layer, score it, shrink what its limit no longer covers.
+"""One prompt's way through prefill: observe, score, allocate, select; live, in chunks, or replayed from a recording.
 
-The same plan runs live, inside the attention function, and again over recorded queries
-and keys, so that one prefill can serve many policies: eviction changes nothing that
-prefill computes, since a layer's attention is done before its entries go.
+A session lives from the first layer of a prompt to its last one. It decides what stays and tells the layers, which only hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from winnowkv.errors import PolicyError
-from winnowkv.models.curve import Curve
-from winnowkv.policies import Policy, Prompt
-from winnowkv.types import Entries, HeadScores, Indices, Keys, Queries, Scores
+from winnowkv.cache.auto import AutoSelection
+from winnowkv.cache.chunked import ChunkedPrompt, cut
+from winnowkv.cache.compression import Compression
+from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.reports import report_prefill
+from winnowkv.cache.selection import PromptSelection
+from winnowkv.cache.stopwatch import Stopwatch
+from winnowkv.errors import CacheError
+from winnowkv.policies import LayerStates
+from winnowkv.report import Report
+from winnowkv.types import Projection
 
-STEP = 0.03  # AutoPlan narrows its budget down to so much
+
+class Recording:
+    """The last ``count`` queries of every compressed layer, so that other policies can run over the same prefill."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.layers: list[tuple[Tensor, float]] = []  # queries [B, Hq, count, D] and the scale of attention
+
+    def take(self, number: int, queries: Tensor, scale: float) -> None:
+        """Add a layer's queries; those of a later chunk follow the earlier ones."""
+        if number == len(self.layers):
+            self.layers.append((queries[:, :, -self.count :].clone(), scale))
+        else:
+            together = torch.cat([self.layers[number][0], queries], 2)
+            self.layers[number] = (together[:, :, -self.count :].clone(), scale)
 
 
-class PrefillPlan:
-    """The state of one request while its prompt is read.
+class PrefillSession:
+    """One prompt, or one padded batch of prompts, on its way into the compressed layers of a cache.
 
     Parameters
     ----------
-    policy: eviction policy, its task decided (:meth:`Policy.for_task`).
-    prompt: length, layers and budget of the request.
+    compression: policy, budget and tasks.
+    layers: the cache's compressed layers, first to last.
+    report: filled when the prompt is read.
+    projections: the layers' output projections ``[Hq, D, M]``; asked once, and only if the policy needs them.
 
     Attributes
     ----------
-    kept: per layer seen, the positions that stay, ``[1, H, n]``; None where everything stays.
-    mass: share of the importance scores behind the sinks that stays, mean over layers and heads; 1 where everything stays.
-    note: why nothing is evicted, or None.
-    wanted: prompt positions of the queries that the policy wants to see of each layer.
-
-    Raises
-    ------
-    BudgetError
-        Where the budget cannot hold sinks and recent window.
+    selections: what stays of each row, made when the first layer is there.
     """
 
-    def __init__(self, policy: Policy, prompt: Prompt) -> None:
-        self.policy = policy
-        self.prompt = prompt
-        self.wanted = policy.wanted(prompt.tokens)
-        self.kept: list[Indices | None] = []
-        self.mass = 1.0
-        self.note: str | None = None
-        self._scores: list[Scores] = []
-        self._limits: list[Entries] = []
-        self._heard: list[HeadScores] = []
-        self._common: Indices | None = None  # what wins in all layers, of a policy whose layers choose some together
-        if not policy.evicts or prompt.budget >= prompt.tokens:
-            self._ceilings = None
-        elif prompt.tokens <= policy.observe:
-            self._ceilings = None
-            self.note = (
-                f"the prompt of {prompt.tokens} tokens is no longer than the observation window of "
-                f"{policy.observe}: everything is kept"
-            )
-        else:
-            policy.check(prompt)
-            self.note = policy.hint
-            self._ceilings = [min(ceiling, prompt.tokens) for ceiling in policy.ceilings(prompt)]
+    def __init__(
+        self,
+        compression: Compression,
+        layers: Sequence[CompactLayer],
+        report: Report,
+        projections: Callable[[], Sequence[Projection]],
+    ) -> None:
+        self.compression, self.layers, self.report = compression, layers, report
+        self.selections: list[PromptSelection | AutoSelection] = []
+        self._positions: list[Tensor] = []  # of each row, where the queries stand that its policy wants
+        self._projections: Sequence[Projection] | None = None
+        self._ask_projections = projections
+        self._chunked: ChunkedPrompt | None = None
+        self._started = 0.0
+        self._compressing = Stopwatch()
 
-    def observe(self, queries: Queries, keys: Keys, scale: float) -> dict[int, Indices]:
-        """Take in the next layer and return ``{layer: positions that stay}`` for every layer that shrinks now.
+    def begin(self) -> None:
+        """Start the clock at the first layer's keys."""
+        self._started = self._started or time.perf_counter()
 
-        ``queries`` are those at ``policy.wanted(tokens)``, ``keys`` are of the whole prompt.
+    def observe(self, number: int, queries: Tensor, scale: float) -> bool:
+        """After a layer's attention: score it and evict what goes now. Returns whether the prompt is read.
+
+        ``number`` counts compressed layers; ``queries`` ``[B, Hq, S, D]`` are those of this forward pass.
         """
-        if self._ceilings is None:
-            self.kept.append(None)
-            return {}
-        return self.take(*evidence(self.policy, len(self.kept), queries, keys, scale))
+        wanted: Tensor | None = queries
+        with self._compressing.running(queries.device):
+            if self._chunked is not None:
+                wanted = self._chunked.take(number, queries, *self.layers[number].entries_in_use(), scale)
+            if wanted is not None:
+                self._compress(number, wanted, scale)
+        if number < len(self.layers) - 1 or wanted is None:
+            return False
+        if queries.is_cuda:
+            torch.cuda.synchronize(queries.device)  # else the clock stops before the work does
+        self._finish(time.perf_counter() - self._started)
+        return True
 
-    def take(self, scores: Scores | None, heard: HeadScores | None) -> dict[int, Indices]:
-        """:meth:`observe` where the next layer's :func:`evidence` is known."""
-        assert self._ceilings is not None
-        layer, tokens = len(self.kept), self.prompt.tokens
-        self.kept.append(None)
-        self._scores.append(self._scores[self.policy.leader(layer)] if scores is None else scores)
-        if heard is not None:
-            self._heard.append(heard)
-        limits: Sequence[Entries] = [*self._limits, self._ceilings[layer]]
-        last = layer == self.prompt.layers - 1
-        limits = (self.policy.allocate if last else self.policy.revise)(self._scores, limits, self.prompt)
-        if last and sum(limits) != self.prompt.total:
-            raise PolicyError(
-                f"{self.policy.name}: its layers end with {sum(limits)} entries, the budget is {self.prompt.total}"
+    def replay(self, recording: Recording, sources: Sequence[CompactLayer], prefill_seconds: float) -> None:
+        """Compress what another session read, from its recorded queries and the entries of its layers."""
+        with self._compressing.running(sources[0].keys.device):
+            for number, (source, layer) in enumerate(zip(sources, self.layers, strict=True)):
+                layer.update(source.keys, source.values)
+                layer.pads, layer.valid = list(source.pads), source.valid
+                if number == 0:
+                    self._open()
+                    self._check_recorded(recording)
+                self._compress(number, *recording.layers[number])
+        self._finish(prefill_seconds + self._compressing.seconds)
+
+    def begin_chunks(self, tokens: int, chunk: int, ceiling: int | float | None, recorded: bool) -> list[int]:
+        """Get ready to read one prompt in chunks; returns their lengths. See :meth:`CompactCache.begin_chunks`."""
+        asked = self.compression
+        prompt = asked.prompt(tokens, len(self.layers), asked.each_task(1)[0])
+        sizes = cut(asked, prompt, chunk, ceiling)
+        if len(sizes.lengths) == 1:
+            return sizes.lengths
+        chunked = ChunkedPrompt(asked, prompt, sizes)
+        if recorded and not sizes.exact:
+            raise CacheError(
+                "record= needs all entries of the prompt: leave the ceiling out, or make the cache without record="
             )
-        falling = [i for i, (limit, held) in enumerate(zip(limits, [*self._limits, tokens], strict=True)) if limit < held]
-        if falling and self._heard:
-            self._common = self.policy.shared(self._heard, self.prompt, self._common)
-        changed = {}
-        for i in falling:
-            changed[i] = self.kept[i] = self._select(i, limits[i])
-        self._limits = list(limits)
-        if last:
-            self.mass = self._mass()
-            self._scores.clear()
-            self._heard.clear()
-        return changed
+        asked.selection(chunked.remaining_prompt())  # complain now
+        for layer in self.layers:
+            layer.room = sizes.most
+        self._chunked = chunked
+        return sizes.lengths
 
-    def _select(self, layer: int, limit: Entries) -> Indices:
-        leader = self.policy.leader(layer)
-        shared = self.kept[leader] if leader < layer else None
-        if shared is not None and shared.shape[-1] == limit:
-            return shared
-        return self.policy.select(layer, self._standing(layer), limit, self.prompt)
+    def end_chunk(self) -> None:
+        """A chunk went through the model: evict what the ceiling no longer covers."""
+        if self._chunked is None:
+            return
+        with self._compressing.running(self.layers[0].keys.device):
+            self._note_peak()
+            if (stays := self._chunked.end()) is not None:
+                for layer in self.layers:
+                    layer.drop(stays)
 
-    def _standing(self, layer: int) -> Scores:
-        """A layer's scores; what all layers keep wins, and what the layer no longer holds loses."""
-        scores, held = self._scores[layer], self.kept[layer]
-        if self._common is None:
-            return scores
-        scores = scores.index_fill(-1, self._common[0, 0].long(), float("inf"))
-        if held is None:
-            return scores
-        gone = torch.ones(*scores.shape[:2], self.prompt.tokens, dtype=torch.bool, device=scores.device)
-        gone.scatter_(-1, held.long().expand(*scores.shape[:2], -1), False)
-        return scores.masked_fill(gone[..., : scores.shape[-1]], -1.0)
+    @property
+    def held(self) -> Tensor | None:
+        """Text positions that the policy chooses from, ascending, if a ceiling leaves not all of them; else None."""
+        return None if self._chunked is None or self._chunked.sizes.exact else self._chunked.held
 
-    def _mass(self) -> float:
-        shares = []
-        for scores, kept in zip(self._scores, self.kept, strict=True):
-            behind = scores[0, :, self.policy.sinks :].float()
-            if kept is None or not behind.numel():
-                shares.append(torch.ones((), device=scores.device))
-                continue
-            heads, place = max(len(behind), kept.shape[1]), kept[0].long()
-            if self.policy.per_head:  # a missing entry, -1, goes into the column behind all
-                place = place.remainder(self.prompt.tokens + 1)
-            stays = torch.zeros(heads, self.prompt.tokens + 1, device=scores.device).scatter_(1, place.expand(heads, -1), 1.0)
-            stays = stays[:, self.policy.sinks : self.policy.sinks + behind.shape[1]]
-            total = behind.sum(-1)
-            shares.append(((behind * stays).sum(-1) / total.clamp(min=1e-30)).where(total > 0, 1.0).mean())
-        return float(torch.stack(shares).mean())
+    @property
+    def between_chunks(self) -> bool:
+        """Whether all layers have read the chunks so far, and more will come."""
+        chunked = self._chunked
+        return chunked is not None and not chunked.last and all(layer.seen == chunked.read for layer in self.layers)
+
+    def _compress(self, number: int, queries: Tensor, scale: float) -> None:
+        layer = self.layers[number]
+        if not self.selections:
+            self._open()
+        self._note_peak()
+        changed: set[int] = set()
+        for row, selection in enumerate(self.selections):
+            changed.update(selection.observe(self._states(number, row, queries, scale)))
+        dense = len(self.selections) == 1 and not self.compression.policy.per_head
+        for index in changed:
+            kept = [selection.kept[index] for selection in self.selections]
+            if self._chunked is not None:
+                kept = [None if positions is None else self._chunked.text_positions(positions) for positions in kept]
+            self.layers[index].keep([None if positions is None else positions[0] for positions in kept], dense=dense)
+        if number not in changed:
+            layer.own()
+        if (stored := self.compression.policy.quantize) is not None and layer is self.layers[-1]:
+            for each in self.layers:
+                each.quantize(stored)
+
+    def _states(self, number: int, row: int, queries: Tensor, scale: float) -> LayerStates:
+        """What a row's policy gets to see of a layer."""
+        layer = self.layers[number]
+        held = slice(layer.pads[row], layer.length)
+        keys, values = layer.keys[row : row + 1, :, held], layer.values[row : row + 1, :, held]
+        asked = queries[row : row + 1]
+        if self._chunked is None:  # what comes out of chunks is what was asked for already
+            asked = pick(asked, self._positions[row] + (queries.shape[2] - keys.shape[2]))
+        return LayerStates(number, asked, keys, values, scale, self._projection(number))
+
+    def _projection(self, number: int) -> Projection | None:
+        if not self.compression.policy.needs_projection:
+            return None
+        if self._projections is None:
+            self._projections = self._ask_projections()
+        return self._projections[number]
+
+    def _open(self) -> None:
+        """The lengths of the prompts are known now: bind the policy to each."""
+        self.selections = self._new_selections()
+        self._positions = [selection.bound.query_positions() for selection in self.selections]
+
+    def _check_recorded(self, recording: Recording) -> None:
+        asked = max(selection.bound.query_span() for selection in self.selections)
+        if asked > recording.count:
+            name = self.compression.policy.name
+            raise CacheError(f"{name} reads {asked} queries, only {recording.count} were recorded")
+
+    def _new_selections(self) -> list[PromptSelection | AutoSelection]:
+        asked, layer = self.compression, self.layers[0]
+        if self._chunked is not None:
+            return [asked.selection(self._chunked.remaining_prompt())]
+        lengths = [layer.prompt - pad for pad in layer.pads]
+        tasks = asked.each_task(len(lengths))
+        prompts = [asked.prompt(n, len(self.layers), task) for n, task in zip(lengths, tasks, strict=True)]
+        return [asked.selection(prompt) for prompt in prompts]
+
+    def _note_peak(self) -> None:
+        self.report.peak_bytes = max(self.report.peak_bytes, sum(layer.held_bytes for layer in self.layers))
+
+    def _finish(self, seconds: float) -> None:
+        notes = [self._chunked.sizes.note] if self._chunked is not None else []
+        clock = {"seconds": seconds, "compress_seconds": self._compressing.seconds}
+        report_prefill(self.report, self.layers, self.selections, notes=notes, **clock)
+        for layer in self.layers:
+            layer.room = 0
 
 
-def evidence(policy: Policy, layer: int, queries: Queries, keys: Keys, scale: float) -> tuple[Scores | None, HeadScores | None]:
-    """What one layer's ``policy.wanted`` queries and its keys tell a policy: scores, None for a follower, and what all hear."""
-    scores = policy.score(layer, queries, keys, scale) if policy.leader(layer) >= layer else None
-    return scores, policy.hear(layer, queries, keys, scale)
-
-
-class AutoPlan:
-    """A prompt's way where the budget is what its own scores ask for: all layers are held until the last one was read.
-
-    Parameters
-    ----------
-    policy: eviction policy, its task decided.
-    prompt: length and layers; the budget does not count.
-    curve: what the policy is expected to give at a kept share of its scores.
-    target: the share of the full cache's tokens to go for.
-    """
-
-    def __init__(self, policy: Policy, prompt: Prompt, curve: Curve, target: float) -> None:
-        self.policy = policy
-        self.prompt = prompt
-        self.wanted = policy.wanted(prompt.tokens)
-        self.mass, self.note = 1.0, policy.hint
-        self.kept: Sequence[Indices | None] = []
-        self._needed, self._target = curve.needed(target), target
-        self._evidence: list[tuple[Scores | None, HeadScores | None]] = []
-
-    def observe(self, queries: Queries, keys: Keys, scale: float) -> dict[int, Indices]:
-        """As :meth:`PrefillPlan.observe`; nothing shrinks before the last layer."""
-        self.kept = [*self.kept, None]
-        least, most = max(self.policy.minimum_budget(), self.policy.sinks + self.policy.observe), self.prompt.tokens
-        if most <= least or not self.policy.evicts:
-            return {}
-        self._evidence.append(evidence(self.policy, len(self.kept) - 1, queries, keys, scale))
-        if len(self.kept) < self.prompt.layers:
-            return {}
-        best = None
-        while least < most and most > least * (1 + STEP):
-            entries = max(int((least * most) ** 0.5), least + 1)
-            plan = self._with(entries)
-            if plan.mass >= self._needed:
-                best, most = plan, entries
-            else:
-                least = entries
-        self._evidence.clear()
-        if best is None:
-            self.note = f"auto: no budget below the whole prompt is expected to give {self._target:.0%}: everything is kept"
-            return {}
-        self.kept, self.mass = best.kept, best.mass
-        return {layer: kept for layer, kept in enumerate(best.kept) if kept is not None}
-
-    def _with(self, entries: int) -> PrefillPlan:
-        plan = PrefillPlan(self.policy, replace(self.prompt, budget=entries))
-        for scores, heard in self._evidence:
-            plan.take(scores, heard)
-        return plan
+def pick(queries: Tensor, places: Tensor) -> Tensor:
+    """Queries ``[1, Hq, S, D]`` at these ascending places."""
+    if places.numel() and int(places[-1] - places[0]) == len(places) - 1:  # side by side: a view
+        return queries[:, :, int(places[0]) : int(places[-1]) + 1]
+    # Token by token, as models hand them over: half the time of picking from each head.
+    return queries.transpose(1, 2).index_select(1, places.to(queries.device, non_blocking=True)).transpose(1, 2)

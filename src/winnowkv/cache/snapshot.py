@@ -7,7 +7,6 @@ positions, and as metadata the lengths, the report and a fingerprint of the mode
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,21 @@ from transformers import PreTrainedModel
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.quantized import Quantized
+from winnowkv.cache.reports import saved_report
 from winnowkv.errors import CacheError
-from winnowkv.models.info import Fingerprint
-from winnowkv.report import Report
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.decode_eviction import DecodeEviction
 from winnowkv.types import Quantization
 
-FORMAT = 1
+SNAPSHOT_FORMAT = 1
 LENGTHS = ("length", "seen", "prompt", "pads", "dropped")
 QUANTIZED = ("quantized_keys", "quantized_values")
 PARTS = ("codes", "scales", "zeros")
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What must be equal for a cache to fit a model: its fingerprint and dtype (weights are not compared)."""
-    return {**Fingerprint.of(model).to_dict(), "dtype": str(model.dtype)}
+    """What must be equal for a cache to fit a model: its sizes and dtype (weights are not compared)."""
+    return {**ModelInfo.of(model).to_dict(), "dtype": str(model.dtype)}
 
 
 def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) -> None:
@@ -47,6 +47,11 @@ def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) ->
         raise CacheError("this model has layers that are not full attention: their state cannot be saved yet")
     if not cache.report.prompt_tokens:
         raise CacheError("nothing was read into this cache yet: there is nothing to save")
+    eviction = cache.compact_layers[0].decode_eviction
+    if cache.decode_budget is not None and eviction != DecodeEviction():
+        raise CacheError(
+            f"the decode budget's own rule ({type(eviction).__name__}) cannot be saved: make the cache without one"
+        )
     tensors: dict[str, Tensor] = {}
     lengths = []
     for index, layer in enumerate(cache.compact_layers):
@@ -64,14 +69,14 @@ def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) ->
             if positions is not None:  # groups of layers share one tensor, which safetensors would refuse
                 tensors[f"{index}.positions.{row}"] = positions.clone()
     about = {
-        "format": FORMAT, "model": fingerprint(model), "lengths": lengths, "decode_budget": cache.decode_budget,
+        "format": SNAPSHOT_FORMAT, "model": fingerprint(model), "lengths": lengths, "decode_budget": cache.decode_budget,
         "report": cache.report.to_dict(),
     }  # fmt: skip
     save_file(tensors, path, metadata={"winnowkv": json.dumps(about)})
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
-    """A cache that goes on where the saved one stood; pass it as ``past_key_values`` with the next tokens.
+    """A cache that continues from the saved one; pass it as ``past_key_values`` with the next tokens.
 
     Raises
     ------
@@ -84,15 +89,13 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CacheError(f"{path} is not a saved cache: {error}") from None
-    if about["format"] > FORMAT:
-        raise CacheError(f"{path} has format {about['format']}, this version reads up to {FORMAT}: update winnowkv")
+    if about["format"] > SNAPSHOT_FORMAT:
+        raise CacheError(f"{path} has format {about['format']}, this version reads up to {SNAPSHOT_FORMAT}: update winnowkv")
     for name, here in fingerprint(model).items():
         if about["model"][name] != here:
             raise CacheError(f"{path} was made with another model ({name} {about['model'][name]}, here {here})")
-    known = {field.name for field in fields(Report)}
-    report = Report(**{key: value for key, value in about["report"].items() if key in known})
-    report.decode_tokens, report.decode_seconds = 0, 0.0  # counted afresh from here
-    cache = CompactCache(model, "full", 1, decode_budget=about.get("decode_budget"))
+    report = saved_report(about["report"])
+    cache = CompactCache(model, "full", 1, decode_budget=about["decode_budget"])
     cache.resume(report)
     for index, (layer, lengths) in enumerate(zip(cache.compact_layers, about["lengths"], strict=True)):
         mine = {k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")}
@@ -110,6 +113,6 @@ def restore(layer: CompactLayer, lengths: dict[str, Any], tensors: dict[str, Ten
             Quantized(**values, stored=stored, per_channel=False),
         )
     for name in LENGTHS:
-        setattr(layer, name, lengths.get(name, 0))  # files from before there was a decode budget lack what was dropped
+        setattr(layer, name, lengths[name])
     layer.valid, layer.queries = tensors.get("valid"), tensors.get("queries")
     layer.positions = [tensors.get(f"positions.{row}") for row in range(len(layer.pads))]

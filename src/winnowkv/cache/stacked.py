@@ -36,6 +36,8 @@ def stack(caches: Sequence[CompactCache]) -> CompactCache:
     if limits[0] is not None and any(cache.compact_layers[0].seen > cache.compact_layers[0].prompt for cache in caches):
         raise CacheError("rows with a decode budget evict after equally many tokens: stack before the first is generated")
     stacked = CompactCache(model, "full", 1, decode_budget=limits[0])
+    for mine, theirs in zip(stacked.compact_layers, caches[0].compact_layers, strict=True):
+        mine.decode_eviction = theirs.decode_eviction
     stacked.resume(stacked.report)
     for index, layer in enumerate(stacked.layers):
         parts: list[Any] = [cache.layers[index] for cache in caches]
@@ -49,14 +51,14 @@ def stack(caches: Sequence[CompactCache]) -> CompactCache:
 
 
 def slide(layer: Any, parts: Sequence[Any]) -> None:
-    """Fill an empty sliding-window layer with the windows of others, row behind row, the last tokens side by side."""
+    """Fill an empty sliding-window layer with the windows of others, row after row, the last tokens side by side."""
     width = max(part.keys.shape[2] for part in parts)
     layer.update(aligned([part.keys for part in parts], width), aligned([part.values for part in parts], width))
     layer.cumulative_length = max(part.cumulative_length for part in parts)
 
 
 def row_mask(cache: CompactCache, positions: Sequence[int], added: int, device: torch.device) -> Tensor | None:
-    """Which of a cache's tokens each row has, ``[B, seen + added]``, where a row does not fill a sliding window; else None.
+    """Which of a cache's tokens each row has, ``[B, seen + added]``, if a row does not fill a sliding window; else None.
 
     ``positions``: tokens that each row has seen before the ``added`` ones.
     """
@@ -68,7 +70,7 @@ def row_mask(cache: CompactCache, positions: Sequence[int], added: int, device: 
 
 
 def fill(layer: CompactLayer, parts: Sequence[CompactLayer]) -> None:
-    """Fill an empty layer with the entries of others, row behind row."""
+    """Fill an empty layer with the entries of others, row after row."""
     width = max(part.length for part in parts)
     keys, values = zip(*(part.entries_in_use() for part in parts), strict=True)
     layer.lazy_initialization(aligned(keys, width), aligned(values, width))

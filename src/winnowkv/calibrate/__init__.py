@@ -1,1 +1,1 @@
-"""Offline calibration: what is measured once of a model, or trained once for all."""
+"""Offline calibration: profiles that are measured once per model, and the task classifier's training."""

@@ -1,4 +1,4 @@
-"""What eviction costs a layer: how far its attention block's output moves when that layer alone keeps a small cache.
+"""Eviction error of each layer: the change of its attention block's output when this layer alone keeps a small cache.
 
 Source: CompressKV (arXiv 2508.02401): relative Frobenius error after the output projection, on decode steps.
 """
@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from winnowkv.policies import Policy, Prompt
+from winnowkv.policies import BoundPolicy, LayerStates
 from winnowkv.scoring.attention import causal_attention
 from winnowkv.types import Indices, Keys, Queries
 
-EPSILON = 1e-5  # the repository's
+EPSILON = 1e-5  # as in the authors' repository
 
 
 def attention_output(queries: Queries, keys: Keys, values: Tensor, scale: float, kept: Tensor | None) -> Float[Tensor, "q E"]:
-    """Output of the newest ``q`` queries before the projection, float32, ``E = Hq * D``; over ``kept`` columns only."""
+    """Attention output of the newest ``q`` queries before the projection, float32, ``E = Hq * D``; of ``kept`` entries only."""
     if kept is not None:
         keys, values = keys[:, :, kept], values[:, :, kept]
     attention = causal_attention(queries, keys, scale)[0]
@@ -34,7 +34,7 @@ def relative_error(compact: Tensor, full: Tensor) -> float:
 
 
 def project(output: Tensor, projection: nn.Module) -> Tensor:
-    """Through the block's own output projection, in its own type."""
+    """The attention output after the block's output projection, computed in its dtype and returned as float32."""
     weight = next(projection.parameters())
     return projection(output[None].to(weight.dtype))[0].float()
 
@@ -49,28 +49,29 @@ def layer_shares(errors: Iterable[tuple[str, Sequence[float]]]) -> list[float]:
 
 
 class ErrorWatch:
-    """At prefill chooses each layer's small cache, at every decode step measures what it loses.
+    """A watcher that chooses a small cache for each layer at prefill and measures its error at every decode step.
 
-    ``policy`` chooses with ``entries`` in every layer; generated tokens always stay, and hidden
-    states come from the full cache, so one layer's loss never reaches another.
+    ``bound`` keeps its prompt's budget in every layer; generated tokens always stay. Hidden states come from the
+    full cache, so that one layer's error does not reach another.
     """
 
-    def __init__(self, policy: Policy, entries: int, prompt: Prompt, projections: Sequence[nn.Module]) -> None:
-        self._policy, self._entries, self._prompt = policy, entries, prompt
+    def __init__(self, bound: BoundPolicy, projections: Sequence[nn.Module]) -> None:
+        self._bound, self._wanted = bound, bound.query_positions()
         self._projections = projections
         self._kept: list[Tensor] = []
         self.errors: list[list[float]] = [[] for _ in projections]
 
-    def __call__(self, slot: int, queries: Queries, keys: Keys, values: Tensor, scale: float) -> None:
+    def __call__(self, layer: int, queries: Queries, keys: Keys, values: Tensor, scale: float) -> None:
         """Watcher of a :class:`ProbedCache`."""
-        if slot == len(self._kept):  # the prompt's turn
-            scores = self._policy.score(slot, queries[:, :, -self._policy.observe :], keys, scale)
-            positions: Indices = self._policy.select(slot, scores, self._entries, self._prompt)
+        if layer == len(self._kept):  # this is the prefill
+            states = LayerStates(layer, queries[:, :, self._wanted], keys, values, scale)
+            scores = self._bound.parts.scorer.score(states)
+            positions: Indices = self._bound.parts.selector.select(layer, scores, self._bound.prompt.budget)
             self._kept.append(positions[0, 0])
             return
-        decoded = torch.arange(self._prompt.tokens, keys.shape[2], device=keys.device)
-        columns = torch.cat([self._kept[slot], decoded])
+        decoded = torch.arange(self._bound.prompt.tokens, keys.shape[2], device=keys.device)
+        columns = torch.cat([self._kept[layer], decoded])
         full, compact = (
-            project(attention_output(queries, keys, values, scale, kept), self._projections[slot]) for kept in (None, columns)
+            project(attention_output(queries, keys, values, scale, kept), self._projections[layer]) for kept in (None, columns)
         )
-        self.errors[slot].append(relative_error(compact, full))
+        self.errors[layer].append(relative_error(compact, full))

@@ -1,4 +1,4 @@
-"""Calibration prompts of our own: generated facts hidden in prose written for this package, and asked for.
+"""Calibration prompts: generated facts hidden in prose written for this package, each with its question.
 
 They share nothing with the needles and the haystack of the evaluation, nor with any benchmark.
 """
@@ -17,19 +17,19 @@ from winnowkv.errors import InputError
 from winnowkv.evaluate.needle.prompts import read_needles
 from winnowkv.prompt.chat import encode, render
 
-SENTENCE = re.compile(r"(?<=[.!?])\s+")
-SLACK = 3  # tokens that a prompt may stay below its length: where the text is cut, tokens may merge
+SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+")
+LENGTH_TOLERANCE = 3  # tokens that a prompt may lack: at the end of the text, tokens may merge
 PLACES = (
     "east stable", "glass pavilion", "upper granary", "weaving mill", "stone aquarium", "copper foundry", "summer archive",
     "cedar gymnasium", "island clinic", "puppet theatre", "salt warehouse", "river observatory", "moss nursery", "clock museum",
     "lower dairy", "velvet factory", "quarry canteen", "paper studio", "hilltop bakery", "willow academy", "fog station",
     "marble arcade", "rope works", "tannery yard",
 )  # fmt: skip
-FIRST = (
+FIRST_NAMES = (
     "Oriel", "Tamsin", "Corvin", "Maribel", "Anselm", "Petra", "Lucan", "Isolde", "Fenwick", "Delphine", "Rufus", "Saskia",
     "Ambrose", "Ginevra", "Tobias", "Wilhelmina", "Casimir", "Odette", "Leopold", "Philippa",
 )  # fmt: skip
-LAST = (
+LAST_NAMES = (
     "Harrowgate", "Pennyfeather", "Castellan", "Brightwater", "Vandermeer", "Oakhurst", "Silverthorne", "Winterbourne",
     "Kestrel", "Lockridge", "Marchbanks", "Thistlewood", "Underhill", "Ashgrove", "Copperfield", "Drummond",
 )  # fmt: skip
@@ -69,7 +69,7 @@ FLAVOURS = (
 DISHES = ("soup", "rice", "bread", "stew", "pudding", "pie")
 EVENTS = ("lantern parade", "barrel race", "plum fair", "choir contest", "sheep auction", "puppet week", "rowing regatta")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "November", "December")
-TASKS = (
+DUTIES = (
     "feed the goldfish every morning", "keep the green shutters closed at noon", "water the ferns twice a week",
     "wind the hallway clock on Sundays", "leave the cellar key under the mat", "carry the firewood in before dark",
     "never move the brass lamp", "sweep the north staircase", "polish the silver spoons", "lock the garden door at nine",
@@ -78,7 +78,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence or more to hide, the question that asks for it, and the answer, which stands in it word for word, once."""
+    """Sentences to hide, the question about them, and the answer, which they contain once, word for word."""
 
     kind: str
     needle: str
@@ -114,7 +114,7 @@ def _code(draw: random.Random) -> Fact:
 
 
 def _name(draw: random.Random) -> Fact:
-    place, name = draw.choice(PLACES), f"{draw.choice(FIRST)} {draw.choice(LAST)}"
+    place, name = draw.choice(PLACES), f"{draw.choice(FIRST_NAMES)} {draw.choice(LAST_NAMES)}"
     role = draw.choice(("manager", "caretaker", "founder", "inspector"))
     return Fact("name", f"The {role} of the {place} is {name}.", f"Who is the {role} of the {place}?", name)
 
@@ -125,19 +125,19 @@ def _date(draw: random.Random) -> Fact:
 
 
 def _multi(draw: random.Random) -> Fact:
-    place, first, second, third = draw.choice(PLACES), *draw.sample(TASKS, 3)
+    place, first, second, third = draw.choice(PLACES), *draw.sample(DUTIES, 3)
     answer = f"to {first} and to {second}. After that it is time to {third}."
     return Fact("multi", f"The daily duties at the {place} are {answer}", f"What are the daily duties at the {place}?", answer)
 
 
-MAKERS: tuple[Callable[[random.Random], Fact], ...] = (_fact, _code, _name, _date, _multi)
+FACT_MAKERS: tuple[Callable[[random.Random], Fact], ...] = (_fact, _code, _name, _date, _multi)
 
 
 def generate_facts(count: int, seed: int) -> list[Fact]:
-    """``count`` different facts, every kind as often as the others; they hang on the seed only."""
+    """``count`` different facts, equally many of every kind; they depend only on the seed."""
     draw, facts = random.Random(seed), dict[str, Fact]()
     while len(facts) < count:
-        fact = MAKERS[len(facts) % len(MAKERS)](draw)
+        fact = FACT_MAKERS[len(facts) % len(FACT_MAKERS)](draw)
         facts.setdefault(fact.question, fact)
     return list(facts.values())
 
@@ -146,29 +146,29 @@ def read_prompts(path: Path) -> list[Fact]:
     """The user's own facts, JSONL rows ``{"needle", "question", "answer"}``.
 
     Raises InputError with file and line for a row that is not JSON, lacks a field, or whose
-    answer does not stand in its needle word for word, and for a file without rows.
+    needle does not contain its answer word for word, and for a file without rows.
     """
     facts = []
     for row, needle in enumerate(read_needles(path), 1):
         if needle.needle.count(needle.answer) != 1:
             raise InputError(
-                f"calibration file {path}, row {row}: the answer {needle.answer!r} must stand in the needle once, word for word"
+                f"calibration file {path}, row {row}: the answer {needle.answer!r} must be in the needle once, word for word"
             )
         facts.append(Fact("own", needle.needle, needle.question, needle.answer))
     return facts
 
 
 def read_filler() -> str:
-    """The prose that facts hide in."""
+    """The prose in which facts are hidden."""
     return (files("winnowkv.calibrate") / "data" / "filler.txt").read_text(encoding="utf-8")
 
 
 def schedule(
     count: int, lengths: Sequence[int], depths: Sequence[float], seed: int, own: Sequence[Fact] = ()
 ) -> list[tuple[Fact, int, float, float]]:
-    """Facts with length, depth and place in the filler (0 to 1) where their prompt's text begins.
+    """Facts, each with a length, a depth, and the place in the filler (0 to 1) at which its prompt's text begins.
 
-    Lengths and depths are dealt out in shuffled rounds, so that each kind of fact meets all of them.
+    All pairs of length and depth are used once, in random order, before any is used again.
     """
     draw, grid = random.Random(seed + 1), list[tuple[int, float]]()
     cases = []
@@ -183,13 +183,13 @@ def schedule(
 def build(
     tokenizer: Any, filler: str, fact: Fact, length: int, depth: float, offset: float, *, chat: bool
 ) -> CalibrationPrompt:
-    """A prompt of ``length`` tokens, at most three fewer, with the fact behind the sentence that ends nearest before ``depth``.
+    """A prompt of ``length`` tokens, at most three fewer, with the fact after the last sentence that ends before ``depth``.
 
-    The text is tokenized once, as a whole: no special token stands in mid-context, and the span
-    is found by the tokenizer's own offsets. Raises InputError for a length that is too short,
+    The text is tokenized once, as a whole: there is no special token inside the context, and the span
+    comes from the tokenizer's own offsets. Raises InputError for a length that is too short,
     and for a tokenizer without offsets.
     """
-    sentences = SENTENCE.split(filler.strip())
+    sentences = SENTENCE_BREAK.split(filler.strip())
     begin = int(offset * len(sentences)) % len(sentences)
     turned = sentences[begin:] + sentences[:begin]
     sizes = [len(tokenizer(" " + sentence, add_special_tokens=False).input_ids) for sentence in turned]
@@ -209,14 +209,14 @@ def build(
         ids = _ids(tokenizer, _text(hidden, fact), chat)
         if len(best) < len(ids) <= length:
             best, text = ids, _text(hidden, fact)
-        if length - SLACK <= len(ids) <= length:
+        if length - LENGTH_TOLERANCE <= len(ids) <= length:
             break
         take += length - len(ids)
     return CalibrationPrompt(best, _span(tokenizer, text, fact, best, chat), fact, length, depth)
 
 
 def _hide(needle: str, sentences: Sequence[str], sizes: Sequence[int], take: int, depth: float, tokenizer: Any) -> str:
-    """Whole sentences up to ``take`` tokens, the last one cut, with the needle among them."""
+    """Sentences of ``take`` tokens, the last one cut, with the needle between two of them."""
     parts, used, at = list[str](), 0, 0
     while used < take:
         sentence, size = sentences[len(parts) % len(sentences)], sizes[len(parts) % len(sentences)]

@@ -1,6 +1,6 @@
-"""The calibration of one model, in two passes over prompts of our own: its retrieval heads, then its layers' eviction errors.
+"""The calibration of one model, in two passes over calibration prompts: retrieval heads, then layers' eviction errors.
 
-Every prompt's result is a line on disk as soon as it is there, so a run that was stopped goes on where it was.
+Each prompt's result is written as a line when it is finished, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from winnowkv.attention.hooks import output_projections
+from winnowkv.attention.projection import output_projections
 from winnowkv.cache.reading import greedy, prefill
 from winnowkv.calibrate.errors import ErrorWatch, layer_shares
 from winnowkv.calibrate.heads import HeadWatch, semantic_scores, traditional_scores
@@ -24,14 +24,14 @@ from winnowkv.calibrate.prompts import CalibrationPrompt, Fact, build, schedule
 from winnowkv.errors import InputError
 from winnowkv.evaluate.report.machine import versions
 from winnowkv.evaluate.report.store import ResultStore
-from winnowkv.models.calibration import Profile
-from winnowkv.models.info import Fingerprint, end_tokens, position_limit
+from winnowkv.models.calibration import CalibrationProfile
+from winnowkv.models.info import ModelInfo, end_tokens, position_limit
 from winnowkv.models.load import dtype_name
-from winnowkv.policies import Policy, Prompt, policy as make_policy
+from winnowkv.policies import Policy, PromptInfo, policy as make_policy
 
 Advance = Callable[[str], None]
-RECALLED = 0.6  # share of a long answer's words that must come back; a short one must come back whole
-LONG = 8  # words
+MIN_RECALLED_SHARE = 0.6  # of a long answer's words; a short answer must be repeated as a whole
+MAX_SHORT_ANSWER = 8  # words
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Calibration:
 
     Attributes
     ----------
-    prompts, lengths, depths, seed: how many prompts we generate, and where their facts hide.
-    own: the user's facts, each asked once beside ours.
-    error_prompts: answered prompts that the second pass measures layer errors on.
-    error_entries: the small cache that one layer at a time is limited to there.
-    error_mean: mean over decode steps; False sums them, as the repository's older version did.
-    minimum: successes below which no profile is written.
+    prompts, lengths, depths, seed: how many prompts are generated, and at which lengths and depths.
+    own: the user's facts, each asked once in addition.
+    error_prompts: answered prompts on which the second pass measures layer errors.
+    error_entries: entries per KV head to which one layer at a time is limited there.
+    error_mean: average errors over decode steps; False sums them, as an older version of the repository did.
+    minimum: fewest answered prompts for which a profile is written.
     """
 
     prompts: int = 60
@@ -60,7 +60,7 @@ class Calibration:
     max_new_tokens: int = 40
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise InputError for what cannot work, before the first prompt is read."""
+        """Raise InputError for impossible settings, before the first prompt is read."""
         limit = position_limit(model)
         if not (self.lengths and self.depths and self.prompts + len(self.own) > 0):
             raise InputError("calibration needs at least one prompt, length and depth")
@@ -77,12 +77,12 @@ class Calibration:
 
 
 def identity(line: dict[str, Any]) -> tuple[str, int]:
-    """What tells two result lines apart."""
+    """The identity of a result line: lines of one measurement have the same."""
     return line["phase"], line["case"]
 
 
 def open_store(folder: Path, name: str, model: PreTrainedModel, chat: bool, asked: Calibration) -> ResultStore:
-    """The folder of a calibration's lines; lines of another model or other settings are refused."""
+    """Open the folder of a calibration's lines. Raises InputError if it holds lines of another model or other settings."""
     settings = {**asdict(asked), "own": [asdict(fact) for fact in asked.own]}
     config = {"model": name, "dtype": dtype_name(model.dtype), "chat": chat, **settings}
     return ResultStore(folder, {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}, identity)
@@ -98,10 +98,10 @@ def calibrate(
     chat: bool,
     store: ResultStore,
     advance: Advance,
-) -> Profile:
-    """Run what the store does not hold yet and make the profile; ``advance`` is told of every prompt.
+) -> CalibrationProfile:
+    """Measure what the store does not hold yet and make the profile; ``advance`` is called after every prompt.
 
-    Raises InputError where the model answers too few prompts for its scores to mean something.
+    Raises InputError if the model answers too few prompts for reliable scores.
     """
     asked.check(model)
     cases = list(enumerate(schedule(asked.prompts, asked.lengths, asked.depths, asked.seed, list(asked.own))))
@@ -116,7 +116,7 @@ def calibrate(
     if len(answered) < asked.minimum:
         raise InputError(too_few(lines, len(answered), asked.minimum))
     semantic, traditional = (mean_table([line[kind] for line in answered]) for kind in ("semantic", "traditional"))
-    profile = Profile(name, Fingerprint.of(model), semantic, traditional, (1 / len(semantic),) * len(semantic))
+    profile = CalibrationProfile(name, ModelInfo.of(model), semantic, traditional, (1 / len(semantic),) * len(semantic))
     chooser, found = make_policy("compresskv", profile=profile, budgets="uniform"), output_projections(model)
     projections = [found[index] for index in layers]
     chosen = {line["case"] for line in spread(answered, asked.error_prompts)}
@@ -138,11 +138,11 @@ def calibrate(
         "errors_on": len(errors), "error_entries": asked.error_entries, "dtype": dtype_name(model.dtype),
         "versions": versions(),
     }  # fmt: skip
-    return Profile(name, profile.fingerprint, semantic, traditional, tuple(layer_shares(errors)), about)
+    return CalibrationProfile(name, profile.model_info, semantic, traditional, tuple(layer_shares(errors)), about)
 
 
 def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, limit: int, stop: frozenset[int]) -> list[int]:
-    """Greedy tokens of the answer, the stop token not among them, while ``watch`` looks on."""
+    """Greedy tokens of the answer, without the stop token; ``watch`` sees every layer's attention."""
     cache = ProbedCache(model, watch)
     logits = prefill(model, torch.tensor([prompt.ids], device=model.device), cache)
     return list(greedy(model, cache, logits, limit, stop))
@@ -151,14 +151,14 @@ def answer(prompt: CalibrationPrompt, model: PreTrainedModel, watch: Watcher, li
 def measure_heads(
     prompt: CalibrationPrompt, model: PreTrainedModel, layers: int, tokenizer: Any, stop: frozenset[int], asked: Calibration
 ) -> dict[str, Any]:
-    """One line of the first pass: did the model answer, and how every head looked at the answer span."""
+    """One line of the first pass: whether the model answered, and every head's scores."""
     watch = HeadWatch(layers, prompt.span)
     tokens = answer(prompt, model, watch, asked.max_new_tokens, stop)
     output = tokenizer.decode(tokens, skip_special_tokens=True)
     masses, places = watch.evidence()
     span = prompt.ids[prompt.span[0] : prompt.span[1]]
     semantic, steps = semantic_scores(masses, tokens, set(span))
-    # Mean over the counted steps: a long answer must not outvote a short one. The repository sums.
+    # Mean over the counted steps, so that long answers do not weigh more. The repository sums.
     semantic = semantic / max(steps, 1)
     traditional = traditional_scores(places, tokens, prompt.ids, prompt.span) if tokens else torch.zeros_like(semantic)
     return {
@@ -174,8 +174,8 @@ def measure_errors(
     stop: frozenset[int], asked: Calibration,
 ) -> dict[str, Any]:  # fmt: skip
     """One line of the second pass: every layer's error when it alone keeps ``error_entries``."""
-    small = Prompt(len(prompt.ids), len(projections), asked.error_entries)
-    watch = ErrorWatch(chooser, asked.error_entries, small, projections)
+    small = PromptInfo(len(prompt.ids), len(projections), asked.error_entries)
+    watch = ErrorWatch(chooser.bind(ModelInfo.of(model), small), projections)
     answer(prompt, model, watch, asked.max_new_tokens, stop)
     sums = torch.tensor(watch.errors, dtype=torch.float64).sum(-1)
     steps = len(watch.errors[0])
@@ -189,12 +189,12 @@ def output_layers(model: PreTrainedModel) -> list[int]:
 
 
 def answered_by(answer_text: str, output: str) -> bool:
-    """A short answer must come back whole, of a long one most words."""
+    """Whether the output contains a short answer as a whole, or most words of a long one."""
     words = answer_text.casefold().split()
-    if len(words) <= LONG:
+    if len(words) <= MAX_SHORT_ANSWER:
         return answer_text.casefold() in output.casefold()
-    said = set(output.casefold().split())
-    return sum(word in said for word in words) >= RECALLED * len(words)
+    output_words = set(output.casefold().split())
+    return sum(word in output_words for word in words) >= MIN_RECALLED_SHARE * len(words)
 
 
 def mean_table(tables: Sequence[Sequence[Sequence[float]]]) -> tuple[tuple[float, ...], ...]:
@@ -204,7 +204,7 @@ def mean_table(tables: Sequence[Sequence[Sequence[float]]]) -> tuple[tuple[float
 
 
 def spread(lines: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most ``count`` lines, evenly over all of them, so that every kind, length and depth is heard."""
+    """At most ``count`` lines, evenly spaced, so that every kind, length and depth is represented."""
     if len(lines) <= count:
         return list(lines)
     return [lines[at * len(lines) // count] for at in range(count)]
@@ -220,16 +220,16 @@ def tally(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def too_few(lines: Sequence[dict[str, Any]], answered: int, minimum: int) -> str:
-    """Why no profile is written, with an example."""
+    """The message that too few prompts were answered, with an example."""
     counts = ", ".join(f"{name}: {count}" for name, count in tally(lines).items())
     miss = next(line for line in lines if not line["success"])
     return (
-        f"the model answered {answered} of {len(lines)} prompts, {minimum} are needed for scores that mean something "
-        f"({counts}; asked for {miss['answer']!r} it said {miss['output'][:80]!r}): it cannot retrieve at these lengths. "
-        f"Ask for shorter --lengths, more --count, or give --prompts that it can answer"
+        f"the model answered {answered} of {len(lines)} prompts, {minimum} are needed for reliable scores "
+        f"({counts}; for {miss['answer']!r} it answered {miss['output'][:80]!r}): it cannot retrieve at these lengths. "
+        f"Give shorter --lengths, a larger --count, or --prompts that it can answer"
     )
 
 
 def rounded(table: torch.Tensor) -> list[list[float]]:
-    """Six digits are more than bfloat16 gives, and keep the lines short."""
+    """A table rounded to six digits: more than bfloat16 has, and lines stay short."""
     return [[round(value, 6) for value in row] for row in table.tolist()]

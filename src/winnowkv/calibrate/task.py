@@ -1,8 +1,8 @@
-"""``python -m winnowkv.calibrate.task --data DIR``: train the built-in task classifier and report how good it is.
+"""``python -m winnowkv.calibrate.task --data DIR``: train the built-in task classifier and report its accuracy.
 
 Training rows are instruction templates of ``DIR/task_classifier``, filled with neutral text, and
 instructions of our own (:mod:`winnowkv.calibrate.task_prompts`). Every dataset is held out once:
-the reported predictions come from models that never saw a row of it. ``DIR/longbench`` is only tested on.
+reported predictions come from models that saw no row of it. ``DIR/longbench`` is used only for testing.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from winnowkv.calibrate.task_prompts import AGGREGATION, LOCALIZATION, QUESTIONS
 from winnowkv.evaluate.needle.prompts import read_haystack, read_rows
 from winnowkv.evaluate.report.machine import versions
 from winnowkv.evaluate.tasks.tasks import AGGREGATION as AGGREGATION_SETS, LOCALIZATION as LOCALIZATION_SETS
-from winnowkv.prompt.classifier import FEATURES, FORMAT, LinearClassifier, vectorizer
+from winnowkv.prompt.classifier import CLASSIFIER_FORMAT, HASHED_FEATURES, LinearClassifier, vectorizer
 from winnowkv.prompt.task import TASKS
 
-SHIPPED = Path(__file__).resolve().parents[1] / "data" / "task.safetensors"
-COMPOSED = 80  # prompts a family of instructions
-FILLED = 3  # fillings a template
+PACKAGED_WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "task.safetensors"
+PROMPTS_PER_FAMILY = 80  # for each family of instructions
+FILLINGS_PER_TEMPLATE = 3  # for each template
 FOLDS = 30
-CHAT = (
+CHAT_FRAMES = (
     ("", ""),
     ("", ""),
     ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     ("[INST] ", " [/INST]"),
     ("User: ", "\nAssistant:"),
 )
-# Rules mislabelled these categories and datasets: they ask about a word, a number or one short sentence, with neither
-# examples nor a text to look through, or they are cloze tests.
-DROPPED = (
+# The labelling rules are wrong for these categories and datasets: they ask about a word, a number or one short sentence,
+# with neither examples nor a text to search, or they are cloze tests.
+DROPPED_CATEGORIES = (
     "Program Execution", "Keyword Tagging", "Dialogue Act Recognition", "Section Classification", "Sentiment Analysis",
     "Text Categorization", "Code to Text", "Text to Code",
 )  # fmt: skip
@@ -85,8 +85,8 @@ SPEAKERS = (
     "Professor D",
     "Grad A",
 )
-# Templates that turn their dataset round, and so ask for the other thing: a question for an answer, a text for its summary.
-TURNED = {
+# Templates that reverse their dataset's task: they ask for a question given the answer, or for a text given its summary.
+REVERSED = {
     "localization": re.compile(
         r"(ask|generate|write|make|suggest|create|come up with|form)\b.{0,40}questions?|which entity|title|do you have any"
     ),
@@ -95,8 +95,8 @@ TURNED = {
         r"(article|document|story|email|review|text|news|dialog)\b(?!.{0,20}summar)|docstring|code above|claim can be made"
     ),
 }
-HOLE = re.compile(r"\{\{(.*?)\}\}|\{(\w+)\}", re.S)
-BLOCK = re.compile(r"\{%.*?%\}", re.S)
+PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}|\{(\w+)\}", re.S)
+JINJA_BLOCK = re.compile(r"\{%.*?%\}", re.S)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Row:
 
 
 class Filler:
-    """Neutral text of any length: it stands in prompts of both tasks alike, so that it tells nothing."""
+    """Neutral text of any length, used in prompts of both tasks alike, so that it does not reveal the task."""
 
     def __init__(self, data: Path, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -132,7 +132,7 @@ class Filler:
         return "\n\n".join(self.draw.sample(self._code, self.draw.randint(1, 6)))
 
     def context(self, family: str, after: str) -> str:
-        """What stands between the instructions: examples, numbered paragraphs, records, turns of speech, or plain text."""
+        """The text between the instructions: examples, numbered paragraphs, records, dialogue, or plain text."""
         count = self.draw.randint(4, 24)
         if family.startswith("fewshot"):
             shape = after.rsplit("\n\n", 1)[-1]
@@ -148,7 +148,7 @@ class Filler:
         return self.text(40, 900)
 
     def either(self) -> str:
-        """Something that an example of a classification may hold."""
+        """The text of one classification example: a question or a phrase."""
         return self.question() if self.draw.random() < 0.5 else self.text(4, 20)
 
     def question(self) -> str:
@@ -157,18 +157,18 @@ class Filler:
 
 
 def composed(filler: Filler) -> list[Row]:
-    """Our own instructions around neutral text, in chat templates and raw."""
+    """Our own instructions around neutral text, with and without chat templates."""
     rows = []
     for task, families in zip(TASKS, (LOCALIZATION, AGGREGATION), strict=True):
         for family, instructions in families.items():
-            for _ in range(COMPOSED):
+            for _ in range(PROMPTS_PER_FAMILY):
                 before, after = filler.draw.choice(instructions)
                 code = family.startswith("code") or filler.draw.random() < 0.05
                 context = filler.code() if code else filler.context(family, after)
                 question = filler.question()
                 before, after = before.replace("{q}", question), after.replace("{q}", question)
                 after = after.replace("{topic}", filler.draw.choice(TOPICS))
-                opening, closing = filler.draw.choice(CHAT)
+                opening, closing = filler.draw.choice(CHAT_FRAMES)
                 gap = filler.draw.choice(("\n", "\n\n"))
                 rows.append(
                     Row(opening + gap.join(part for part in (before, context, after) if part) + closing, task, f"ours/{family}")
@@ -189,20 +189,22 @@ def filled(template: str, filler: Filler) -> str:
             return filler.text(30, 500)
         return filler.text(2, 12)
 
-    return HOLE.sub(fill, BLOCK.sub(" ", template)).replace("|||", "\n").strip()
+    return PLACEHOLDER.sub(fill, JINJA_BLOCK.sub(" ", template)).replace("|||", "\n").strip()
 
 
 def templates(data: Path, filler: Filler) -> list[Row]:
-    """Labelled instruction templates and task definitions; rows without a clear side are dropped."""
+    """Labelled instruction templates and task definitions; rows without a clear task are dropped."""
     folder, rows = data / "task_classifier", []
     for name in ("flan_templates", "promptsource_templates"):
         for row in read_rows(folder / f"{name}.jsonl", "task", ("text",)):
             group = re.split(r"[/_]", row["dataset"].lower())[0]
-            turned = row["label"] and TURNED[row["label"]].search(row["text"].lower())
-            if row["label"] and group not in DROPPED_DATASETS and not turned:
-                rows += [Row(filled(row["text"], filler), row["label"], f"templates/{group}") for _ in range(FILLED)]
+            is_reversed = row["label"] and REVERSED[row["label"]].search(row["text"].lower())
+            if row["label"] and group not in DROPPED_DATASETS and not is_reversed:
+                rows += [
+                    Row(filled(row["text"], filler), row["label"], f"templates/{group}") for _ in range(FILLINGS_PER_TEMPLATE)
+                ]
     for row in read_rows(folder / "niv2_definitions.jsonl", "task", ("text",)):
-        if row["label"] and row["category"] not in DROPPED and "English" in str(row["languages"]):
+        if row["label"] and row["category"] not in DROPPED_CATEGORIES and "English" in str(row["languages"]):
             group = row["task"].split("_")[1]
             text = f"{row['text']}\n\n{row['example_input']}"
             rows.append(Row(text, row["label"], f"templates/{group}"))
@@ -211,7 +213,7 @@ def templates(data: Path, filler: Filler) -> list[Row]:
 
 
 def longbench(data: Path) -> list[Row]:
-    """Every row of LongBench in its official prompt."""
+    """Every row of LongBench, in its official prompt."""
     prompts = json.loads((data / "longbench_config" / "dataset2prompt.json").read_text(encoding="utf-8"))
     rows = []
     for task, names in zip(TASKS, (LOCALIZATION_SETS, AGGREGATION_SETS), strict=True):
@@ -222,7 +224,7 @@ def longbench(data: Path) -> list[Row]:
 
 
 def fit(features: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, float]:
-    """Logistic regression in which both tasks weigh the same; above zero is localization."""
+    """Weights ``[features]`` and bias of a logistic regression with equal weights for both tasks; above 0: localization."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=100.0, class_weight="balanced", solver="liblinear", random_state=0)
@@ -231,7 +233,7 @@ def fit(features: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, float]:
 
 
 def held_out(rows: Sequence[Row]) -> list[str]:
-    """A prediction for every row by a model that saw no row of its dataset; ``FOLDS`` models in all."""
+    """A prediction for every row, by one of ``FOLDS`` models that saw no row of its dataset."""
     from sklearn.model_selection import GroupKFold
 
     features = vectorizer().transform([row.text for row in rows])
@@ -244,7 +246,7 @@ def held_out(rows: Sequence[Row]) -> list[str]:
 
 
 def report(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, recall and F1 of each task, the confusion matrix (rows are the truth), accuracy of each dataset group."""
+    """Accuracy, recall and F1 of each task, the confusion matrix (rows are true tasks), accuracy of each dataset group."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     truth = [row.task for row in rows]
@@ -263,7 +265,7 @@ def report(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, Any]:
 
 def train(
     data: Annotated[Path, typer.Option(help="Folder with task_classifier/, needle/, longbench/ and longbench_config/.")],
-    out: Annotated[Path, typer.Option(help="The weights.")] = SHIPPED,
+    out: Annotated[Path, typer.Option(help="File for the weights.")] = PACKAGED_WEIGHTS,
     seed: Annotated[int, typer.Option(help="Seed of fillings and composed prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -280,7 +282,8 @@ def train(
     profiles = LinearClassifier(weights, bias)([row.text for row in tests])
     result["longbench"] = report(tests, [str(profile.task) for profile in profiles])
     about = {
-        "format": FORMAT, "bias": bias, "features": FEATURES, "seed": seed, "rows": len(rows), "versions": versions(),
+        "format": CLASSIFIER_FORMAT, "bias": bias, "features": HASHED_FEATURES, "seed": seed, "rows": len(rows),
+        "versions": versions(),
         "held_out": result["held_out"]["accuracy"], "longbench": result["longbench"]["accuracy"],
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +295,7 @@ def train(
         print(f"{name}: {100 * scores['accuracy']:.1f}% of {scores['rows']} rows")
         for task, (first, second) in zip(TASKS, scores["confusion"], strict=True):
             recall, f1 = scores[task]["recall"], scores[task]["f1"]
-            print(f"  {task}: recall {recall:.3f}, F1 {f1:.3f}; called {TASKS[0]} {first}, {TASKS[1]} {second}")
+            print(f"  {task}: recall {recall:.3f}, F1 {f1:.3f}; predicted {TASKS[0]} {first}, {TASKS[1]} {second}")
     print("LongBench: " + ", ".join(f"{name} {right}" for name, right in result["longbench"]["by_dataset"].items()))
     print(f"{out}: {out.stat().st_size / 1024:.0f} KiB")
 

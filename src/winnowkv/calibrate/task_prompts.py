@@ -1,7 +1,7 @@
-"""Instructions that we composed to train the task classifier: families of prompts, each with its task.
+"""Instructions composed to train the task classifier: families of prompts, grouped by task.
 
-A family is a dataset for the split: what it teaches is tested on families that were held out.
-An instruction is what stands before the text and what stands after it; ``{q}`` is a question.
+A family counts as one dataset when data is split: models are tested on families that were held out.
+An instruction is a pair of texts, put before and after the context; ``{q}`` is replaced by a question.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets
+from winnowkv.cli.options import Budgets, Chat, Data, Json, MaxContext, Model, Out, Policies, budgets as read_budgets
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
 
@@ -18,41 +18,43 @@ def audit(
     prompts: Annotated[
         list[Path] | None, typer.Option(help='JSONL rows {"prompt": ...}, or a text file as one prompt. May be repeated.')
     ] = None,
-    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "winnow,snapkv",
-    budgets: Annotated[str, typer.Option(help="Comma-separated: entries (256) or kept fractions (0.12).")] = "0.12,0.25,0.5",
-    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the full cache's tokens to keep.")] = 0.99,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a continuation.")] = 64,
+    policies: Policies = "winnow,snapkv",
+    budgets: Budgets = "0.12,0.25,0.5",
+    keep: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Target for the recommendation: part of the full cache's tokens that must stay the same."
+        ),
+    ] = 0.99,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a continuation.")] = 64,
     model: Model = "embedded",
-    max_context: Annotated[
-        int | None,
-        typer.Option(min=64, help="Most prompt tokens; longer prompts lose their middle. Default: the model's limit."),
-    ] = None,
+    max_context: MaxContext = None,
     chat: Chat = None,
     float32: Annotated[
         bool | None,
         typer.Option(
             "--float32/--no-float32",
-            help="Compute in float32, so that rounding is no disagreement. Default: on the CPU.",
+            help="Compute in float32, so that rounding does not count as disagreement. Default: on the CPU.",
             show_default=False,
         ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Take the prompts of these tasks of `winnow eval` too. Comma-separated.")] = "",
-    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' rows. Default: the hub.")] = None,
-    skip: Annotated[int, typer.Option(min=0, help="Pass over the first prompts of each file and task.")] = 0,
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks of `winnow eval` whose prompts are added.")] = "",
+    data: Data = None,
+    skip: Annotated[int, typer.Option(min=0, help="Skip this many prompts of each file and task.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of each file and task.")] = None,
     curves: Annotated[
         Path | None,
-        typer.Option(help="Write the model's profile with what --budget auto expects of the policies, as measured here."),
+        typer.Option(help="Write the model's profile to this file, with curves for --budget auto measured here."),
     ] = None,
     out: Out = Path("winnow-out/audit"),
     as_json: Json = False,
 ) -> None:
     """Compare compressed caches with the full one on your own prompts, and name the cheapest that keeps its answers.
 
-    The full cache's greedy continuation is forced through every compressed cache: how often is its token the
-    likeliest, how far are the probabilities apart (KL divergence), and is the answer the same when it runs freely?
-    Writes results.jsonl (a line a prompt and setting) and summary.json to --out. A run that was stopped goes on
-    where it was.
+    Every compressed cache reads the full cache's greedy continuation. Measured are how often its token is the most
+    likely one, the KL divergence of the probabilities, and whether free greedy decoding gives the same answer.
+    Writes results.jsonl (a line for each prompt and setting) and summary.json to --out. An interrupted run continues
+    where it stopped.
     """
     from winnowkv.evaluate.audit.audit import gather_prompts
     from winnowkv.evaluate.settings import settings
@@ -61,9 +63,9 @@ def audit(
     names = [name for name in (part.strip() for part in tasks.split(",")) if name]
     found = gather_prompts(prompts or [], names, data, skip, limit)
     specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
-    settings(specs, asked)  # unknown policies are told before the model takes its time to load
+    settings(specs, asked)  # reports unknown policies before the model is loaded
     if curves is not None:
-        from winnowkv.evaluate.audit.auto import check_curves
+        from winnowkv.evaluate.audit.curves import check_curves
 
         check_curves(specs, asked)
     measure(
@@ -93,12 +95,12 @@ def measure(
     curves: Path | None = None,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Run an audit behind a progress bar and show its table and recommendation (or its JSON); returns the summary."""
+    """Run an audit with a progress bar and print its table and recommendation (or its JSON); returns the summary."""
     from rich.console import Console
 
     from winnowkv.cli.options import load_model
     from winnowkv.evaluate.audit import audit as auditor
-    from winnowkv.evaluate.audit.auto import write_curves
+    from winnowkv.evaluate.audit.curves import write_curves
     from winnowkv.evaluate.audit.recommend import write_summary
     from winnowkv.evaluate.report.store import ResultStore
     from winnowkv.prompt.chat import uses_chat
@@ -123,7 +125,7 @@ def measure(
         print()
     else:
         show(summary, out)
-    if curves is not None:  # last: where there are too few prompts for a curve the table is not lost
+    if curves is not None:  # last: with too few prompts for a curve, the table is still printed
         write_curves(curves, loaded, store.lines, test.expected())
         if not as_json:
             print(f"-- curves for --budget auto:0.95:{curves} are in {curves}")
@@ -131,16 +133,16 @@ def measure(
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
-    """The settings as a table, what a reader must know, and the recommendation."""
+    """Print the settings as a table, notes, and the recommendation."""
     from rich import box
     from rich.table import Table
 
     from winnowkv.evaluate.audit.recommend import mebibytes, name_of, percent, share_of
 
     console = table_console()
-    where = summary["machine"]
+    machine = summary["machine"]
     table = Table(
-        title=f"Audit against the full cache on {where['processor']}, {where['threads']} threads",
+        title=f"Audit against the full cache on {machine['processor']}, {machine['threads']} threads",
         caption=f"means over prompts, 95% interval in brackets; files in {out}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

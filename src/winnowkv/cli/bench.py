@@ -1,17 +1,30 @@
-"""``winnow bench``: seconds and bytes of compressed caches next to transformers' own, and whether the targets are met."""
+"""``winnow bench``: seconds and bytes of compressed caches next to transformers' own, and whether targets are met."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Chat, Json, Model, Out, budgets as read_budgets, load_model, numbers
-from winnowkv.cli.plan import read_tokens
+from winnowkv.cli.options import (
+    DEFAULT_BUDGETS,
+    Budgets,
+    Chat,
+    Haystack,
+    Json,
+    Model,
+    Out,
+    Policies,
+    budgets as read_budgets,
+    load_model,
+    numbers,
+    token_count,
+)
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
 from winnowkv.memory.sizes import read_size
@@ -21,37 +34,40 @@ Spread = dict[str, float]
 
 
 def bench(
-    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "winnow,snapkv",
-    budgets: Annotated[str, typer.Option(help="Comma-separated: entries (128) or kept fractions (0.12).")] = "0.12",
-    contexts: Annotated[str, typer.Option(help="Prompt tokens: 4096, or 4k (k is 1024).")] = "1k,2k,4k,8k",
-    batches: Annotated[str, typer.Option(help="Requests that decode together.")] = "1,8,32",
+    policies: Policies = "winnow,snapkv",
+    budgets: Budgets = DEFAULT_BUDGETS,
+    contexts: Annotated[
+        str, typer.Option(help="Comma-separated prompt lengths in tokens: 4096, or 4k (1k is 1024).")
+    ] = "1k,2k,4k,8k",
+    batches: Annotated[str, typer.Option(help="Comma-separated numbers of requests that decode together.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of prefills at each context.")] = 7,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each cache, in turns.")] = 40,
-    kv_memory: Annotated[str, typer.Option(help="Keys and values that an engine may hold: 256MiB, 1GiB.")] = "256MiB",
-    serve_context: Annotated[str, typer.Option(help="Prompt tokens of the requests that are to fit in it.")] = "4k",
-    new_tokens: Annotated[int, typer.Option(help="New tokens of each of them.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Timed decode steps of each cache, in turns.")] = 40,
+    kv_memory: Annotated[str, typer.Option(help="Bytes of keys and values that an engine may hold: 256MiB, 1GiB.")] = "256MiB",
+    serve_context: Annotated[str, typer.Option(help="Prompt tokens of the requests in --kv-memory.")] = "4k",
+    new_tokens: Annotated[int, typer.Option(help="New tokens of each request in --kv-memory.")] = 128,
     requests: Annotated[
-        int, typer.Option(min=0, help="Short requests in a row, to see whether memory grows; 0 leaves it out.")
+        int, typer.Option(min=0, help="Short requests in a row, to see whether memory grows; 0 skips this.")
     ] = 500,
-    compile: Annotated[bool, typer.Option("--compile", help="Measure compiled decode steps, too.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Also measure compiled decode steps.")] = False,
     model: Model = "embedded",
     random_weights: Annotated[
         bool,
-        typer.Option("--random-weights", help="Only the config of --model, a config.json will do: speed without a download."),
+        typer.Option(
+            "--random-weights",
+            help="Use random weights of --model's config (a config.json is enough): speed without a download.",
+        ),
     ] = False,
     chat: Chat = None,
-    haystack: Annotated[
-        Path | None, typer.Option(help="Text that prompts are made of: a file or a folder. Default: the package's essays.")
-    ] = None,
+    haystack: Haystack = None,
     out: Out = Path("winnow-out/bench"),
     as_json: Json = False,
 ) -> None:
     """Measure prefill, compression, decoding, throughput and memory, each next to plain transformers in the same process.
 
-    What a ratio compares is timed in turns; numbers are medians, ratios medians of pairs. A prompt that would leave new tokens
-    no positions in the model is shortened by as many. Writes to --out results.jsonl (a line a measurement), bench.json,
-    decode.png (ms a token against the context) and throughput.png (tokens a second against KV memory). A run that was
-    stopped goes on where it was: finished measurements are never taken twice.
+    All parts of a ratio are timed in turns; numbers are medians, ratios are medians of pairs. A prompt is shortened if the
+    model has no positions for it and its new tokens. Writes to --out results.jsonl (a line for each measurement),
+    bench.json, decode.png (ms/token against the context) and throughput.png (tokens/s against KV memory). An interrupted
+    run continues where it stopped: finished measurements are not repeated.
     """
     from winnowkv.policies import split_policies
 
@@ -64,12 +80,12 @@ def bench(
         as_json=as_json,
         policies=list(dict.fromkeys(split_policies(policies))),
         budgets=read_budgets(budgets),
-        contexts=numbers(contexts, read_tokens, "--contexts"),
+        contexts=numbers(contexts, partial(token_count, option="--contexts"), "--contexts"),
         batches=numbers(batches, int, "--batches"),
         rounds=rounds,
         steps=steps,
         kv_memory=read_size(kv_memory, "--kv-memory"),
-        serve_context=numbers(serve_context, read_tokens, "--serve-context")[0],
+        serve_context=token_count(serve_context, "--serve-context"),
         new_tokens=new_tokens,
         requests=requests,
         compile=compile,
@@ -88,15 +104,15 @@ def measure(
     budgets: Sequence[Any],
     **asked: Any,
 ) -> dict[str, Any]:
-    """Run a bench behind a progress bar and show its tables (or its JSON); returns the summary."""
+    """Run a bench with a progress bar and print its tables (or its JSON); returns the summary."""
     from rich.console import Console
 
     from winnowkv.evaluate.bench import bench as runner
-    from winnowkv.evaluate.bench.bars import write_summary
+    from winnowkv.evaluate.bench.summary import write_summary
     from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
     from winnowkv.evaluate.settings import settings
 
-    test = runner.Bench(settings(policies, budgets), **asked)  # unknown policies are told before the model takes its time
+    test = runner.Bench(settings(policies, budgets), **asked)  # reports unknown policies before the model is loaded
     text = read_haystack(haystack)
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
@@ -121,9 +137,11 @@ def measure(
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
-    """Every kind of measurement as a table, the targets as lines, and where the files are."""
-    console, where = table_console(), summary["machine"]
-    print(f"{summary['model']} on {where['accelerator'] or where['processor']}, {where['threads']} threads; files in {out}")
+    """Print a table for each kind of measurement, the targets as lines, and the folder of the files."""
+    console, machine = table_console(), summary["machine"]
+    print(
+        f"{summary['model']} on {machine['accelerator'] or machine['processor']}, {machine['threads']} threads; files in {out}"
+    )
     for table in (prefill_table(summary), decode_table(summary), serve_table(summary)):
         if table.row_count:
             console.print(table)
@@ -133,24 +151,24 @@ def show(summary: dict[str, Any], out: Path) -> None:
     for note in summary["notes"]:
         print(f"-- {note}")
     for target in summary["bars"]:
-        print(bar_text(target))
+        print(target_text(target))
 
 
-def bar_text(target: dict[str, Any]) -> str:
-    """A target as one line: name, value, what it should be, and whether it is."""
+def target_text(target: dict[str, Any]) -> str:
+    """A target as one line: name, value, limit, and whether it is met."""
     if target["met"] is None:
         return f"{target['name']}: not measured (target {target['target']})"
     return f"{target['name']}: {target['value']:.3f} (target {target['target']}): {'met' if target['met'] else 'not met'}"
 
 
 def reasons(line: dict[str, Any]) -> list[str]:
-    """Why parts of a measurement, or all of it, were left out."""
+    """The reasons why a measurement, or parts of it, were left out."""
     skipped = line.get("skipped") or []
     return [skipped] if isinstance(skipped, str) else [f"{name}: {skipped[name]}" for name in skipped]
 
 
 def prefill_table(summary: dict[str, Any]) -> Any:
-    """Reading and compressing a prompt, against reading it."""
+    """Table of reading and compressing a prompt, against transformers' prefill."""
     columns = (
         "prefill\ns",
         "over plain\n(quartiles)",
@@ -172,8 +190,8 @@ def prefill_table(summary: dict[str, Any]) -> Any:
 
 
 def decode_table(summary: dict[str, Any]) -> Any:
-    """Decode steps of every cache, a row each."""
-    columns = ("batch", "ms a step\n(quartiles)", "ours over it", "tokens/s", "KV MiB")
+    """Table of decode steps, a row for each cache."""
+    columns = ("batch", "ms/step\n(quartiles)", "ours over it", "tokens/s", "KV MiB")
     table = new_table("Decode, steps in turns", ("policy", "budget", "tokens", "cache"), columns)
     for line in summary["decode"]:
         for name, took in line.get("ms", {}).items():
@@ -187,7 +205,7 @@ def decode_table(summary: dict[str, Any]) -> Any:
 
 
 def serve_table(summary: dict[str, Any]) -> Any:
-    """What an engine serves in a given KV memory, against the full cache."""
+    """Table of what an engine serves in a given KV memory, against the full cache."""
     columns = ("KV memory\nMiB", "requests\nours / full", "tokens/s\nours", "tokens/s\nfull", "speed-up\n(quartiles)")
     table = new_table("Decode in a given KV memory", ("policy", "budget", "tokens", "steps"), columns)
     for line in summary["serve"]:
@@ -219,7 +237,7 @@ def quartiles(values: Spread, digits: int = 3) -> str:
 
 
 def mib(size: int | None) -> str:
-    """Bytes in MiB; a dash where nobody knows."""
+    """Bytes in MiB; a dash if they are not known."""
     from winnowkv.report import MIB
 
     return "-" if size is None else f"{size / MIB:.1f}"

@@ -14,32 +14,40 @@ from winnowkv.cli.progress import resumable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from winnowkv.models.calibration import Profile
+    from winnowkv.models.calibration import CalibrationProfile
 
 
 def calibrate(
     model: Model = "embedded",
     out: Annotated[
-        Path, typer.Option(help="The profile. Finished prompts lie in FILE.parts; a stopped run goes on there.")
+        Path, typer.Option(help="The profile file. Finished prompts are in FILE.parts, where an interrupted run continues.")
     ] = Path("winnow-out/profile.json"),
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the heads as a map (PNG beside the profile); measures only if it is not there.")
+        bool,
+        typer.Option(
+            "--show", help="Draw a map of the heads as PNG beside the profile; an existing profile is not measured again."
+        ),
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option(help="Your own JSONL with needle, question, answer (a part of the needle), beside ours.")
+        Path | None,
+        typer.Option(help="JSONL with needle, question, answer (a part of the needle): prompts of your own, in addition."),
     ] = None,
-    count: Annotated[int, typer.Option(min=0, help="Prompts that we generate.")] = 60,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "500,1000,2000",
+    count: Annotated[int, typer.Option(min=0, help="Number of generated prompts.")] = 60,
+    lengths: Annotated[str, typer.Option(help="Comma-separated prompt lengths in tokens.")] = "500,1000,2000",
     depths: Annotated[
-        str, typer.Option(help="Where the fact hides: 0 the start of the text, 1 its end.")
+        str, typer.Option(help="Comma-separated depths of the hidden fact: 0 is the start of the text, 1 its end.")
     ] = "0.1,0.3,0.5,0.7,0.9",
     seed: Annotated[int, typer.Option(help="Seed of the generated prompts.")] = 0,
-    error_entries: Annotated[int, typer.Option(min=9, help="The small cache that one layer is limited to.")] = 32,
-    error_sum: Annotated[bool, typer.Option("--error-sum", help="Sum errors over decode steps instead of their mean.")] = False,
+    error_entries: Annotated[
+        int, typer.Option(min=9, help="Entries per KV head to which one layer at a time is limited.")
+    ] = 32,
+    error_sum: Annotated[
+        bool, typer.Option("--error-sum", help="Sum errors over decode steps instead of averaging them.")
+    ] = False,
     chat: Chat = None,
     as_json: Json = False,
 ) -> None:
-    """Find a model's retrieval heads, and what eviction costs each of its layers; a few minutes, once a model.
+    """Find a model's retrieval heads and the eviction error of each layer; takes a few minutes, once per model.
 
     Policies such as compresskv and headkv read the profile: compresskv:profile=FILE.
     """
@@ -75,12 +83,11 @@ def calibrate(
             json.dumps({"profile": str(out), "picture": picture and str(picture), "top_heads": top, **profile.about}, indent=2)
         )
     else:
-        tell(profile, out, picture)
+        show_profile(profile, out, picture)
 
 
-def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Console) -> Profile:
-    """Run a calibration behind a progress bar and write its profile."""
-
+def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Console) -> CalibrationProfile:
+    """Run a calibration with a progress bar and write its profile."""
     from winnowkv.calibrate.prompts import read_filler
     from winnowkv.calibrate.run import calibrate as run, open_store
     from winnowkv.cli.options import load_model
@@ -102,8 +109,8 @@ def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Conso
     return profile
 
 
-def tell(profile: Profile, out: Path, picture: Path | None) -> None:
-    """The profile in a few lines."""
+def show_profile(profile: CalibrationProfile, out: Path, picture: Path | None) -> None:
+    """Print the profile in a few lines."""
     heads = " ".join(f"{layer}.{head}" for layer, head in profile.top_heads(16))
     worst = sorted(range(len(profile.errors)), key=lambda layer: -profile.errors[layer])[:5]
     about = profile.about

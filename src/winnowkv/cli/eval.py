@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from winnowkv.cli.options import Chat, Json, budgets as read_budgets
+from winnowkv.cli.options import (
+    BUDGETS_HELP,
+    DEFAULT_BUDGETS,
+    POLICIES_HELP,
+    Chat,
+    Data,
+    Json,
+    MaxContext,
+    Profile,
+    budgets as read_budgets,
+)
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
 from winnowkv.errors import InputError
@@ -27,84 +37,83 @@ if TYPE_CHECKING:
     from winnowkv.evaluate.tasks.recipes import Plan, Recipe
     from winnowkv.evaluate.tasks.run import Evaluation
 
-TASKS, POLICIES, BUDGETS = "longbench", "full,winnow,snapkv", "0.12"
-OUT = Path("winnow-out")
+DEFAULT_TASKS, DEFAULT_POLICIES = "longbench", "full,winnow,snapkv"
+DEFAULT_OUT = Path("winnow-out")
 
 
-class Command(TyperCommand):
-    """``--ray`` without an address is ``--ray auto``."""
+class RayCommand(TyperCommand):
+    """A command in which ``--ray`` without an address means ``--ray auto``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the address in where there is none."""
+        """Insert the address if it is missing."""
         if "--ray" in args:
-            behind = args.index("--ray") + 1
-            if behind == len(args) or args[behind].startswith("-"):
-                args = [*args[:behind], "auto", *args[behind:]]
+            after = args.index("--ray") + 1
+            if after == len(args) or args[after].startswith("-"):
+                args = [*args[:after], "auto", *args[after:]]
         return super().parse_args(ctx, args)
 
 
 def evaluate(
     tasks: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated tasks or groups: longbench, babilong, ruler, longeval. Default: {TASKS}."),
+        typer.Option(help=f"Comma-separated tasks or groups: longbench, babilong, ruler, longeval. Default: {DEFAULT_TASKS}."),
     ] = None,
-    policies: Annotated[str | None, typer.Option(help=f"Comma-separated; options after colons. Default: {POLICIES}.")] = None,
-    budgets: Annotated[
-        str | None, typer.Option(help=f"Comma-separated: entries (128) or kept fractions (0.12). Default: {BUDGETS}.")
-    ] = None,
+    policies: Annotated[str | None, typer.Option(help=f"{POLICIES_HELP}. Default: {DEFAULT_POLICIES}.")] = None,
+    budgets: Annotated[str | None, typer.Option(help=f"{BUDGETS_HELP}. Default: {DEFAULT_BUDGETS}.")] = None,
     protocol: Annotated[
         str | None,
         typer.Option(help="'official' or 'context-only' (compressed before the question is known). Default: official."),
     ] = None,
     chat: Chat = None,
     model: Annotated[
-        str | None, typer.Option(help="'embedded', a folder, or a hub id. Default: embedded; of a recipe, its own.")
+        str | None, typer.Option(help="'embedded', a folder, or a hub id. Default: 'embedded', or all models of the recipe.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' rows. Default: the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most rows of a task.")] = None,
-    max_context: Annotated[
-        int | None,
-        typer.Option(min=64, help="Most prompt tokens; longer prompts lose their middle. Default: the model's limit."),
-    ] = None,
+    data: Data = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows of each task.")] = None,
+    max_context: MaxContext = None,
     batch: Annotated[
         int,
         typer.Option(min=1, help="Rows of a task that decode together; as many full caches are held at once."),
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the rows of --limit; 0 takes the first.")] = 0,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Calibration profile, or a folder of them, for policies that need one. Default: the package's own."),
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that draws the rows of --limit; 0 takes the first rows.")] = 0,
+    profile: Profile = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="A YAML of recipes/ in place of tasks, policies, budgets, protocol.")
+        Path | None,
+        typer.Option(help="A YAML file of recipes/, which replaces --tasks, --policies, --budgets, --protocol and --chat."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be measured, load nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and print what would be measured; loads no model.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes, each with the model. Default: this one alone.")] = None,
-    ray: Annotated[str | None, typer.Option(metavar="[ADDRESS]", help="Run on a Ray cluster. Default: this machine's.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that each load the model. Default: only this one.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="[ADDRESS]", help="Run on the Ray cluster at this address; without one, on this machine's."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results; a run that stopped goes on where it was. Default: in winnow-out/.")
+        Path | None, typer.Option(help="Folder for results; an interrupted run continues there. Default: in winnow-out/.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score what the model answers to real prompts when only part of the cache is left.
+    """Score the model's answers to real prompts with compressed caches.
 
-    Writes results.jsonl (a line a row and setting), summary.json and report.html to --out. A run that was
-    stopped, or killed, goes on where it was. A recipe is a paper's claim with its protocol, one folder a model.
+    Writes results.jsonl (a line for each row and setting), summary.json and report.html to --out. An interrupted or
+    killed run continues where it stopped. A recipe is a paper's claim with its protocol; each of its models has a
+    folder of its own.
     """
     from winnowkv.cli.needle import asked_policies
     from winnowkv.evaluate.tasks.recipes import read_recipe
 
     if recipe is not None:
         decided = {"--tasks": tasks, "--policies": policies, "--budgets": budgets, "--protocol": protocol, "--chat": chat}
-        if said := [option for option, value in decided.items() if value is not None]:
-            raise InputError(f"{', '.join(said)}: {recipe} decides that; leave it out, or run without the recipe")
+        if given := [option for option, value in decided.items() if value is not None]:
+            raise InputError(f"{', '.join(given)}: {recipe} decides that; leave it out, or run without the recipe")
         read = read_recipe(recipe)
         plans: Sequence[Plan] = read.chosen(model)
-        folders = [(out or OUT / recipe.stem) / re.sub(r"[^\w.-]+", "_", plan.model).strip("_") for plan in plans]
+        folders = [(out or DEFAULT_OUT / recipe.stem) / re.sub(r"[^\w.-]+", "_", plan.model).strip("_") for plan in plans]
     else:
-        read, folders = None, [out or OUT / "eval"]
+        read, folders = None, [out or DEFAULT_OUT / "eval"]
         plans = [plan_of(tasks, policies, budgets, protocol, chat, model)]
     if plans[0].command == "needle" and (workers or ray):
         raise InputError(f"{recipe} is a needle test, which runs in one process: leave out --workers and --ray")
@@ -112,13 +121,13 @@ def evaluate(
     plans = [replace(plan, asked={**plan.asked, "policies": mine}) for plan, mine in zip(plans, specs, strict=True)]
     more = {"data": data and str(data), "limit": limit, "max_context": max_context, "seed": seed, "batch": batch}
     if dry_run:
-        tell_plans(read, [planned(plan, more) for plan in plans], as_json)
+        show_plans(read, [planned(plan, more) for plan in plans], as_json)
         return
     summaries = {}
     for plan, folder in zip(plans, folders, strict=True):
         plan.compare(offline=False)
         if plan.command == "needle":
-            summaries[plan.model] = hide(plan, folder, data, max_context, as_json)
+            summaries[plan.model] = measure_needle_recipe(plan, folder, data, max_context, as_json)
         else:
             summaries[plan.model] = measure(plan.evaluation(**more), folder, workers, ray)
             if not as_json:
@@ -131,15 +140,15 @@ def evaluate(
 def plan_of(
     tasks: str | None, policies: str | None, budgets: str | None, protocol: str | None, chat: bool | None, model: str | None
 ) -> Plan:
-    """The plan that the options say, with the defaults where they are None, checked."""
+    """The checked plan of the command's options, with defaults for those that are None."""
     from winnowkv.evaluate.tasks.recipes import Plan, facts_of
     from winnowkv.models.load import EMBEDDED
     from winnowkv.policies import split_policies
 
     asked = {
-        "tasks": [name for name in (part.strip() for part in (TASKS if tasks is None else tasks).split(",")) if name],
-        "policies": list(dict.fromkeys(split_policies(POLICIES if policies is None else policies))),
-        "budgets": read_budgets(BUDGETS if budgets is None else budgets),
+        "tasks": [name for name in (part.strip() for part in (DEFAULT_TASKS if tasks is None else tasks).split(",")) if name],
+        "policies": list(dict.fromkeys(split_policies(DEFAULT_POLICIES if policies is None else policies))),
+        "budgets": read_budgets(DEFAULT_BUDGETS if budgets is None else budgets),
         "protocol": "official" if protocol is None else protocol,
         "chat": chat,
     }
@@ -150,7 +159,7 @@ def plan_of(
 
 
 def measure(asked: Evaluation, out: Path, workers: int | None, address: str | None) -> dict[str, Any]:
-    """Run an evaluation behind a progress bar; returns its summary."""
+    """Run an evaluation with a progress bar; returns its summary."""
     from rich.console import Console
 
     from winnowkv.evaluate.report.store import ResultStore
@@ -173,7 +182,7 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
             with suppress(OSError):
                 write_summary(store, config, asked)
             raise
-        except OSError as error:  # a line that cannot be written is told by the store
+        except OSError as error:  # summary or page; the store reports lines that cannot be written
             raise InputError(
                 f"{error.filename or out} cannot be written: {error.strerror}. All {len(store.lines)} lines are safe in "
                 f"{store.file}; make room and run the same command again"
@@ -186,7 +195,7 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
 def answering(
     asked: Evaluation, workers: int | None, address: str | None, console: Console
 ) -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
-    """What lines of the model have in common, and what answers rows: this process, or workers on Ray."""
+    """Start what answers rows, this process or workers on Ray; yields the config of its lines and the function to call."""
     if workers is None and address is None:
         from winnowkv.cli.options import load_model
         from winnowkv.evaluate.tasks.run import Worker, run
@@ -205,7 +214,7 @@ def answering(
 
 
 def check_folder(out: Path, asked: Evaluation) -> None:
-    """Say before the model takes its time to load that the folder is another run's."""
+    """Raise InputError, before the model is loaded, if the folder holds results of another run."""
     from winnowkv.evaluate.report.store import CONFIG, read_config
 
     if not (out / CONFIG).exists():
@@ -220,12 +229,12 @@ def check_folder(out: Path, asked: Evaluation) -> None:
             )
 
 
-def hide(plan: Plan, out: Path, data: Path | None, most: int | None, as_json: bool) -> dict[str, Any]:
-    """Run a recipe's needle test; returns its summary. Its table goes to standard error where JSON is asked for."""
+def measure_needle_recipe(plan: Plan, out: Path, data: Path | None, max_context: int | None, as_json: bool) -> dict[str, Any]:
+    """Run a recipe's needle test; returns its summary. With ``as_json``, its table goes to standard error."""
     from winnowkv.cli.needle import measure as measure_needles
     from winnowkv.evaluate.needle.prompts import read_haystack
 
-    lengths = plan.lengths(most)
+    lengths = plan.lengths(max_context)
     if left_out := [n for n in plan.asked["lengths"] if n not in lengths]:
         print(f"lengths that {plan.model} or --max-context does not allow are left out: {left_out}", file=sys.stderr)
     if not lengths:
@@ -246,7 +255,7 @@ def hide(plan: Plan, out: Path, data: Path | None, most: int | None, as_json: bo
 
 
 def planned(plan: Plan, more: dict[str, Any]) -> dict[str, Any]:
-    """What a plan would measure, with the rows where they can be counted without the hub, and the cache's sizes."""
+    """What a plan would measure: the number of rows if it can be counted without the hub, and the sizes of caches."""
     from winnowkv.evaluate.settings import settings
 
     context = plan.context(more["max_context"])
@@ -268,7 +277,7 @@ def planned(plan: Plan, more: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tell_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: bool) -> None:
+def show_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Print what would be measured."""
     from rich.console import Console
     from rich.markup import escape
@@ -280,34 +289,34 @@ def tell_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: 
         json.dump({**head, "plans": plans}, sys.stdout, indent=2, ensure_ascii=False)
         print()
         return
-    say = partial(Console().print, highlight=False, soft_wrap=True)
+    echo = partial(Console().print, highlight=False, soft_wrap=True)
     for name, text in head.items():
         if text:
-            say(f"{name}: {escape(text)}")
+            echo(f"{name}: {escape(text)}")
     for plan in plans:
         counts = list(plan["rows"].values())
         rows = "rows of the hub" if None in counts else f"{sum(counts)} rows"
         facts = plan["facts"]
         shape = f", {facts['layers']} layers x {facts['kv_heads']} KV heads of {facts['head_size']}" if facts else ""
         checked = ", as its config says" if plan["compared_with_config"] else ""
-        say(f"\n[bold]{escape(plan['model'])}[/bold]{shape}{checked}: {rows} x {len(plan['settings'])} settings")
-        say(f"  {'tasks' if plan['command'] == 'eval' else 'test'}: {', '.join(plan['rows'])}")
-        say(f"  policies: {escape(', '.join(plan['policies']))}")
+        echo(f"\n[bold]{escape(plan['model'])}[/bold]{shape}{checked}: {rows} x {len(plan['settings'])} settings")
+        echo(f"  {'tasks' if plan['command'] == 'eval' else 'test'}: {', '.join(plan['rows'])}")
+        echo(f"  policies: {escape(', '.join(plan['policies']))}")
         for size in plan["sizes"]:
             share = 100 * size["entries"] / plan["context"]
-            say(f"  KV of {plan['context']} tokens at {size['budget']}: {size['bytes'] / MIB:.1f} MiB ({share:.1f}%)")
+            echo(f"  KV of {plan['context']} tokens at {size['budget']}: {size['bytes'] / MIB:.1f} MiB ({share:.1f}%)")
         if plan["note"]:
-            say(f"  note: {escape(plan['note'])}")
+            echo(f"  note: {escape(plan['note'])}")
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
-    """Overall and task by task, and what a reader must know."""
+    """Print a table over all tasks and by task, and notes."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from winnowkv.cli.report import between, points
-    from winnowkv.evaluate.report.summary import OVER_ROWS, budget_text
+    from winnowkv.evaluate.report.summary import OVER_ROWS, group_budget_text
     from winnowkv.report import MIB
 
     console = table_console(150)
@@ -320,12 +329,12 @@ def show(summary: dict[str, Any], out: Path) -> None:
                        "ms/step"):  # fmt: skip
             table.add_column(column, justify="right", no_wrap=True)
         groups = [group for group in section["groups"] if group["task"] != OVER_ROWS]
-        for group, behind in zip(groups, [*groups[1:], None], strict=True):
+        for group, following in zip(groups, [*groups[1:], None], strict=True):
             pair = group["against_full"] or {"mean_difference": None, "low": None, "high": None}
             table.add_row(
                 escape(group["task"]),
                 escape(group["policy"]),
-                budget_text(group),
+                group_budget_text(group),
                 str(group["rows"]),
                 points(group["score"]),
                 between(group),
@@ -335,7 +344,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
                 "-" if group["kept_fraction"] is None else f"{100 * group['kept_fraction']:.1f}%",
                 "-" if group["kept_bytes"] is None else f"{group['kept_bytes'] / MIB:.1f}",
                 "-" if group["decode_ms_per_step"] is None else f"{group['decode_ms_per_step']:.1f}",
-                end_section=behind is not None and behind["task"] != group["task"],
+                end_section=following is not None and following["task"] != group["task"],
             )
         console.print(table)
         for note in section["notes"]:
@@ -347,4 +356,4 @@ def show(summary: dict[str, Any], out: Path) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(name="eval", cls=Command)(evaluate)
+    app.command(name="eval", cls=RayCommand)(evaluate)

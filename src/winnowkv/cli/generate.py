@@ -18,28 +18,41 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, --file or standard input is read.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     model: Model = "embedded",
-    policy: Annotated[str, typer.Option(help="Eviction policy, such as windowkv:group=6:window=8.")] = "winnow",
+    policy: Annotated[str, typer.Option(help="Eviction policy; options after colons, windowkv:group=6:window=8.")] = "winnow",
     budget: Annotated[
-        str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer (512), or auto:0.95.")
+        str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer and KV head (512), or auto:0.95.")
     ] = str(DEFAULT_BUDGET),
     task: Task = None,
     chat: Chat = None,
     decode_budget: Annotated[
         int | None,
-        typer.Option(help="Most entries held per layer of what is generated, at least 64. Default: all.", show_default=False),
+        typer.Option(
+            help="Most entries of generated tokens held per layer and KV head, at least 64. Default: all.", show_default=False
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, above samples.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding; above 0: sampling.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Print why each layer kept a token of the prompt or not: its position (-1 is the last), or a text that ends "
+            "with it.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a prompt, compress its KV cache, stream the answer, and say what was kept.
+    """Read a prompt, compress its KV cache and stream the answer; then print the policy, the budget and what was kept.
 
     Examples:
 
     winnow generate "What is the capital of France?" --policy full
 
     winnow generate -f report.txt --policy windowkv --task localization --budget 0.12
+
+    winnow generate -f report.txt --explain "access code is 4417"
     """
     text = read_prompt(prompt, file)
     import torch
@@ -48,19 +61,19 @@ def generate(
     from winnowkv.api import compress
     from winnowkv.budget import Budget
     from winnowkv.cache.generated import check_decode_budget
+    from winnowkv.cli.explain import as_dicts, find_token, lines
     from winnowkv.cli.options import load_model
     from winnowkv.models.info import position_limit
     from winnowkv.policies import policy as make_policy
     from winnowkv.prompt.chat import encode, uses_chat
     from winnowkv.prompt.task import TaskProfile
 
-    made = make_policy(policy)  # bad options are told before the model takes its time to load
+    made = make_policy(policy)  # reports bad options before the model is loaded
     profile = TaskProfile.of(task)
-    if made.by_task and profile.task is None:
+    if made.uses_task and profile.task is None:
         from winnowkv.prompt.classifier import task_profile
 
         profile = task_profile(text)
-    made.for_task(profile)
     asked = Budget.of(budget)
     check_decode_budget(decode_budget)
     loaded, tokenizer = load_model(model)
@@ -71,35 +84,46 @@ def generate(
             f"the prompt has {tokens} tokens, with {max_new_tokens} new ones it passes the model's {limit} positions: "
             f"shorten it or lower --max-new-tokens"
         )
+    token = None if explain is None else find_token(tokenizer, ids[0].tolist(), explain)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with compress(loaded, policy, asked, task=profile, tokenizer=tokenizer, decode_budget=decode_budget) as run:
+    options: dict[str, Any] = {"decode_budget": decode_budget, "keep_scores": token is not None}
+    with compress(loaded, policy, asked, task=profile, tokenizer=tokenizer, **options) as run:
         output = loaded.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
     answer = tokenizer.decode(output[0][tokens:], skip_special_tokens=True)
     report = run.report
+    explained, its_text = [], ""
+    if token is not None:
+        explained = [run.explain(layer, token) for layer in range(len(report.kept_entries[0]))]
+        its_text = tokenizer.decode([ids[0, token]])
     if as_json:
-        print(json.dumps({"answer": answer, "model": model, **report.to_dict()}, indent=2, ensure_ascii=False))
+        found = {"explain": as_dicts(explained, its_text)} if explained else {}
+        print(json.dumps({"answer": answer, "model": model, **report.to_dict(), **found}, indent=2, ensure_ascii=False))
         return
     from winnowkv.report import MIB, summary
 
+    default = " (the default)" if asked == Budget(DEFAULT_BUDGET) else ""
     pace = f"{1000 / report.decode_ms_per_token:.1f} tokens/s" if report.decode_tokens else "one token"
     print(
-        f"-- {report.policy} at {report.budget}: {report.kept_bytes / MIB:.2f} of {report.full_bytes / MIB:.2f} MiB kept, "
+        f"-- policy {report.policy}, budget {report.budget}{default}: {report.kept_bytes / MIB:.2f} of "
+        f"{report.full_bytes / MIB:.2f} MiB kept, "
         f"{pace}, prefill {report.prefill_seconds:.2f} s, entries per layer {summary(report.kept_entries[0])}"
     )
     if report.decode_entries < report.decode_tokens:
         print(f"-- decode budget {decode_budget}: {report.decode_entries} entries held of {report.decode_tokens} new tokens")
     if profile.probability is not None:
-        print(f"-- task: {profile.task}, probability {profile.probability:.2f} (classified; --task says it by hand)")
+        print(f"-- task: {profile.task}, probability {profile.probability:.2f} (classified; --task sets it)")
     for note in report.notes:
         print(f"-- note: {note}")
+    if explained:
+        print(*lines(explained, its_text), sep="\n")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt's text from the argument, the file or standard input. Raises InputError where there is none."""
+    """The prompt's text from the argument, the file or standard input. Raises InputError if there is none."""
     if prompt is not None and file is not None:
         raise InputError("give the prompt as an argument or with --file, not both")
     if file is not None:

@@ -1,4 +1,4 @@
-"""The command line's frame: commands, and errors as one clear sentence."""
+"""The command ``winnow``: registers all commands and prints errors as one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run ``winnow``. Bad values exit with 2 and one sentence, an interrupt with 130."""
+    """Run ``winnow``. A WinnowError prints one sentence and exits with 2; Ctrl-C exits with 130."""
     from winnowkv.cli import audit, bench, calibrate, demo, eval as evaluation, generate, needle, plan, policies, report, task
 
     for command in (demo, generate, plan, audit, bench, needle, evaluation, report, calibrate, task, policies):
@@ -31,7 +31,7 @@ def main() -> None:
 
 @contextmanager
 def one_sentence(name: str) -> Iterator[None]:
-    """The end of a command or script: bad values exit with 2 and one sentence, an interrupt with 130, a lost reader with 1."""
+    """Exit codes of a command or script: 2 and one sentence for a WinnowError, 130 for Ctrl-C, 1 for a closed output pipe."""
     try:
         yield
     except WinnowError as error:
@@ -39,6 +39,6 @@ def one_sentence(name: str) -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         sys.stderr.close()
         sys.exit(1)

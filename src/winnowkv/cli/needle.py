@@ -11,26 +11,41 @@ from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Chat, Factorial, Json, Model, Out, budgets as read_budgets, numbers
+from winnowkv.cli.options import (
+    Budgets,
+    Chat,
+    Factorial,
+    Haystack,
+    Json,
+    Model,
+    Out,
+    Policies,
+    Profile,
+    budgets as read_budgets,
+    numbers,
+)
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import table_console
 
-NEW_TOKENS = 24  # of an answer; of each of several
+NEW_TOKENS_PER_ANSWER = 24
 
 
 def needle(
     model: Model = "embedded",
-    policies: Annotated[str, typer.Option(help="Comma-separated; options after colons.")] = "full,winnow,snapkv",
-    budgets: Annotated[str, typer.Option(help="Comma-separated: entries (128) or kept fractions (0.12).")] = "0.12,128",
+    policies: Policies = "full,winnow,snapkv",
+    budgets: Budgets = "0.12,128",
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens, template and question included; 'max' is the model's limit.")
+        str,
+        typer.Option(
+            help="Comma-separated prompt lengths in tokens, template and question included; 'max' is the model's limit."
+        ),
     ] = "3000",
-    depths: Annotated[str, typer.Option(help="Where the needle hides: 0 the start of the text, 1 its end.")] = "0.1,0.5,0.9",
+    depths: Annotated[str, typer.Option(help="Depths of the needle: 0 is the start of the text, 1 its end.")] = "0.1,0.5,0.9",
     variant: Annotated[
-        str, typer.Option(help="'single', 'multi' (several needles, asked for at once) or 'multi-hop' (a chain of facts).")
+        str, typer.Option(help="'single', 'multi' (several needles in one question) or 'multi-hop' (a chain of facts).")
     ] = "single",
     count: Annotated[
-        int | None, typer.Option(help="Needles a prompt of --variant multi. Default: 3.", show_default=False)
+        int | None, typer.Option(help="Needles in a prompt of --variant multi. Default: 3.", show_default=False)
     ] = None,
     needles: Annotated[
         Path | None,
@@ -38,35 +53,31 @@ def needle(
             help="JSONL with needle, question, answer (multi-hop: needles, question, answer). Default: the package's."
         ),
     ] = None,
-    haystack: Annotated[
-        Path | None, typer.Option(help="A text file or a folder with .txt in it. Default: the package's essays.")
-    ] = None,
+    haystack: Haystack = None,
     task: Annotated[
-        str, typer.Option("--task", help="'localization' or 'aggregation', for policies that ask.")
+        str, typer.Option("--task", help="'localization' or 'aggregation', for policies that score by task.")
     ] = "localization",
     chat: Chat = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Most tokens of an answer. Default: 24, for each needle of --variant multi.", show_default=False
+            min=1, help="Most new tokens of an answer. Default: 24, times the needles of --variant multi.", show_default=False
         ),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="What the pictures show: correct, found, rouge1_f1 or rouge1_recall.")
+        str, typer.Option(help="Score shown in the pictures: correct, found, rouge1_f1 or rouge1_recall.")
     ] = "correct",
-    time: Annotated[bool, typer.Option("--time", help="Decode every setting alone, to tell its ms/token; slower.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Decode every setting alone and report its ms/token; slower.")] = False,
     factorial: Factorial = False,
-    profile: Annotated[
-        Path | None, typer.Option(help="Calibration profile for policies that need one. Default: the package's own.")
-    ] = None,
+    profile: Profile = None,
     out: Out = Path("winnow-out/needle"),
     as_json: Json = False,
 ) -> None:
     """Hide a sentence, or several, in a long text and see which policies still find it.
 
-    Writes to --out results.jsonl (a line a measurement), summary.json, needle.png (length x depth maps of each
-    policy and budget) and needle_kept.png (the same against the kept fraction). A run that was stopped goes on
-    where it was: finished lines are never computed twice.
+    Writes to --out results.jsonl (a line for each measurement), summary.json, needle.png (length x depth maps of each
+    policy and budget) and needle_kept.png (scores against the kept fraction). An interrupted run continues where it
+    stopped: finished lines are not repeated.
     """
     from winnowkv.evaluate.needle.prompts import read_haystack, read_variant
 
@@ -84,26 +95,26 @@ def needle(
         needles=hidden,
         variant=variant,
         task=task,
-        max_new_tokens=max_new_tokens or NEW_TOKENS * len(hidden[0].answers),
+        max_new_tokens=max_new_tokens or NEW_TOKENS_PER_ANSWER * len(hidden[0].answers),
         metric=metric,
         timed=time,
     )
 
 
 def length(text: str) -> int | str:
-    """A length in tokens, or ``max``. Raises ValueError for other texts."""
+    """Parse a length in tokens, or ``max``. Raises ValueError for other texts."""
     return text if text == "max" else int(text)
 
 
 def asked_policies(text: str, factorial: bool, profile: Path | None = None) -> list[str]:
-    """The policies to run: those of the list, or the ablations; with the profile where they need one and name none."""
+    """The policy specs to run, or the ablations; those that need a profile and name none get ``profile``."""
     from winnowkv.evaluate.needle.factorial import all_specs
-    from winnowkv.policies import policy_class, split_policies
+    from winnowkv.policies import policy as make_policy, split_policies
 
     specs = all_specs() if factorial else list(dict.fromkeys(split_policies(text)))
     if profile is None:
         return specs
-    needing = {spec for spec in specs if policy_class(spec.split(":")[0]).by_profile and ":profile=" not in spec}
+    needing = {spec for spec in specs if make_policy(spec).needs_profile and ":profile=" not in spec}
     return [f"{spec}:profile={profile}" if spec in needing else spec for spec in specs]
 
 
@@ -119,15 +130,14 @@ def measure(
     metric: str,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Run a needle test behind a progress bar and show its table (or its JSON); returns the summary."""
+    """Run a needle test with a progress bar and print its table (or its JSON); returns the summary."""
     from winnowkv.cli.options import load_model
     from winnowkv.evaluate.needle import needle as test_runner
     from winnowkv.evaluate.needle.prompts import PromptBuilder
     from winnowkv.prompt.chat import uses_chat
 
     test = test_runner.NeedleTest(policies=policies, lengths=[], **asked)
-    # Unknown names are told before the model takes its time to load.
-    test.resolved()
+    test.made()  # reports unknown policies before the model is loaded
     test_runner.check_metric(metric)
     from rich.console import Console
 
@@ -154,17 +164,17 @@ def measure(
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
-    """The result as a table, and where the files are."""
+    """Print the result as a table, and the folder of the files."""
     from rich import box
     from rich.table import Table
 
     from winnowkv.report import MIB
 
     console = table_console()
-    where = summary["machine"]
+    machine = summary["machine"]
     left_out = f"{summary['failed']} measurements failed and are left out; " if summary["failed"] else ""
     table = Table(
-        title=f"Needle test ({summary['variant']}) on {where['processor']}, {where['threads']} threads",
+        title=f"Needle test ({summary['variant']}) on {machine['processor']}, {machine['threads']} threads",
         caption=f"{left_out}files in {out}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -180,14 +190,13 @@ def show(summary: dict[str, Any], out: Path) -> None:
         "decode\nms/token",
     ):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("an example answer", overflow="fold", min_width=16)
-    seen_whole = set()
+    table.add_column("example answer", overflow="fold", min_width=16)
+    shown = set()
     for group in summary["groups"]:
         everything = not group["evicts"]
-        if everything and (group["policy"], group["length"]) in seen_whole:
-            continue  # what evicts nothing is the same at every budget
-        if everything:
-            seen_whole.add((group["policy"], group["length"]))
+        if everything and (group["policy"], group["length"]) in shown:
+            continue  # a policy that evicts nothing is the same at every budget
+        shown.add((group["policy"], group["length"]))
         pace = group["decode_ms_per_token"]
         table.add_row(
             group["policy"],
@@ -204,13 +213,13 @@ def show(summary: dict[str, Any], out: Path) -> None:
 
 
 def found_text(group: dict[str, Any], variant: str) -> str:
-    """Prompts answered whole; of several needles also how many were found."""
+    """Share of prompts answered completely; for several needles also the share of needles found."""
     part = f" ({100 * group['found']:.0f}% of needles)" if variant == "multi" else ""
     return f"{100 * group['accuracy']:.0f}%{part}"
 
 
 def show_effects(effects: list[dict[str, Any]]) -> None:
-    """What each design choice is worth by itself, where ablations were run."""
+    """Print the mean score at each level of each design choice, if ablations were run."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

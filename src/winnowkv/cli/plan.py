@@ -1,19 +1,17 @@
-"""``winnow plan``: what keys and values need, and what of it fits, from a model's config alone."""
+"""``winnow plan``: how much memory keys and values need, and what fits, from a model's config alone."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Json, budgets as read_budgets
+from winnowkv.cli.options import POLICIES_HELP, Budgets, Json, budgets as read_budgets, token_count
 from winnowkv.cli.tables import table_console
 from winnowkv.errors import BudgetError, InputError, ProfileError
 from winnowkv.memory.sizes import read_size
@@ -25,49 +23,46 @@ if TYPE_CHECKING:
     from winnowkv.memory.plan import Fit, MemoryPlan
     from winnowkv.policies import Policy
 
-TOKENS = {"": 1, "k": 2**10, "m": 2**20}
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATIONS = ("none", "int8", "int4")
-WORST = (
-    "at its worst a request holds one layer whole beside what the policy may hold of those before it; prompts are read one "
+PEAK_NOTE = (
+    "at its peak a request holds one whole layer, and of the layers before it what the policy may hold; prompts are read one "
     "at a time; activations and generated tokens come on top"
 )
 
 
 def plan(
-    context: Annotated[str, typer.Option(help="Prompt tokens of a request: 32768, or 32k (k is 1024).")],
-    memory: Annotated[str, typer.Option(help="Memory of the device: 24GiB, 24GB, 512MiB, or plain bytes.")],
+    context: Annotated[str, typer.Option(help="Prompt tokens of a request: 32768, or 32k (1k is 1024).")],
+    memory: Annotated[str, typer.Option(help="Memory of the device: 24GiB, 24GB, 512MiB, or a number of bytes.")],
     model: Annotated[
         str, typer.Option("--model", help="'embedded', a folder, a config.json, or a hub id; weights are not needed.")
     ] = "embedded",
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are held at once.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Requests held at once.")] = 1,
     policies: Annotated[
         str | None,
-        typer.Option(help="Comma-separated; options after colons. Default: all that evict. The full cache is always shown."),
+        typer.Option(help=f"{POLICIES_HELP}. Default: all that evict. The full cache is always shown."),
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Comma-separated: entries (256) or kept fractions (0.12).")] = "0.12,0.25,0.5",
-    quantize: Annotated[
-        str, typer.Option(help="Store what stays in fewer bits: int8 or int4. none: as the policies say.")
-    ] = "none",
+    budgets: Budgets = "0.12,0.25,0.5",
+    quantize: Annotated[str, typer.Option(help="Store kept entries in int8 or int4. none: as the policies do.")] = "none",
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Of weights, keys and values: {', '.join(DTYPES)}. Default: the config's, else bfloat16."),
+        typer.Option(help=f"Dtype of weights, keys and values: {', '.join(DTYPES)}. Default: the config's, else bfloat16."),
     ] = None,
-    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Count the weights inside the memory.")] = True,
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Count the weights as part of the memory.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Say how many bytes of keys and values requests need, which settings fit, and the largest that would.
+    """Show how many bytes of keys and values requests need, which settings fit, and the largest batch and context.
 
-    A request is its prompt: tokens that it generates come on top, and so do activations. Prompts are read one at a
-    time, and while one is read each layer in its turn is whole until its attention is done; the layers before it hold
-    what the policy lets them hold by then: what they end with, or more for policies that decide while they read.
-    Layers that slide over a window are never compressed.
-    Policies that score by task are taken for localization; those with budgets of single heads (adakv, headkv) pad the
-    heads of a layer to the longest, which depends on the prompt and is not counted.
+    A request is its prompt; generated tokens and activations come on top. Prompts are read one at a time. While a
+    prompt is read, the current layer holds all of it until its attention is computed; the layers before it hold what
+    the policy's prefill limits allow: what they end with, or more for policies that decide later.
+    Sliding-window layers are never compressed.
+    Policies that score by task are counted for localization. Policies with a budget for each head (adakv, headkv) pad
+    the heads of a layer to the longest; that depends on the prompt and is not counted.
 
     winnow plan --model Qwen/Qwen2.5-7B-Instruct --context 32k --batch 8 --memory 24GiB
     """
-    tokens, room, asked = read_tokens(context), read_size(memory), read_budgets(budgets)
+    tokens, room, asked = token_count(context, "--context"), read_size(memory), read_budgets(budgets)
     if quantize not in QUANTIZATIONS:
         raise InputError(f"--quantize {quantize!r} is unknown: it is one of {', '.join(QUANTIZATIONS)}")
     from winnowkv.memory.plan import MemoryPlan
@@ -77,7 +72,7 @@ def plan(
 
     specs = None if policies is None else list(dict.fromkeys(split_policies(policies)))
     for spec in specs or []:
-        make_policy(spec)  # what is wrong with it is told before the model is looked for
+        make_policy(spec)  # reports errors before the config is read
     config = load_config(model)
     number = choose_dtype(dtype, config)
     shape = read_shape(config, number.itemsize)
@@ -91,17 +86,8 @@ def plan(
         show(made, fits, notes, model, dtype_name(number))
 
 
-def read_tokens(text: str) -> int:
-    """Tokens of ``32k`` or ``4096``. Raises InputError naming the value."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip(), re.IGNORECASE)
-    tokens = int(Fraction(match[1]) * TOKENS[match[2].lower()]) if match else 0
-    if tokens < 1:
-        raise InputError(f"--context {text!r} is no number of tokens: write it as 32768 or 32k")
-    return tokens
-
-
 def choose_dtype(asked: str | None, config: Any) -> torch.dtype:
-    """The dtype asked, else the config's, else bfloat16. Raises InputError for another."""
+    """The dtype of ``--dtype``, else the config's, else bfloat16. Raises InputError for an unknown one."""
     import torch
 
     if asked is not None and asked not in DTYPES:
@@ -112,13 +98,13 @@ def choose_dtype(asked: str | None, config: Any) -> torch.dtype:
 
 
 def weights_bytes(config: Any, parameters: int, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights. Raises InputError where its config stores them in another way, and does not say how many."""
+    """Bytes of a model's weights. Raises InputError if they are quantized: the config does not say how many bytes they take."""
     stored = getattr(config, "quantization_config", None)
     if stored:
         method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
         raise InputError(
-            f"the weights of this checkpoint are quantized ({method}), and its config does not say how many bytes that are: "
-            "give --no-weights, and take them off --memory"
+            f"the weights of this checkpoint are quantized ({method}), and its config does not say how many bytes they take: "
+            "give --no-weights, and subtract them from --memory"
         )
     return parameters * dtype.itemsize
 
@@ -126,49 +112,54 @@ def weights_bytes(config: Any, parameters: int, dtype: torch.dtype) -> int:
 def settings(
     made: MemoryPlan, specs: Sequence[str] | None, budgets: Sequence[Asked], quantize: Any
 ) -> tuple[list[Fit], list[str]]:
-    """The full cache, and every policy at every budget; and what was left out, with the reason.
+    """The full cache and every policy at every budget, and notes on what was left out.
 
-    What the user named is never left out: raises BudgetError and ProfileError for it.
+    Policies that the user named are never left out: raises BudgetError and ProfileError for them.
     """
-    from winnowkv.policies import names, policy as make_policy, policy_class, resolve
+    from winnowkv.policies import names, policy as make_policy
+    from winnowkv.prompt.task import TaskProfile
 
-    full = make_policy("full")
+    full, task = make_policy("full"), TaskProfile.of("localization")
     fits, left = [made.fit("full", full, None)], dict[str, list[str]]()
-    wanted = specs or ["full", *(name for name in names() if policy_class(name).evicts)]
+    wanted = specs or ["full", *(name for name in names() if make_policy(name).evicts)]
     policies: dict[str, Policy] = {}
     for spec in wanted:
         try:
-            (policy,) = resolve(spec, made.shape.fingerprint, "localization")
+            policy = make_policy(spec)
+            policy.check(made.shape.model_info, task)
         except ProfileError as error:
             if specs:
                 raise
             left.setdefault(str(error), []).append(spec)
             continue
-        policies[spec] = replace(policy, quantize=quantize) if quantize else policy
-    fits += [made.fit(spec, one, None) for spec, one in policies.items() if not one.evicts and one != full]
+        policies[spec] = policy.stored_as(quantize) if quantize else policy
+    fits += [made.fit(spec, one, None, task) for spec, one in policies.items() if not one.evicts and one != full]
     notes = [f"left out: {', '.join(who)}: {reason}" for reason, who in left.items()]
+    too_small: dict[str, list[str]] = {}  # wrappers have the budgets of the policy that they change
     for budget in budgets:
         for spec, one in policies.items():
             try:
                 if one.evicts:
-                    fits.append(made.fit(spec, one, budget))
+                    fits.append(made.fit(spec, one, budget, task))
             except BudgetError as error:
                 if specs:
                     raise
-                notes.append(f"left out: {error}")
+                too_small.setdefault(str(error), []).append(spec)
+    for reason, who in too_small.items():
+        notes.append(f"left out: {', '.join(who)}: {reason}" if len(who) > 1 else f"left out: {reason}")
     return fits, notes
 
 
 def refuse_impossible(made: MemoryPlan, fits: Sequence[Fit], dtype: str) -> None:
-    """Raise InputError with the numbers that would work where no setting fits."""
+    """Raise InputError, with numbers that would work, if no setting fits."""
     if any(fit.fits for fit in fits):
         return
     least = min(fits, key=lambda fit: fit.needed_bytes)
     if made.weights >= made.memory:
         raise InputError(
             f"the weights alone take {size_text(made.weights)} ({made.shape.parameters} parameters in {dtype}), the memory is "
-            f"{size_text(made.memory)}: give --memory {enough(least.needed_bytes)} for this request, or --no-weights where "
-            "they lie elsewhere"
+            f"{size_text(made.memory)}: give --memory {enough(least.needed_bytes)} for this request, or --no-weights if "
+            "they are in other memory"
         )
     most, longest = max(fit.largest_batch for fit in fits), max(fit.largest_context for fit in fits)
     name = least.policy if least.budget is None else f"{least.policy} at {least.budget}"
@@ -183,13 +174,13 @@ def refuse_impossible(made: MemoryPlan, fits: Sequence[Fit], dtype: str) -> None
 
 
 def size_text(size: int) -> str:
-    """Bytes as one reads them, in the largest binary unit that they fill."""
+    """Bytes as text, in the largest binary unit that they fill."""
     letter, unit = unit_of(size)
     return f"{size / unit:.2f} {letter}iB" if letter else f"{size} B"
 
 
 def enough(size: int) -> str:
-    """A value of --memory that holds so many bytes: two decimals, rounded up."""
+    """A value of --memory that is enough for a size: two decimals, rounded up."""
     letter, unit = unit_of(size)
     return f"{math.ceil(100 * size / unit) / 100:.2f}{letter}iB" if letter else str(size)
 
@@ -200,7 +191,7 @@ def unit_of(size: int) -> tuple[str, int]:
 
 
 def token_bytes(made: MemoryPlan) -> int:
-    """What a generated token adds to a request."""
+    """Bytes that a generated token adds to a request."""
     return made.shape.full_bytes(made.context + 1) - made.shape.full_bytes(made.context)
 
 
@@ -216,7 +207,7 @@ def summary(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: 
 
 
 def show(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: str, dtype: str) -> None:
-    """The settings as a table, and what a reader must know."""
+    """Print the settings as a table, and notes."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -229,11 +220,11 @@ def show(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: str
     )
     table.add_column("budget", justify="right")
     table.add_column("policies", overflow="fold", min_width=16)
-    for column in ("entries", "KV of a\nrequest", "of\nfull", "at its\nworst", f"needed\nfor {made.batch}", "fits",
+    for column in ("entries", "KV of a\nrequest", "of\nfull", "at its\npeak", f"needed\nfor {made.batch}", "fits",
                    "largest\nbatch", "largest\ncontext"):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     whole, rows = fits[0].kept_bytes + fits[0].sliding_bytes, grouped(fits)
-    for (names, fit), behind in zip(rows, [*rows[1:], None], strict=True):
+    for (names, fit), following in zip(rows, [*rows[1:], None], strict=True):
         rest = fit.kept_bytes + fit.sliding_bytes
         table.add_row(
             "all" if fit.budget is None else str(fit.budget),
@@ -246,21 +237,21 @@ def show(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: str
             "yes" if fit.fits else "no",
             str(fit.largest_batch),
             f"{fit.largest_context} (limit)" if fit.largest_context == shape.positions else str(fit.largest_context),
-            end_section=behind is not None and behind[1].budget != fit.budget,
+            end_section=following is not None and following[1].budget != fit.budget,
         )
     console.print(table)
     if made.weights:
         print(f"-- {size_text(made.weights)} of weights are counted ({shape.parameters} parameters)")
     if slide := len(shape.layers) - len(shape.compressed):
         windows = " or ".join(map(str, sorted({layer.window for layer in shape.layers if layer.window})))
-        print(f"-- {len(shape.compressed)} layers are compressed; {slide} slide over {windows} tokens, which they all keep")
-    print(f"-- {WORST}: {size_text(token_bytes(made))} a token and request")
+        print(f"-- {len(shape.compressed)} layers are compressed; {slide} keep all of a sliding window of {windows} tokens")
+    print(f"-- {PEAK_NOTE}: {size_text(token_bytes(made))} a token and request")
     for note in notes:
         print(f"-- {note}")
 
 
 def grouped(fits: Sequence[Fit]) -> list[tuple[list[str], Fit]]:
-    """Policies that differ in their worst moment only, and not in what fits, as one row with the most that one needs."""
+    """Rows of the table: policies that differ only in their peak are one row, with the highest peak."""
     rows: dict[Fit, list[Fit]] = {}
     for fit in fits:
         rows.setdefault(replace(fit, policy="", peak_bytes=0, needed_bytes=0), []).append(fit)

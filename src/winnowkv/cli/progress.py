@@ -1,4 +1,4 @@
-"""The bar of a resumable run, and what is said about finished lines before it and after Ctrl-C."""
+"""The progress bar of a resumable run, with messages about finished lines at the start and after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def resumable(console: Console, store: ResultStore, what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """A progress bar over ``total`` steps of which ``done`` are done; yields what a run calls after each."""
+    """Show a progress bar over ``total`` steps of which ``done`` are done; yields the function to call after each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if store.lines:
@@ -26,6 +26,6 @@ def resumable(console: Console, store: ResultStore, what: str, total: int, done:
             yield lambda step: progress.update(bar, advance=1, description=step)
     except KeyboardInterrupt:
         console.print(
-            f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command goes on from there"
+            f"interrupted: {len(store.lines)} finished lines are in {store.file}; the same command continues from there"
         )
         raise

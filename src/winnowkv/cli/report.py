@@ -1,4 +1,4 @@
-"""``winnow report``: several runs of ``winnow eval`` read together, as a table and as one page."""
+"""``winnow report``: several runs of ``winnow eval`` merged into a table and one page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from winnowkv.cli.tables import table_console
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Result folders of winnow eval.")],
-    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Merge runs and compare every setting with the full cache, row by row.
 
-    Protocols, models and dtypes stay apart: nothing is averaged or paired across them. A measurement that
+    Protocols, models and dtypes stay separate: nothing is averaged or paired across them. A measurement that
     several runs hold is taken from the last.
     """
     from winnowkv.evaluate.report.merge import merge
@@ -38,12 +38,12 @@ def report(
 
 
 def show(summary: dict[str, Any], page: Path) -> None:
-    """A table a section, the notes under it, and where the page is."""
+    """Print a table for each section with its notes, and the page's file name."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    from winnowkv.evaluate.report.summary import OVER_TASKS, budget_text
+    from winnowkv.evaluate.report.summary import OVER_TASKS, group_budget_text
     from winnowkv.report import MIB
 
     console = table_console()
@@ -65,7 +65,7 @@ def show(summary: dict[str, Any], page: Path) -> None:
             kept = group["kept_bytes"]
             table.add_row(
                 escape(group["policy"]),
-                budget_text(group),
+                group_budget_text(group),
                 points(group["score"]),
                 between(group),
                 points(pair["mean_difference"], "+"),

@@ -1,4 +1,4 @@
-"""The console that tables of results go to."""
+"""The console for tables of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def table_console(width: int = 120) -> Console:
-    """Standard output, at least ``width`` columns wide where it is a file or a pipe, which has no edge to fold at."""
+    """A console on standard output, at least ``width`` columns wide if that is a file or a pipe."""
     from rich.console import Console
 
     console = Console()

@@ -1,4 +1,4 @@
-"""``winnow task``: what prompts ask for, one place of the text or the whole of it."""
+"""``winnow task``: classify prompts as localization or aggregation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from winnowkv.errors import InputError
 
 
 def task(
-    text: Annotated[str | None, typer.Argument(help="A prompt. Without it, --file is read.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help='JSONL, a row {"text": ...} for each prompt.')] = None,
+    text: Annotated[str | None, typer.Argument(help="A prompt; without it, give --file.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help='JSONL with a row {"text": ...} for each prompt.')] = None,
     classifier: Annotated[
         str | None, typer.Option(help="A Hugging Face sequence classifier with two labels. Default: the built-in one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell localization (QA, retrieval) from aggregation (summaries, few-shot, code), with a probability for each prompt."""
+    """Classify prompts as localization (QA, retrieval) or aggregation (summaries, few-shot, code), with a probability."""
     if (text is None) == (file is None):
         raise InputError("give one prompt as an argument, or many with --file FILE.jsonl")
     from winnowkv.evaluate.needle.prompts import read_rows

@@ -1,7 +1,7 @@
-"""CUDA graphs of decode steps: a step's kernels are recorded once and started together, not one by one by Python.
+"""CUDA graphs of decode steps: the kernels of a step are recorded once and started together, not one by one by Python.
 
-Departure from the plain way, ``torch.compile(mode="reduce-overhead")``: that records nothing where a step writes into
-buffers it was given, as slots do, unless their addresses never change; slots grow.
+``torch.compile(mode="reduce-overhead")`` would be simpler, but it does not record a step that writes into buffers from
+outside, as slots do, unless their addresses never change; slots grow.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 class Recorded:
-    """A step whose second call with the same buffers records it, and whose later ones play that back.
+    """A step that is recorded at its second call with the same buffers and played back at later ones.
 
     Parameters
     ----------
-    record: runs a function without arguments once and returns what plays it back, and its output. Default: a CUDA graph.
+    record: runs a function without arguments once; returns a function that plays it back, and its output. Default: a CUDA
+        graph.
     """
 
     def __init__(self, record: Record | None = None) -> None:
@@ -34,13 +35,13 @@ class Recorded:
         self._broken = False
 
     def __call__(self, step: Step, key: Hashable, inputs: Inputs) -> Tensor:
-        """The step's output for these tensors by name, the caller's own.
+        """The step's output for input tensors by name, as a tensor that later calls do not change.
 
-        ``key``: where everything else lies that the step reads or writes, and its shapes.
+        ``key``: addresses and shapes of everything else that the step reads or writes.
         """
         if self._broken:
             return step(**inputs)
-        if key != self._key:  # a shape that may never come again: compiled now, recorded if it does
+        if key != self._key:  # compiled now, and recorded only if these buffers come again
             self._key, self._play = key, None
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             return step(**inputs)
@@ -55,11 +56,11 @@ class Recorded:
                 self._broken = True
                 return step(**inputs)
         self._play()
-        return self._output.clone()  # the next playing writes over it
+        return self._output.clone()  # the next playback overwrites it
 
 
 def record_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of a function that has run before; other threads may go on with the device meanwhile."""
+    """A CUDA graph of a function that has run before; other threads may use the device meanwhile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = run()

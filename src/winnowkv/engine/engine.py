@@ -1,63 +1,62 @@
-"""The engine: prompts wait, are read one by one, compressed, placed in slots, and decode together.
+"""The engine: prompts wait in a queue, are read one by one, compressed, placed in slots, and decode together.
 
-What may wait and what runs is decided by bytes of keys and values. A request's own numbers never hang on the others:
-its prompt is read alone, its row of a step is its own, and so are its draws and its text.
+A request's answer does not depend on the other requests: its prompt is read alone, its row of a step is its own, and so are
+its draws and its text. Which requests wait and which run is decided by :class:`~winnowkv.engine.scheduler.Scheduler`.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from winnowkv.api import profiles
-from winnowkv.attention.hooks import known
+from winnowkv.api import read_tasks
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
-from winnowkv.cache.chunked import cut
+from winnowkv.cache.compression import Compression
 from winnowkv.cache.reading import prefill
-from winnowkv.engine.request import Claim, Completion, Event, Reason, Request
+from winnowkv.cache.reports import new_report
+from winnowkv.engine.admission import Admission
+from winnowkv.engine.request import Completion, Event, Request
 from winnowkv.engine.sampling import Sampling, check_whole, choose
+from winnowkv.engine.scheduler import Scheduler
 from winnowkv.engine.slots import Slots
-from winnowkv.engine.step import GREEDY, advance, drop_ended
+from winnowkv.engine.step import GREEDY, advance
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.memory.plan import LayerShape, Shape, need
+from winnowkv.memory.shape import shape_of
 from winnowkv.memory.sizes import read_size
 from winnowkv.models.info import end_tokens, position_limit, prompt_limit
-from winnowkv.policies import Policy, policy as make_policy
+from winnowkv.policies import Policy
 from winnowkv.prompt.chat import AnyPrompt, token_ids
-from winnowkv.prompt.task import TASKS, TaskProfile
-from winnowkv.report import Report
+from winnowkv.prompt.task import TaskProfile
 
 
 class Engine:
     """Answers many prompts at once with compressed caches. Every method may be called from any thread.
 
-    First come, first served: a prompt is read when the bytes of keys and values that it needs, while it is read and
+    First come, first served: a prompt is read as soon as the bytes of keys and values that it needs, while it is read and
     afterwards with all its new tokens, fit beside what is held. One prompt is read at a time.
 
     Parameters
     ----------
     model, policy, budget: as for :class:`CompactCache`.
-    tokenizer: reads prompts and writes text; policies that score by task or layout read prompts back with it.
-    kv_memory: most bytes of keys and values, as a number or ``"512MiB"``; None for no limit. What a layer's copy takes
-        while buffers grow or shrink comes on top, one layer at a time.
+    tokenizer: reads prompts and writes text; policies that score by task or structure decode prompts with it.
+    kv_memory: most bytes of keys and values, as a number or ``"512MiB"``; None for no limit. The copy of a layer that
+        exists while its buffers grow or shrink comes on top, one layer at a time.
     max_rows: most requests that decode together.
     prefill_chunk, prefill_ceiling: read prompts in chunks (:func:`winnowkv.cache.reading.prefill`).
     compile: compiled decode steps (:class:`Slots`); :meth:`warm_up` compiles them before the first request.
-    task: of all prompts that are submitted without one; None has each classified where the policy asks.
+    task: of all prompts that are submitted without one; None classifies each prompt, if the policy asks for a task.
 
     Raises
     ------
     PolicyError, BudgetError, ProfileError, UnsupportedModelError, InputError
-        At once, for what can serve no prompt.
+        At once, for settings that can serve no prompt.
 
     Examples
     --------
@@ -82,50 +81,53 @@ class Engine:
     ) -> None:
         check_whole("max_rows", max_rows, 1)
         if prefill_ceiling is not None and prefill_chunk is None:
-            raise InputError(f"prefill_ceiling={prefill_ceiling} is for what is held between chunks: give prefill_chunk, too")
+            raise InputError(f"prefill_ceiling={prefill_ceiling} limits what is held between chunks: give prefill_chunk, too")
         self.model, self.tokenizer = model, tokenizer
-        self.policy = policy if isinstance(policy, str) else policy.name
-        self.budget = Budget.of(budget)
-        self.kv_memory = None if kv_memory is None else read_size(kv_memory, "kv_memory")
+        limit = None if kv_memory is None else read_size(kv_memory, "kv_memory")
         self.max_rows = max_rows
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
         self._task, self._compile = task, compile
-        # Complain now about whatever would fail for every prompt.
-        CompactCache(model, policy, self.budget, task=TASKS[0] if task is None else task)
-        self._made = make_policy(policy).for_model(known(model))
-        self.ends = end_tokens(model, tokenizer)
-        self._slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
-        self._shape = shape_of(self._slots, model)
-        self._free = threading.Condition()  # its lock guards everything below
-        self._stepping = False  # one thread works with the model and the slots, outside the lock
-        self._waiting: deque[Request] = deque()
-        self._active: list[Request] = []  # in the order of the slots' rows
-        self._current: tuple[Request, CompactCache] | None = None  # being read, or waiting for a place in the slots
+        # Raises now what would be raised for every prompt.
+        self._compression = Compression.of(model, policy, budget, task, task_is_known=task is not None)
+        self.policy, self.budget = self._compression.asked, self._compression.budget
+        self.end_tokens = end_tokens(model, tokenizer)
+        slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
+        shape = shape_of(slots.layers, model)
+        self._admission = Admission(shape, self._compression, limit, prefill_chunk, prefill_ceiling)
+        self._scheduler = Scheduler(slots, self._admission, max_rows)
+
+    @property
+    def kv_memory(self) -> int | None:
+        """Most bytes of keys and values; None for no limit."""
+        return self._admission.kv_memory
 
     @property
     def waiting(self) -> int:
-        """Requests whose prompts were not begun."""
-        return len(self._waiting)
+        """Requests whose prompt no forward pass has begun to read."""
+        return self._scheduler.waiting
 
     @property
     def active(self) -> int:
-        """Requests that are being read or decode."""
-        return len(self._active) + (self._current is not None)
+        """Requests whose prompt is being read or that decode."""
+        return self._scheduler.active
 
     @property
     def held_bytes(self) -> int:
-        """Storage behind keys and values now."""
-        current = self._current
-        return self._slots.held_bytes + (0 if current is None else current[1].held_bytes)
+        """Storage of keys and values now."""
+        return self._scheduler.held_bytes
+
+    @property
+    def _slots(self) -> Slots:
+        return self._scheduler.slots
 
     def warm_up(self, prompt_tokens: int, new_tokens: int = 128) -> float:
         """Compile the steps of up to ``max_rows`` prompts of that length, as many as fit; returns the seconds it took."""
-        entries, room = [self.budget.entries(prompt_tokens)] * len(self._shape.compressed), new_tokens - 1
+        entries, room = self._admission.equal_entries(self.budget.entries(prompt_tokens)), new_tokens - 1
         rows = self.max_rows
         if self.kv_memory is not None:
             most = max(self.kv_memory // self._slots.bytes_alone(entries, room), 1)
             rows = max(size for size in self._slots.graph_rows(min(rows, most)) if size <= most)
-        with self._step():
+        with self._scheduler.turn():
             return self._slots.warm_up(rows, entries[0], room)
 
     def submit(self, prompt: AnyPrompt, sampling: Sampling = GREEDY, *, task: TaskProfile | str | None = None) -> Request:
@@ -136,7 +138,7 @@ class Engine:
         InputError
             For a prompt that is empty, too long, or can never fit into ``kv_memory``.
         BudgetError
-            Where the budget of a prompt of this length cannot hold sinks and recent window.
+            If the budget of a prompt of this length cannot hold sinks and recent window.
         """
         return self._submit(prompt, sampling, task, None)
 
@@ -145,36 +147,30 @@ class Engine:
     ) -> Request:
         ids = self._read_prompt(prompt, sampling)
         given = self._task if task is None else task
-        (profile,) = profiles(self.tokenizer, torch.tensor([ids]), None, given, self._made)
-        claim = self._claim(len(ids), sampling, self._made.for_task(profile))
-        if self.kv_memory is not None:
-            self._refuse(claim, len(ids), sampling)
-        made = {"tokenizer": self.tokenizer, "ends": self.ends, "device": self.model.device, "inbox": inbox}
-        request = Request(ids, sampling, profile, claim, Report(self.policy, self.budget.asked), **made)
-        with self._free:
-            self._waiting.append(request)
+        (profile,) = read_tasks(self.tokenizer, torch.tensor([ids]), None, given, self._compression.policy)
+        claim = self._admission.claim(len(ids), sampling, profile)
+        self._admission.check_alone(claim, len(ids), sampling, self._slots)
+        made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": self.model.device, "inbox": inbox}
+        request = Request(ids, sampling, profile, claim, new_report(self._compression), **made)
+        self._scheduler.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request now. Its row is free at once, or as soon as the forward pass that is running ends."""
-        with self._free:
-            if request.completion is not None:
-                return
-            if request in self._waiting:
-                self._waiting.remove(request)
-            request.end("cancelled")
-            if not self._stepping:
-                self._sweep()
+        self._scheduler.cancel(request)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Read the first waiting prompt if it fits, then do one decode step of all active requests; what came of it.
+        """Read the first waiting prompt if it fits, then do one decode step of all active requests; returns their events.
 
-        What a request cannot go on for ends it alone, and its last event says so. What no request is to blame for
-        is raised, and ends all that were in the forward pass.
+        An error that one prompt causes (a :class:`WinnowError` while it is read) ends that request alone, and its last
+        event holds it. Any other error is raised, and ends all requests that were in the forward pass.
         """
-        with self._step():
-            return [*self._admit(), *self._decode()]
+        with self._scheduler.turn():
+            events = self._prefill(self._scheduler.next_prompt())
+            events += self._scheduler.place()
+            events += self._decode(self._scheduler.rows())
+            return events
 
     def generate(
         self,
@@ -183,9 +179,9 @@ class Engine:
         *,
         task: TaskProfile | str | None = None,
     ) -> list[Completion]:
-        """Answer prompts, in their order; one sampling for all, or one for each.
+        """Answer prompts and return the completions in their order; one sampling for all, or one for each.
 
-        Nothing is read before all were accepted (:meth:`submit`). An exception, Ctrl-C included, cancels what is left.
+        No prompt is read before all were accepted (:meth:`submit`). An exception, Ctrl-C included, cancels what is left.
         """
         if isinstance(prompts, str):
             raise InputError("generate() takes a list of prompts: give [prompt]")
@@ -220,111 +216,41 @@ class Engine:
         finally:
             self.cancel(request)
 
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """The right to work with the model and the slots; what was cancelled meanwhile leaves at the end."""
-        with self._free:
-            self._free.wait_for(lambda: not self._stepping)
-            self._stepping = True
-        try:
-            yield
-        finally:
-            with self._free:
-                self._sweep()
-                self._stepping = False
-                self._free.notify()
-
-    def _sweep(self) -> None:
-        """Free what requests that have ended hold. Called with the lock."""
-        drop_ended(self._slots, self._active, lambda request: request.completion is not None)
-        if self._current is not None and self._current[0].completion is not None:
-            self._current = None
-
-    def _admit(self) -> list[Event]:
-        events = []
-        if (request := self._next()) is not None:
-            events += self._read(request)
-        return events + self._place()
-
-    def _next(self) -> Request | None:
-        """The first waiting request, if there is a row for it and it fits."""
-        with self._free:
-            self._sweep()
-            if self._current is not None or len(self._active) == self.max_rows or not self._waiting:
-                return None
-            return self._waiting.popleft() if self._fits(self._waiting[0].claim) else None
-
-    def _fits(self, claim: Claim) -> bool:
-        if self.kv_memory is None:
-            return True
-        if self._slots.held_bytes + claim.peak > self.kv_memory:
-            self._slots.trim()  # rows of requests that have ended
-        reading = self._slots.held_bytes + claim.peak
-        return max(reading, self._slots.bytes_with(claim.entries, claim.room)) <= self.kv_memory
-
-    def _read(self, request: Request) -> list[Event]:
-        """Read a prompt and choose the first token behind it."""
+    def _prefill(self, request: Request | None) -> list[Event]:
+        """Read a prompt into a cache and choose the first new token."""
+        if request is None:
+            return []
         request.started = time.perf_counter()
         try:
-            cache = CompactCache(self.model, self._made, self.budget, task=request.task, hold=False)
-            cache.report.policy = self.policy  # as it was asked: to look it up again takes longer than a decode step
-            request.report, self._current = cache.report, (request, cache)
-            (chosen,) = choose(self._prefilled(request, cache), [request.sampler])
+            cache = CompactCache(self.model, self._compression.policy, self.budget, task=request.task, hold=False)
+            cache.report.policy = self.policy  # as it was asked: looking it up again takes longer than a decode step
+            request.report = cache.report
+            self._scheduler.begin(request, cache)
+            chosen = choose(self._prompt_logits(request, cache), [request.sampler])
         except BaseException as error:
-            self._current = None
-            events = self._fail([request], error)
+            events = self._scheduler.fail_prompt(request, error)
             if isinstance(error, WinnowError):
                 return events
             raise
-        with self._free:
-            events = [] if request.completion is not None else [request.take(chosen)]
-            self._sweep()
-        return events
+        return self._scheduler.postprocess([request], chosen)
 
-    def _prefilled(self, request: Request, cache: CompactCache) -> Tensor:
+    def _prompt_logits(self, request: Request, cache: CompactCache) -> Tensor:
+        """Logits of the first new token, ``[1, vocabulary]``."""
         ids = torch.tensor([request.prompt], device=self.model.device)
         return prefill(self.model, ids, cache, chunk=self._chunk, ceiling=self._ceiling)
 
-    def _place(self) -> list[Event]:
-        """Give what was read its row. Layers that share a budget may need more than was claimed, and wait for it."""
-        if self._current is None:
-            return []
-        request, cache = self._current
-        entries = [layer.length for layer in cache.compact_layers]
-        if self.kv_memory is not None and self._slots.bytes_with(entries, request.claim.room) > self.kv_memory:
-            if self._active:
-                return []
-            self._current = None
-            least = max(request.claim.peak, self._slots.bytes_alone(entries, request.claim.room))
-            return self._fail([request], too_small(self.kv_memory, least, len(request.prompt), request.sampling))
-        self._slots.place(cache, request.claim.room)
-        with self._free:
-            self._active.append(request)
-            self._current = None
-        return []
-
-    def _decode(self) -> list[Event]:
-        """One forward pass for all rows."""
-        with self._free:
-            self._sweep()
-            active = list(self._active)
-        if not active:
+    def _decode(self, rows: list[Request]) -> list[Event]:
+        """One forward pass of all rows."""
+        if not rows:
             return []
         try:
-            chosen = advance(self._slots, [request.sampler for request in active])
+            chosen = advance(self._slots, [request.sampler for request in rows])
         except BaseException as error:
-            # Some layers may have the new tokens and some not: nothing can go on from there.
-            self._fail(active, error)
-            self._active.clear()
-            self._slots = Slots(self.model, compile=self._compile)
+            # Some layers may have the new tokens and some not: no row can go on from there.
+            self._scheduler.fail_rows(error)
+            self._scheduler.slots = Slots(self.model, compile=self._compile)
             raise
-        with self._free:
-            return [request.take(one) for request, one in zip(active, chosen, strict=True) if request.completion is None]
-
-    def _fail(self, requests: Sequence[Request], error: BaseException) -> list[Event]:
-        reason: Reason = "error" if isinstance(error, Exception) else "cancelled"
-        with self._free:
-            return [request.end(reason, error) for request in requests if request.completion is None]
+        return self._scheduler.postprocess(rows, chosen)
 
     def _read_prompt(self, prompt: AnyPrompt, sampling: Sampling) -> list[int]:
         """Token ids, checked against the model."""
@@ -341,46 +267,3 @@ class Engine:
                 f"{position_limit(self.model)} positions: shorten it or lower max_new_tokens"
             )
         return ids
-
-    def _claim(self, tokens: int, sampling: Sampling, policy: Policy) -> Claim:
-        """What a prompt needs. Raises BudgetError and InputError for a budget or for chunks that cannot serve it."""
-        peak = need(self._shape, policy, self.budget, tokens).peak
-        kept = self.budget.entries(tokens) if policy.evicts and tokens > policy.observe else tokens
-        if policy.per_head:  # heads of a layer are padded to the longest, which may be whole
-            peak = held_whole(self._shape, tokens, tokens)
-        if self._chunk is not None:
-            chunks = cut(policy, self.budget, tokens, self._chunk, self._ceiling)
-            kept = min(kept, chunks.most)
-            if len(chunks.sizes) > 1:  # all layers hold everything that is left until the last chunk
-                peak = held_whole(self._shape, chunks.most, self._chunk)
-        return Claim(peak, [kept] * len(self._shape.compressed), sampling.max_new_tokens - 1)
-
-    def _refuse(self, claim: Claim, tokens: int, sampling: Sampling) -> None:
-        """Raise InputError for what does not fit even alone."""
-        assert self.kv_memory is not None
-        least = max(claim.peak, self._slots.bytes_alone(claim.entries, claim.room))
-        if least > self.kv_memory:
-            raise too_small(self.kv_memory, least, tokens, sampling)
-
-
-def too_small(kv_memory: int, least: int, tokens: int, sampling: Sampling) -> InputError:
-    """What to say of a request that can never fit."""
-    return InputError(
-        f"a prompt of {tokens} tokens with {sampling.max_new_tokens} new ones needs {least} bytes of keys and values, "
-        f"kv_memory is {kv_memory}: give kv_memory={least} or more, a smaller budget, or lower max_new_tokens"
-    )
-
-
-def shape_of(slots: Slots, model: PreTrainedModel) -> Shape:
-    """What a plan needs to know of the model, from its layers."""
-    layers: Any = slots.layers
-    shapes = tuple(LayerShape(each.keys.shape[1], each.keys.shape[3], each.values.shape[3], each.window) for each in layers)
-    return Shape(shapes, layers[0].keys.itemsize, 0, position_limit(model), known(model))
-
-
-def held_whole(shape: Shape, entries: int, chunk: int) -> int:
-    """A prompt of which every layer holds so many entries, those that slide no more than their window and a chunk."""
-    return sum(
-        layer.kv_bytes(entries if layer.window is None else min(entries, layer.window + chunk), shape.itemsize)
-        for layer in shape.layers
-    )

@@ -1,4 +1,4 @@
-"""One request of an engine: its way from a prompt to a completion, token by token."""
+"""One request of an engine, from its prompt to its completion, token by token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import torch
 
-from winnowkv.engine.sampling import Logprob, Sampler, Sampling, TextStream
+from winnowkv.cache.reports import report_decode
+from winnowkv.engine.detokenizer import TextStream
+from winnowkv.engine.sampling import Logprob, Sampler, Sampling
 from winnowkv.errors import InputError
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.report import Report
 
 Reason = Literal["stop", "length", "cancelled", "error"]
-BROKEN = "the model's largest logit is not a finite number: load it in bfloat16 or float32"
+NOT_FINITE = "the model's largest logit is not a finite number: load it in bfloat16 or float32"
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,14 @@ class Completion:
 
     Attributes
     ----------
-    tokens: as they were chosen, an end token and those of a stop string included; ``text`` is without.
-    finish_reason: ``stop`` for an end token or a stop string, ``length`` for the most tokens asked, ``cancelled``, or
-        ``error``, which ``error`` names.
-    logprobs: of each token, where they were asked for.
-    report: what the prompt left in the cache.
-    queue_seconds, first_token_seconds: from submission until the prompt was begun and until the first token was there;
-        None where it never came to that.
+    tokens: all that were chosen, the end token and those of a stop string included.
+    text: of the tokens, without the end token and the stop string.
+    finish_reason: ``stop`` after an end token or a stop string, ``length`` after ``max_new_tokens``, ``cancelled``, or
+        ``error`` (see ``error``).
+    logprobs: of each token, if they were asked for.
+    report: what was kept of the prompt.
+    queue_seconds, first_token_seconds: from submission until the engine began to read the prompt, and until the first
+        token was chosen; None if the request ended before.
     """
 
     prompt_tokens: int
@@ -48,8 +51,8 @@ class Completion:
 class Event:
     """A new token of a request, or its end, or both.
 
-    ``text`` is what is final now and was not before: the pieces of a request make its text. ``token`` is None where
-    a request ends without one.
+    ``text`` is the text that became final with this event; a request's events joined give its text. ``token`` is None if
+    the request ends without one.
     """
 
     request: Request
@@ -61,7 +64,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Claim:
-    """The memory of one request: ``peak`` bytes while its prompt is read, then ``entries`` a layer, ``room`` for new tokens."""
+    """The memory that one request needs.
+
+    ``peak``: most bytes while its prompt is read. ``entries``: of each compressed layer afterwards. ``room``: entries of
+    new tokens.
+    """
 
     peak: int
     entries: list[int]
@@ -73,7 +80,7 @@ class Request:
 
     Attributes
     ----------
-    prompt: its token ids. sampling: as asked. completion: None until the request has ended.
+    prompt: its token ids. sampling: how it is continued. completion: None until the request has ended.
     """
 
     def __init__(
@@ -85,33 +92,33 @@ class Request:
         report: Report,
         *,
         tokenizer: Any,
-        ends: frozenset[int],
+        end_tokens: frozenset[int],
         device: torch.device,
         inbox: deque[Event] | None = None,
     ) -> None:
         self.prompt, self.sampling, self.task, self.claim, self.report = prompt, sampling, task, claim, report
         self.completion: Completion | None = None
         self.submitted, self.started, self.first = time.perf_counter(), 0.0, 0.0
-        self.ends = frozenset[int]() if sampling.ignore_eos else ends
-        self.sampler = Sampler(sampling, self.ends, device)
+        self.end_tokens = frozenset[int]() if sampling.ignore_eos else end_tokens
+        self.sampler = Sampler(sampling, self.end_tokens, device)
         self._text = TextStream(tokenizer, sampling.stop, sampling.min_new_tokens)
         self._logprobs: list[Logprob] = []
         self._inbox = inbox
 
     @property
     def tokens(self) -> list[int]:
-        """Chosen so far."""
+        """Those that were chosen so far."""
         return self.sampler.tokens
 
     def take(self, chosen: tuple[int, Logprob | None] | None) -> Event:
-        """Go on with a token that the request's sampler chose; None ends it with an error."""
+        """Continue with a token that the request's sampler chose; None ends the request with an error."""
         if chosen is None:
-            return self.end("error", InputError(BROKEN))
+            return self.end("error", InputError(NOT_FINITE))
         token, logprob = chosen
         self.first = self.first or time.perf_counter()
         if logprob is not None:
             self._logprobs.append(logprob)
-        ended = token in self.ends
+        ended = token in self.end_tokens
         piece = self._text.flush() if ended else self._text.push(token)
         if ended or self._text.stopped:
             return self._event(token, piece, logprob, self._complete("stop"))
@@ -121,13 +128,12 @@ class Request:
         return self._event(token, piece, logprob, self._complete("length"))
 
     def end(self, reason: Reason, error: BaseException | None = None) -> Event:
-        """End it without a token; what was held back of its text never comes."""
+        """End the request without a token; text that is held back is dropped."""
         return self._event(None, "", None, self._complete(reason, error))
 
     def _complete(self, reason: Reason, error: BaseException | None = None) -> Completion:
         now, steps = time.perf_counter(), max(len(self.tokens) - 1, 0)
-        self.report.decode_tokens = self.report.decode_entries = steps
-        self.report.decode_seconds = now - self.first if steps else 0.0
+        report_decode(self.report, steps, steps, now - self.first if steps else 0.0)
         self.completion = Completion(
             prompt_tokens=len(self.prompt),
             tokens=self.tokens,

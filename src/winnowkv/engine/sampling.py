@@ -1,4 +1,4 @@
-"""How a request's next token is chosen, and how its tokens become text: each by itself, whatever decodes beside it."""
+"""How a request's next token is chosen; a request's choices do not depend on the rows that decode with it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from transformers import (
 
 from winnowkv.errors import InputError
 
-COLDEST = 1e-6  # lower temperatures take logits out of float32's range
-SEEDS = 2**63
-HALF = "\ufffd"  # what a tokenizer makes of bytes that are no whole character, or not yet
-WINDOW = 16  # tokens that are decoded anew with each new one, about
+LOWEST_TEMPERATURE = 1e-6  # logits divided by less leave float32's range
+SEED_LIMIT = 2**63
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request is continued. Nothing of a model's generation config but its end tokens counts.
+    """How a request is continued. Of the model's generation config only the end tokens are used.
 
     Parameters
     ----------
     max_new_tokens: most tokens to generate.
-    min_new_tokens: so many come before a token or a string may end the request.
-    temperature: 0 takes the most likely token, above it tokens are drawn.
-    top_p: draw from the fewest tokens with that much probability. top_k: draw from so many tokens, 0 for all.
-    seed: of the draws; None for another one each time.
+    min_new_tokens: tokens that are generated before an end token or a stop string may end the request.
+    temperature: 0 takes the most likely token; above 0 tokens are drawn.
+    top_p: draw from the fewest tokens that have this much probability together.
+    top_k: draw from this many of the most likely tokens; 0 for all.
+    seed: of the draws; None for a new one each time.
     stop: strings that end the request; they are not part of its text.
-    logprobs: log probabilities of each token and of so many of the most likely ones; None for none.
-    ignore_eos: end tokens end nothing.
+    logprobs: return log probabilities of each token and of this many of the most likely ones; None for none.
+    ignore_eos: go on after end tokens.
 
     Raises
     ------
@@ -63,17 +62,19 @@ class Sampling:
         if self.logprobs is not None:
             check_whole("logprobs", self.logprobs, 0, ", or None for none")
         if self.seed is not None:
-            check_whole("seed", self.seed, 0, ", or None for another one each time")
-            if self.seed >= SEEDS:
+            check_whole("seed", self.seed, 0, ", or None for a new one each time")
+            if self.seed >= SEED_LIMIT:
                 raise InputError(f"seed={self.seed} is too large: give a number below 2**63")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: "
-                "lower the one or raise the other"
+                "lower the first or raise the second"
             )
         check_number("temperature", self.temperature)
-        if self.temperature != 0 and self.temperature < COLDEST:
-            raise InputError(f"temperature={self.temperature} must be 0 (the most likely token) or at least {COLDEST}")
+        if self.temperature != 0 and self.temperature < LOWEST_TEMPERATURE:
+            raise InputError(
+                f"temperature={self.temperature} must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}"
+            )
         check_number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p} must be above 0 and at most 1; 1 draws from all tokens")
@@ -82,23 +83,23 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(self.stop))
 
 
-def check_whole(name: str, value: Any, least: int, way_out: str = "") -> None:
-    """Raise InputError for what is no whole number of at least ``least``."""
+def check_whole(name: str, value: Any, least: int, hint: str = "") -> None:
+    """Raise InputError for a value that is not a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name}={value!r} must be a whole number of at least {least}{way_out}")
+        raise InputError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise InputError for what is no finite number."""
+    """Raise InputError for a value that is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{name}={value!r} must be a finite number")
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """Natural log probability of a token in the model's own distribution, before temperature and all else.
+    """Natural log probability of a token in the model's own distribution, before temperature, ``top_k`` and ``top_p``.
 
-    ``top``: the most likely tokens with theirs, best first.
+    ``top``: the most likely tokens and their log probabilities, most likely first.
     """
 
     token: int
@@ -107,24 +108,25 @@ class Logprob:
 
 
 class Sampler:
-    """Chooses the tokens of one request, with draws of its own.
+    """Chooses the tokens of one request, with a random generator of its own.
 
     Parameters
     ----------
-    sampling: what was asked. ends: tokens that end the request. device: of the logits.
+    sampling: how to choose. end_tokens: tokens that end the request. device: of the logits.
 
     Attributes
     ----------
     tokens: chosen so far.
     """
 
-    def __init__(self, sampling: Sampling, ends: Collection[int], device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, end_tokens: Collection[int], device: torch.device) -> None:
         self.tokens: list[int] = []
         self._sampling = sampling
         self._processors = LogitsProcessorList()
-        self._least = sampling.min_new_tokens if ends else 0
-        if self._least:
-            self._processors.append(MinNewTokensLengthLogitsProcessor(0, self._least, sorted(ends), device=str(device)))
+        self._min_tokens = sampling.min_new_tokens if end_tokens else 0
+        if self._min_tokens:
+            no_end = MinNewTokensLengthLogitsProcessor(0, self._min_tokens, sorted(end_tokens), device=str(device))
+            self._processors.append(no_end)
         self._generator: torch.Generator | None = None
         if sampling.temperature:
             self._processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -139,9 +141,9 @@ class Sampler:
                 self._generator.manual_seed(sampling.seed)
 
     def take(self, logits: Tensor, likeliest: int) -> tuple[int, Logprob | None]:
-        """The next token from its logits ``[1, vocabulary]``, of which one is known to be the largest."""
+        """Choose the next token from its logits ``[1, vocabulary]``; ``likeliest`` is the token with the largest logit."""
         token = likeliest
-        if self._generator is not None or len(self.tokens) < self._least:
+        if self._generator is not None or len(self.tokens) < self._min_tokens:
             before: Any = torch.tensor([self.tokens], dtype=torch.long, device=logits.device)
             scores: Any = logits.float()
             scores = self._processors(before, scores)
@@ -169,90 +171,3 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[tuple[int, Logpr
         sampler.take(logits[row : row + 1], token) if finite[row] else None
         for row, (sampler, token) in enumerate(zip(samplers, likeliest.tolist(), strict=True))
     ]
-
-
-class TextStream:
-    """Turns one request's tokens into text, piece by piece: what was handed out never changes.
-
-    Half a character is held back, and so is what may be the begin of a stop string.
-
-    Parameters
-    ----------
-    tokenizer: decodes; special tokens have no text.
-    stop: strings that end the text. least: tokens behind which they count; a string that ends before is text.
-
-    Attributes
-    ----------
-    stopped: whether a stop string was met.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), least: int = 0) -> None:
-        self.stopped = False
-        self._tokenizer, self._stop, self._least = tokenizer, stop, least
-        self._tokens: list[int] = []  # the last ones, decoded together, as a token's text may hang on those before it
-        self._clean = 0  # how many of them made whole characters when last seen
-        self._shown = 0  # characters of theirs that are in the text
-        self._count = 0
-        self._text = ""
-        self._given = 0
-
-    @property
-    def text(self) -> str:
-        """Everything that was handed out."""
-        return self._text[: self._given]
-
-    def push(self, token: int) -> str:
-        """Take the next token and hand out what is final."""
-        self._tokens.append(token)
-        self._count += 1
-        seen = len(self._text)
-        self._text += self._decoded()
-        if self._count > self._least and (end := self._end(seen)) is not None:
-            self.stopped, self._text = True, self._text[:end]
-            return self._give(len(self._text))
-        return self._give(len(self._text) - self._held())
-
-    def flush(self) -> str:
-        """Hand out what was held back: no token comes any more."""
-        if not self.stopped:
-            self._text += self._decode()[self._shown :]
-            self._tokens.clear()
-            self._shown = 0
-        return self._give(len(self._text))
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-
-    def _decoded(self) -> str:
-        """New whole characters."""
-        decoded = self._decode()
-        whole = decoded.rstrip(HALF)
-        new = whole[self._shown :]
-        self._shown = max(len(whole), self._shown)
-        if len(whole) == len(decoded):
-            self._cut()
-            self._clean = len(self._tokens)
-        return new
-
-    def _cut(self) -> None:
-        """Forget tokens where characters were whole before, or the rest would not read as it did."""
-        if len(self._tokens) <= WINDOW:
-            return
-        rest = self._tokens[self._clean :]
-        # Some tokenizers drop the blank in front of the first word: so there must be one.
-        if shown := len(self._tokenizer.decode(rest, skip_special_tokens=True)):
-            self._tokens, self._shown = rest, shown
-
-    def _end(self, seen: int) -> int | None:
-        """Where the text ends for a stop string that ends behind ``seen`` characters: the first to be complete."""
-        found = [(self._text.find(stop, max(seen + 1 - len(stop), 0)), stop) for stop in self._stop]
-        return min(((at + len(stop), at) for at, stop in found if at >= 0), default=(0, None))[1]
-
-    def _held(self) -> int:
-        """Characters at the end that may be the begin of a stop string."""
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self._text))
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(self._text[-n:]) for s in self._stop)), 0)
-
-    def _give(self, end: int) -> str:
-        begin, self._given = self._given, max(end, self._given)
-        return self._text[begin : self._given]

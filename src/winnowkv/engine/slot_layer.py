@@ -1,12 +1,12 @@
 """One layer of compact slots: a row for each request, written in place.
 
-With cache.py, layer.py, slots.py and attention.py the only files that know the internals of transformers.
+Knows the internals of transformers (its cache layers), as do slots.py, cache/ and attention/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,49 +17,72 @@ from winnowkv.engine.compiled import any_size
 from winnowkv.types import Valid
 
 
+class Span(NamedTuple):
+    """What an eager step of one layer attends to; worked out once a step, because update and mask both need it.
+
+    Attributes
+    ----------
+    columns: from the left, the new token's included: those that the longest row uses.
+    even: whether all of these count in every row, so that attention needs no mask.
+    new: the column of the new token, if it is the same in every row and the rows are even; None otherwise. A copy into one
+        column takes a fifth of the time that indices take.
+    """
+
+    columns: int
+    even: bool
+    new: int | None
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[rows, Hkv, columns, D]``; ``valid`` ``[rows, 1 or Hkv, columns]`` says which count.
 
-    A sliding-window layer (``window`` tokens, None for full attention) is a ring: token ``t`` lies in column ``t % window``.
+    A sliding-window layer (of ``sliding_window`` tokens; None for full attention) is a ring: token ``t`` lies in column
+    ``t % sliding_window``.
+
+    Attributes
+    ----------
+    rows, new_columns: row numbers 0, 1, 2, ... and the column of each row's new token: indices to write with. Set by
+        the slots, which fill the same tensors before each step, because CUDA graphs read from fixed addresses.
+    span: what an eager step attends to. None if the step is compiled: attention then goes over all rows and columns, so
+        that shapes stay the same, and nothing else here changes from step to step.
     """
 
     keys: Tensor
     values: Tensor
     valid: Tensor
+    rows: Tensor
+    new_columns: Tensor
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, sliding_window: int | None) -> None:
         super().__init__()
-        self.window = window
-        self.is_sliding = window is not None
-        self.static = False  # whether attention goes over all columns, so that no shape ever changes
-        self.used = 0  # columns that attention goes over, the coming token's included
-        self.even = False  # whether all of them count in every row
-        self.column: int | None = None  # where the coming token of every row lies, if that is one and the same
-        self._unsaid = 0  # columns, from the left, that count in every row though ``valid`` does not say so of all yet
-        self.rows: Tensor  # 0, 1, 2, ...
-        self.at: Tensor  # the column of each row's coming token
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None  # read by transformers
+        self.span: Span | None = None
+        # A step of even rows does not read ``valid``, so it does not write it either: this many columns, from the left, count
+        # in every row and have to be flagged before ``valid`` is read or changed.
+        self._unflagged = 0
 
     @property
     def held_bytes(self) -> int:
-        """Storage behind keys, values and mask."""
+        """Storage of keys, values and flags."""
         if not self.is_initialized:
             return 0
         return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values, self.valid))
 
     @property
     def column_bytes(self) -> int:
-        """Most bytes of one column of one row: key, value and a flag for each KV head."""
+        """Most bytes of one column of one row: a key, a value and a flag for each KV head."""
         return self.keys.shape[1] * (1 + sum(part.shape[3] * part.itemsize for part in (self.keys, self.values)))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start without a row, with the heads, sizes and dtype of these."""
+        """Start without rows, with the heads, sizes and dtype of these keys and values."""
         self.keys = key_states.new_zeros(0, key_states.shape[1], 0, key_states.shape[3])
         self.values = value_states.new_zeros(0, value_states.shape[1], 0, value_states.shape[3])
         self.valid = key_states.new_zeros(0, 1, 0, dtype=torch.bool)
         self.is_initialized = True
 
     def resize(self, rows: int, columns: int) -> None:
-        """So many rows and columns; what lies in both the old and the new ones stays."""
+        """Change to this many rows and columns; entries that lie in the old and the new ones stay."""
 
         def resized(buffer: Tensor) -> Tensor:
             fresh = buffer.new_zeros(rows, buffer.shape[1], columns, *buffer.shape[3:])
@@ -72,88 +95,93 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values, self.valid = resized(self.keys), resized(self.values), resized(self.valid)
 
     def any_size(self) -> None:
-        """Tell ``torch.compile`` that rows, where there are several, and columns may change."""
+        """Tell ``torch.compile`` that rows, if there are several, and columns may change."""
         for buffer in (self.keys, self.values, self.valid):
             any_size(buffer)
-            if self.window is None:
+            if self.sliding_window is None:
                 torch._dynamo.maybe_mark_dynamic(buffer, 2)
-        any_size(self.rows, self.at)
+        any_size(self.rows, self.new_columns)
 
     def write(self, row: int, keys: Tensor, values: Tensor, valid: Valid | None, columns: Tensor | None = None) -> None:
-        """Put entries ``[1, Hkv, n, D]`` into a row, from the left or at these columns; nothing else in it counts."""
-        self._say()
+        """Put entries ``[1, Hkv, n, D]`` into a row, from the left or at these columns; no other column of it counts."""
+        self._write_flags()
         heads = 1 if valid is None else valid.shape[1]
         if heads > self.valid.shape[1]:
             self.valid = self.valid.repeat(1, heads, 1)
         for buffer in (self.keys, self.values, self.valid):
-            buffer[row] = 0  # what a request before it left may be no number, and that times zero is none either
+            buffer[row] = 0  # an earlier request may have left NaN, and NaN times a weight of zero is NaN
         place = slice(0, keys.shape[2]) if columns is None else columns
         self.keys[row, :, place], self.values[row, :, place] = keys[0], values[0]
         self.valid[row, :, place] = True if valid is None else valid[0]
 
     def take(self, row: int, layer: Any, seen: int) -> None:
-        """Put a cache's layer of one request, which has seen so many tokens, into a row; it is empty after."""
-        if self.window is None:
+        """Move a cache's layer of one request, which has ``seen`` so many tokens, into a row; the layer is empty afterwards."""
+        if self.sliding_window is None:
             keys, values = layer.entries_in_use()
             self.write(row, keys, values, None if layer.valid is None else layer.valid[..., : layer.length])
             layer.reset()
             return
-        keys, values = layer.keys[:, :, 1 - self.window :], layer.values[:, :, 1 - self.window :]
-        self.write(row, keys, values, None, torch.arange(seen - keys.shape[2], seen, device=keys.device) % self.window)
-        layer.keys = layer.values = None  # the framework's reset would write zeros into what others may share
+        keys, values = layer.keys[:, :, 1 - self.sliding_window :], layer.values[:, :, 1 - self.sliding_window :]
+        tokens = torch.arange(seen - keys.shape[2], seen, device=keys.device)
+        self.write(row, keys, values, None, tokens % self.sliding_window)
+        layer.keys = layer.values = None  # transformers' reset would write zeros into storage that others may share
         layer.is_initialized = False
 
     def move(self, source: int, target: int) -> None:
-        """Put one row over another."""
+        """Copy one row over another."""
         for buffer in (self.keys, self.values, self.valid):
             buffer[target] = buffer[source]
 
-    def cut(self, at: Sequence[int]) -> None:
-        """Let attention go no further than the longest row, whose coming tokens lie at these columns (of a ring, would)."""
-        longest = at if self.window is None else [min(column, self.window - 1) for column in at]
-        self.used = max(longest) + 1
-        self.even = min(longest) == max(longest) and self.valid.shape[1] == 1
-        same = self.even and min(at) == max(at) and not self.static
-        self.column = (at[0] if self.window is None else at[0] % self.window) if same else None
-        if self.column is None:
-            self._say()
+    def plan_step(self, new: Sequence[int]) -> bool:
+        """Set ``span`` for an eager step; True if the step writes with ``new_columns``.
 
-    def _say(self) -> None:
-        """Bring ``valid`` up to date."""
-        if self._unsaid:
-            self.valid[: len(self.rows), :, : self._unsaid] = True
-            self._unsaid = 0
+        ``new``: each row's new column in a full-attention layer, each row's new position in a sliding-window layer.
+        """
+        window = self.sliding_window
+        last = new if window is None else [min(position, window - 1) for position in new]
+        even = min(last) == max(last) and self.valid.shape[1] == 1
+        same = even and min(new) == max(new)
+        column = new[0] if window is None else new[0] % window
+        self.span = Span(max(last) + 1, even, column if same else None)
+        if not same:
+            self._write_flags()
+        return not same
+
+    def _write_flags(self) -> None:
+        if self._unflagged:
+            self.valid[: len(self.rows), :, : self._unflagged] = True
+            self._unflagged = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row and return all entries in use."""
-        rows = len(self.rows)
-        if self.column is not None:  # a fifth of the time that indices take; nobody asks ``valid`` now
+        """Write one token a row, ``[rows, Hkv, 1, D]``; returns keys and values of all columns that attention goes over."""
+        rows, span = len(self.rows), self.span
+        if span is not None and span.new is not None:
             keys, values = self.keys, self.values
             if rows < keys.shape[0]:
                 keys, values = keys[:rows], values[:rows]
-            keys.select(2, self.column).copy_(key_states.select(2, 0))
-            values.select(2, self.column).copy_(value_states.select(2, 0))
-            self._unsaid = self.used
-            return keys.narrow(2, 0, self.used), values.narrow(2, 0, self.used)
-        self.keys[self.rows, :, self.at] = key_states[:, :, 0]
-        self.values[self.rows, :, self.at] = value_states[:, :, 0]
-        self.valid[self.rows, :, self.at] = True
-        if self.static:
-            return self.keys[:, :, :], self.values[:, :, :]  # views: attention tags what it gets
-        return self.keys[:rows, :, : self.used], self.values[:rows, :, : self.used]
+            keys.select(2, span.new).copy_(key_states.select(2, 0))
+            values.select(2, span.new).copy_(value_states.select(2, 0))
+            self._unflagged = span.columns
+            return keys.narrow(2, 0, span.columns), values.narrow(2, 0, span.columns)
+        self.keys[self.rows, :, self.new_columns] = key_states[:, :, 0]
+        self.values[self.rows, :, self.new_columns] = value_states[:, :, 0]
+        self.valid[self.rows, :, self.new_columns] = True
+        if span is None:
+            return self.keys[:, :, :], self.values[:, :, :]  # views, because attention's tag is set on what it gets
+        return self.keys[:rows, :, : span.columns], self.values[:rows, :, : span.columns]
 
     def counting(self) -> Valid | None:
-        """Which of the entries in use count; None where all do."""
-        if self.static:
+        """Which of the columns that attention goes over count, ``[rows, 1 or Hkv, columns]``; None if all do."""
+        if self.span is None:
             return self.valid
-        return None if self.even else self.valid[: len(self.rows), :, : self.used]
+        return None if self.span.even else self.valid[: len(self.rows), :, : self.span.columns]
 
     def get_seq_length(self) -> int:
-        """Nothing: rows differ, and positions are told."""
+        """0: rows differ in length, and positions are passed to the model."""
         return 0
 
     def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
-        """Our mark; there is no mask of the framework's."""
+        """The offset by which the mask socket recognizes slots: it makes no mask for them."""
         return 1, SLOT_OFFSET
 
     def get_max_length(self) -> int:

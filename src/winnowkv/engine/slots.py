@@ -1,8 +1,7 @@
 """Compact slots: the caches of several requests side by side, in place; one forward pass is one decode step of all.
 
-Nothing is concatenated and nothing gathered while tokens are generated: a new entry is written into its column, and
-the mask is what the columns say. With cache.py, layer.py, slotlayer.py and attention.py the only files that know the
-internals of transformers.
+No tensor is concatenated or gathered while tokens are generated: a new entry is written into its column, and flags of the
+columns make the mask. Knows the internals of transformers (its ``Cache``), as do slot_layer.py, cache/ and attention/.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from winnowkv.attention.hooks import TAG, acquire, release
+from winnowkv.attention.hooks import Observer, acquire, release, tag_keys
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
@@ -29,25 +28,24 @@ from winnowkv.engine.slot_layer import SlotLayer
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.types import Padding, Valid
 
-BLOCK = 64  # columns added where generation outlives its room
-BUCKET = 128  # fewest columns of a graph of one shape; see bucket()
-STEP = 16  # columns of a graph of any shape are a multiple: whole vectors
+DECODE_BLOCK = 64  # columns added when a request has filled its room
+MIN_GRAPH_COLUMNS = 128  # fewest columns of a graph that serves one shape only; see bucket()
+GRAPH_COLUMN_STEP = 16  # columns of a graph that serves any shape are a multiple of this: whole vectors
 
 
 class Slots(Cache):
     """The compact caches of several requests side by side; one forward pass is one decode step of all of them.
 
-    While it lives the model's attention goes through ours. Not thread-safe.
+    While this object lives the model's attention goes through ours. Not thread-safe.
 
     Parameters
     ----------
     model: the model of all caches that will be placed.
     compile: run the step through ``torch.compile``, on a GPU recorded as a CUDA graph. On the CPU two graphs serve all
         sizes; elsewhere rows and columns, equally many for all full-attention layers, come from short lists, so that few
-        graphs serve all. Where the model cannot be compiled one warning names the cause, and steps are eager
-        from then on.
-    like: a cache of the model that a prompt was read into, which shows what its layers are made of. Without one a run
-        of two tokens shows it.
+        graphs serve all. If the model cannot be compiled one warning names the cause, and steps are eager from then on.
+    like: a cache of the model that a prompt was read into, whose layers show heads, sizes and dtype. Without one, two
+        tokens are read to see them.
 
     Attributes
     ----------
@@ -65,21 +63,21 @@ class Slots(Cache):
         if like is None:  # config fields differ from model to model
             like = CompactCache(model, "full", 1)
             prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), like)
-        known, made = [*like.compact_layers, *like.sliding_layers], list[Any](like.layers)
-        for index, layer in enumerate(made):
-            if layer not in known:
+        supported, given = [*like.compact_layers, *like.sliding_layers], list[Any](like.layers)
+        for index, layer in enumerate(given):
+            if layer not in supported:
                 raise UnsupportedModelError(
                     f"slots serve full attention and sliding windows, layer {index} is a {type(layer).__name__}"
                 )
-        self._each = [SlotLayer(getattr(layer, "sliding_window", None)) for layer in made]
+        self._each = [SlotLayer(getattr(layer, "sliding_window", None)) for layer in given]
         super().__init__(layers=list(self._each))
-        for mine, theirs in zip(self._each, made, strict=True):
+        for mine, theirs in zip(self._each, given, strict=True):
             mine.lazy_initialization(theirs.keys, theirs.values)
-            mine.static = compile
         self.model = model
-        self._full = sum(layer.window is None for layer in self._each)
+        self._static = compile  # whether steps go over whole buffers; stays so if compiling fails
+        self._full = sum(layer.sliding_window is None for layer in self._each)
         self._requests: list[_Request] = []
-        self._columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
+        self._new_columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
         self._compiled = compiled(model) if compile else None
         self._recorded = Recorded() if compile and model.device.type == "cuda" else None
         # On the CPU a graph of one row and one of several serve any sizes, as fast; a CUDA graph is of one shape.
@@ -97,15 +95,15 @@ class Slots(Cache):
 
     @property
     def held_bytes(self) -> int:
-        """Storage behind all buffers."""
+        """Storage of all buffers."""
         return sum(layer.held_bytes for layer in self._each)
 
     def bytes_with(self, entries: Sequence[int], room: int) -> int:
-        """Most that is held with one request more: its ``entries`` of each full-attention layer, ``room`` for more."""
+        """Bytes with one more request: its ``entries`` of each full-attention layer, and ``room`` for new tokens."""
         return self._bytes([*self._requests, _Request(list(entries), room)])
 
     def bytes_alone(self, entries: Sequence[int], room: int) -> int:
-        """The same for that request by itself."""
+        """Bytes of that request alone."""
         return self._bytes([_Request(list(entries), room)])
 
     def _bytes(self, requests: Sequence[_Request]) -> int:
@@ -113,14 +111,14 @@ class Slots(Cache):
         return sum(rows * columns * layer.column_bytes for layer, (rows, columns) in zip(self._each, shapes, strict=True))
 
     def place(self, cache: CompactCache, room: int) -> None:
-        """Take over a request whose prompt was read, as the last row, layer by layer; the cache's layers are empty after.
+        """Move a request whose prompt was read into a new last row, layer by layer; the cache is empty afterwards.
 
         Raises CacheError for a cache of another model, of several rows, or with a decode budget.
         """
         self.place_all([cache], room)
 
     def place_all(self, caches: Sequence[CompactCache], room: int) -> None:
-        """The same for several, whose rows the buffers grow by only once; where one is refused none is taken."""
+        """The same for several, for which buffers grow only once; if one is refused none is taken."""
         for cache in caches:
             self._check(cache)
         first = self.rows
@@ -131,7 +129,7 @@ class Slots(Cache):
             mine.resize(*shape)
             for row, cache in enumerate(caches, first):
                 mine.take(row, cache.layers[index], self._requests[row].seen)
-        self._point()
+        self._set_indices()
 
     def _check(self, cache: CompactCache) -> None:
         rows = len(cache.compact_layers[0].pads)
@@ -141,7 +139,7 @@ class Slots(Cache):
             raise CacheError(f"a slot takes one request, the cache has {rows} rows: read prompts one by one")
         if cache.decode_budget is not None:
             raise CacheError(
-                f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without"
+                f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without one"
             )
 
     def drop(self, row: int) -> None:
@@ -153,22 +151,22 @@ class Slots(Cache):
             self._requests[row] = self._requests[last]
         self._requests.pop()
         if self._requests:
-            self._point()
+            self._set_indices()
         else:
             self.trim()
 
     def trim(self) -> None:
-        """Give back the storage of rows and columns that no request needs."""
+        """Free the storage of rows and columns that no request needs."""
         for layer, shape in zip(self._each, self._shapes(self._requests), strict=True):
             layer.resize(*shape)
-        self._point()
+        self._set_indices()
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Read each row's newest token ``[rows]``; the logits of what follows, ``[rows, vocabulary]``."""
+        """Read each row's newest token ``[rows]``; returns the logits of the next ones, ``[rows, vocabulary]``."""
         full = [request for request in self._requests if request.generated == request.room]
         for request in full:
-            request.room += BLOCK
+            request.room += DECODE_BLOCK
         if full:
             self.trim()
         self._prepare()
@@ -178,12 +176,12 @@ class Slots(Cache):
         return logits
 
     def warm_up(self, rows: int, entries: int, room: int) -> float:
-        """Compile the steps of up to ``rows`` requests with so many entries and new tokens; returns the seconds.
+        """Compile the steps of up to ``rows`` requests of ``entries`` and ``room`` new tokens; returns the seconds it took.
 
         Raises CacheError while requests are placed.
         """
         if self._requests:
-            raise CacheError(f"{self.rows} requests are placed: warm up before the first, or when all are done")
+            raise CacheError(f"{self.rows} requests are placed: warm up before the first, or after the last has ended")
         begin = time.perf_counter()
         for size in self.graph_rows(rows):
             self._requests = [_Request([entries] * self._full, room, entries) for _ in range(size)]
@@ -194,75 +192,74 @@ class Slots(Cache):
         return time.perf_counter() - begin
 
     def graph_rows(self, rows: int) -> list[int]:
-        """Row counts, ascending, whose graphs serve up to ``rows`` requests of equal columns."""
+        """Row counts, ascending, whose graphs serve 1 to ``rows`` requests that have equally many columns."""
         return sorted({1, rows} if self._flexible else {row_bucket(count) for count in range(1, rows + 1)})
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; the keys returned carry a tag by which attention finds its way back here."""
+        """Store new keys and values; the keys returned carry a tag by which attention finds this object."""
         keys, values = self._each[layer_idx].update(key_states, value_states)
-        setattr(keys, TAG, (self, layer_idx))
-        return keys, values
+        return tag_keys(keys, self, layer_idx), values
 
-    def validity(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
-        """Which entries of a layer count, ``[rows, 1 or Hkv, columns]``, None where all do. Called before attention."""
+    def valid_entries(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
+        """Which entries of a layer count, ``[rows, 1 or Hkv, columns]``; None if all do. Called before attention."""
         return self._each[layer_idx].counting()
 
-    def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
-        """Nothing is scored while tokens are generated. Called after attention."""
+    def observer(self, layer_idx: int) -> Observer | None:
+        """None: nothing is scored while tokens are generated."""
+        return None
 
     def _shapes(self, requests: Sequence[_Request]) -> list[tuple[int, int]]:
         """Rows and columns of each layer's buffers."""
         rows, full = len(requests), range(self._full)
         columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
         if self._flexible:
-            columns = [-(-count // STEP) * STEP for count in columns]
-        elif self._each[0].static:
+            columns = [-(-count // GRAPH_COLUMN_STEP) * GRAPH_COLUMN_STEP for count in columns]
+        elif self._static:
             rows, columns = row_bucket(rows), [bucket(max(columns))] * self._full
         each = iter(columns)
-        return [(rows, next(each) if layer.window is None else layer.window) for layer in self._each]
+        return [(rows, next(each) if layer.sliding_window is None else layer.sliding_window) for layer in self._each]
 
-    def _point(self) -> None:
+    def _set_indices(self) -> None:
         """Give the layers the tensors that say where new entries go; compiled steps need the same ones each time."""
-        rows = self._each[0].keys.shape[0] if self._each[0].static else self.rows
-        if self._columns.shape[1] != rows:
-            self._columns = self._columns.new_zeros(len(self._each), rows)
-            numbers = torch.arange(rows, device=self._columns.device)
-            for layer, columns in zip(self._each, self._columns, strict=True):
-                layer.rows, layer.at = numbers, columns
+        rows = self._each[0].keys.shape[0] if self._static else self.rows
+        if self._new_columns.shape[1] != rows:
+            self._new_columns = self._new_columns.new_zeros(len(self._each), rows)
+            numbers = torch.arange(rows, device=self._new_columns.device)
+            for layer, columns in zip(self._each, self._new_columns, strict=True):
+                layer.rows, layer.new_columns = numbers, columns
         if self._flexible:
             for layer in self._each:
                 layer.any_size()
 
     def _prepare(self) -> None:
-        """Say where each row's coming entry goes."""
-        columns, compact, positions = [], 0, self.positions
+        """Work out where each row's new entry goes, and write it to the layers' indices if one reads them."""
+        columns, compact, positions, indexed = [], 0, self.positions, self._static
         for layer in self._each:
-            if layer.window is None:
-                at = [request.entries[compact] + request.generated for request in self._requests]
+            if layer.sliding_window is None:
+                new = at = [request.entries[compact] + request.generated for request in self._requests]
                 compact += 1
-                layer.cut(at)
             else:
-                at = [seen % layer.window for seen in positions]
-                layer.cut(positions)
+                new, at = positions, [seen % layer.sliding_window for seen in positions]
+            if not self._static:
+                indexed |= layer.plan_step(new)
             columns.append(at)
-        if all(layer.column is not None for layer in self._each):
-            return
-        beyond = self._columns.shape[1] - self.rows  # rows of a compiled step that nobody reads
-        self._columns.copy_(torch.tensor([at + [0] * beyond for at in columns]), non_blocking=True)
+        if indexed:
+            unused = self._new_columns.shape[1] - self.rows  # rows of a compiled step that hold no request
+            self._new_columns.copy_(torch.tensor([at + [0] * unused for at in columns]), non_blocking=True)
 
     def _run(self, tokens: Tensor) -> Tensor:
-        """One forward pass, compiled where that works."""
-        beyond = self._columns.shape[1] - self.rows
-        places = torch.tensor([*self.positions, *[0] * beyond]).to(tokens.device, non_blocking=True)
-        inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, beyond))[:, None], "position_ids": places[:, None]}
+        """One forward pass, compiled if that works."""
+        unused = self._new_columns.shape[1] - self.rows
+        positions = torch.tensor([*self.positions, *[0] * unused]).to(tokens.device, non_blocking=True)
+        inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, unused))[:, None], "position_ids": positions[:, None]}
         if self._flexible:
             any_size(*inputs.values())
         if (compiled := self._compiled) is not None:
             try:
                 step = partial(self._forward, compiled)
-                return step(**inputs) if self._recorded is None else self._recorded(step, self._where(), inputs)
+                return step(**inputs) if self._recorded is None else self._recorded(step, self._addresses(), inputs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 cause = str(error).strip().splitlines()[0]
                 warnings.warn(f"{type(self.model).__name__} cannot be compiled ({cause}): decode steps are eager", stacklevel=3)
@@ -272,18 +269,18 @@ class Slots(Cache):
     def _forward(self, model: Callable[..., Any], **inputs: Tensor) -> Tensor:
         return model(**inputs, past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def _where(self) -> Hashable:
-        """Where the buffers lie, and their shapes: what a recorded step must find again."""
+    def _addresses(self) -> Hashable:
+        """Addresses and shapes of all buffers, for which a recorded step is valid."""
         buffers = (part for layer in self._each for part in (layer.keys, layer.values, layer.valid))
-        pointers = (self._columns, self._each[0].rows)
-        return tuple((part.data_ptr(), part.shape) for part in (*pointers, *buffers))
+        indices = (self._new_columns, self._each[0].rows)
+        return tuple((part.data_ptr(), part.shape) for part in (*indices, *buffers))
 
 
 @dataclass
 class _Request:
     """What a row needs: its prompt's ``entries`` of each full-attention layer, ``room`` for new tokens.
 
-    ``seen``: tokens that it had seen when it was placed; ``generated``: those since.
+    ``seen``: tokens read before it was placed; ``generated``: tokens read since.
     """
 
     entries: list[int]
@@ -293,15 +290,15 @@ class _Request:
 
 
 def bucket(columns: int) -> int:
-    """The smallest of 128, 192, 256, 320, ... 512, 640, ... 1024, 1280, ... that is no smaller; 0 for none."""
-    if columns <= BUCKET:
-        return BUCKET if columns else 0
-    step = max(BLOCK, 1 << (columns - 1).bit_length() - 3)  # a quarter of the power of two below
+    """The smallest of 128, 192, 256, 320, ... 512, 640, ... 1024, 1280, ... that is not smaller; 0 for 0."""
+    if columns <= MIN_GRAPH_COLUMNS:
+        return MIN_GRAPH_COLUMNS if columns else 0
+    step = max(DECODE_BLOCK, 1 << (columns - 1).bit_length() - 3)  # a quarter of the power of two below
     return -(-columns // step) * step
 
 
 def row_bucket(rows: int) -> int:
-    """The smallest of 1, 2, 4, 8, 12, 16, 24, 32, 48, ... that is no smaller; 0 for none."""
+    """The smallest of 1, 2, 4, 8, 12, 16, 24, 32, 48, ... that is not smaller; 0 for 0."""
     if not rows:
         return 0
     power = 1 << (rows - 1).bit_length()

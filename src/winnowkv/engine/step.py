@@ -1,4 +1,4 @@
-"""Rows that decode together in slots: what the engine and evaluation share, and greedy answers of many caches."""
+"""Decode steps of rows in slots, shared by engine and evaluation, and greedy answers from many caches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling, choose
-from winnowkv.engine.slots import BLOCK, Slots
+from winnowkv.engine.slots import DECODE_BLOCK, Slots
 
 GREEDY = Sampling()
 Row = TypeVar("Row")
 
 
 def advance(slots: Slots, samplers: Sequence[Sampler]) -> list[tuple[int, Logprob | None] | None]:
-    """One decode step of all rows: what each row's sampler chooses behind its newest token, as :func:`choose` says it."""
+    """One decode step of all rows: each row's next token, chosen by its sampler, as :func:`choose` returns it."""
     newest = torch.tensor([sampler.tokens[-1] for sampler in samplers], device=slots.model.device)
     return choose(slots.step(newest), samplers)
 
@@ -35,14 +35,14 @@ def drop_ended(slots: Slots, rows: list[Row], ended: Callable[[Row], bool]) -> N
 def greedy_rows(
     caches: Sequence[CompactCache], logits: Tensor, limit: int, done: Callable[[list[int]], bool]
 ) -> list[list[int] | None]:
-    """Most likely tokens behind every cache, decoded together; a row that ends leaves its slot at once.
+    """The most likely tokens that continue each cache, decoded together; a row that ends frees its slot at once.
 
     Parameters
     ----------
-    caches: at least one, of one model and one request each. Those that go on are empty after.
+    caches: at least one, of one model and one request each; empty afterwards, but for rows that end with their first token.
     logits: of each request's latest token, ``[B, vocabulary]``.
     limit: most tokens of a row, at least 1.
-    done: told a row's tokens after each new one; True ends the row, the token included.
+    done: called with a row's tokens after each new one; True ends the row, which keeps the token.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def greedy_rows(
     Raises
     ------
     CacheError
-        For what slots do not take: a cache of another model, of several rows or with a decode budget.
+        For a cache that slots do not take: of another model, of several rows or with a decode budget.
     """
     samplers = [Sampler(GREEDY, (), logits.device) for _ in caches]
     rows: list[list[int] | None] = [sampler.tokens for sampler in samplers]
@@ -68,7 +68,7 @@ def greedy_rows(
     take(range(len(rows)), choose(logits, samplers))
     active = [row for row in range(len(rows)) if not ended[row]]
     slots = Slots(caches[0].model, like=caches[0])
-    slots.place_all([caches[row] for row in active], min(limit - 1, BLOCK))
+    slots.place_all([caches[row] for row in active], min(limit - 1, DECODE_BLOCK))
     while active:
         take(active, advance(slots, [samplers[row] for row in active]))
         drop_ended(slots, active, ended.__getitem__)

@@ -1,4 +1,4 @@
-"""Evaluation. Importing it tells lm-evaluation-harness, where that is installed, of the model ``winnow``."""
+"""Evaluation. Importing it registers the model ``winnow`` with lm-evaluation-harness, if that is installed."""
 
 from contextlib import suppress
 

@@ -1,11 +1,12 @@
-"""What is compared: settings, each a policy and a budget; one recorded prefill serves them all."""
+"""Settings to compare, each a policy and a budget: one recorded prefill of a prompt serves all of them."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,23 +16,24 @@ from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import extend, prefill
 from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies import Policy, policy as make_policy
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import Policy, PromptInfo, policy as make_policy
 from winnowkv.prompt.task import TaskProfile
 
-PADDED = 3.0  # a batch holds at most so many times its shortest cache's entries a row; a step costs little more for them
+# A padded row of a batch holds at most this many times the entries of the batch's shortest cache. Padding costs little time.
+MAX_PADDING_RATIO = 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A policy spec and a budget, as they were asked."""
+    """A policy spec and a budget, as the user wrote them."""
 
     policy: str
     budget: Asked
 
     @property
     def key(self) -> tuple[str, str, Asked]:
-        """What tells two settings apart: 1 entry and the fraction 1.0 are two budgets."""
+        """The identity of a setting: 1 entry and the fraction 1.0 are two budgets."""
         return self.policy, *Budget(self.budget).key
 
     def __eq__(self, other: object) -> bool:
@@ -43,10 +45,10 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What a setting kept of one prompt: its cache, or why it has none; and what its answer begins from.
+    """What a setting kept of one prompt: its cache, or the reason why it has none; and what its answer begins from.
 
-    ``logits`` ``[1, V]`` are the prompt's last; ``question`` is what is read into the compressed cache before
-    the answer, empty where it was part of the prompt.
+    ``logits`` ``[1, V]`` are those of the prompt's last token; ``question`` holds the token ids that are read into the
+    compressed cache before the answer, empty if they were part of the prompt.
     """
 
     setting: Setting
@@ -58,7 +60,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens of an answer, None where a logit was not a number; seconds and steps are those of the batch it was in."""
+    """Tokens of an answer, None if a logit was not a number; seconds and steps are those of its whole batch."""
 
     tokens: list[int] | None
     seconds: float
@@ -67,17 +69,19 @@ class Answer:
 
 
 def settings(policies: Sequence[str], budgets: Sequence[Asked]) -> list[Setting]:
-    """Every policy at every budget; a policy that evicts nothing once. Raises PolicyError for an unknown policy."""
+    """Every policy at every budget; a policy that evicts nothing appears once. Raises PolicyError for an unknown policy."""
     if not policies or not budgets:
         raise InputError("nothing to compare: give at least one policy and one budget")
     return [Setting(spec, b) for spec in policies for b in (budgets if make_policy(spec).evicts else budgets[:1])]
 
 
 def read_prompt(
-    model: PreTrainedModel, ids: Sequence[int], made: Mapping[str, Policy]
+    model: PreTrainedModel, ids: Sequence[int], policies: Iterable[Policy], task: TaskProfile
 ) -> tuple[CompactCache, torch.Tensor, float]:
-    """A recorded prefill that serves all of ``made``: its full cache, the last token's logits ``[1, V]``, its seconds."""
-    record = max((policy.reads(len(ids)) for policy in made.values()), default=0)
+    """Record a prefill that serves all of ``policies``: the full cache, the last token's logits ``[1, V]``, the seconds."""
+    info = ModelInfo.of(model)
+    prompt = PromptInfo(len(ids), info.layers, len(ids), task)
+    record = max((policy.query_span(info, prompt) for policy in policies), default=0)
     begin = time.perf_counter()
     recorded = CompactCache(model, "full", 1, record=max(record, 1))
     logits = prefill(model, torch.tensor([ids], device=model.device), recorded)
@@ -86,33 +90,44 @@ def read_prompt(
 
 
 def policies_for(asked: Sequence[Setting], model: PreTrainedModel, task: TaskProfile) -> dict[str, Policy]:
-    """Every spec's policy with model and task decided."""
-    fingerprint = Fingerprint.of(model)
-    return {s.policy: make_policy(s.policy).for_model(fingerprint).for_task(task) for s in asked}
+    """The policy of every spec. Raises PolicyError and ProfileError for those that cannot serve this model and task."""
+    made, info = {one.policy: make_policy(one.policy) for one in asked}, ModelInfo.of(model)
+    for policy in made.values():
+        policy.check(info, task)
+    return made
 
 
-def replay(recorded: CompactCache, asked: Sequence[Setting], made: Mapping[str, Policy]) -> list[Kept]:
-    """What every setting keeps of a recorded prompt; a setting that cannot (a budget below its window) says why."""
-    kept = []
+def replay(
+    recorded: CompactCache,
+    asked: Sequence[Setting],
+    policies: Mapping[str, Policy],
+    task: TaskProfile,
+    *,
+    keep_scores: bool = False,
+) -> list[Kept]:
+    """What every setting keeps of a recorded prompt; a setting that fails (a budget below its window) holds the reason."""
+    kept: list[Kept] = []
+    how: dict[str, Any] = {"task": task, "keep_scores": keep_scores}
     for setting in asked:
         try:
-            kept.append(Kept(setting, recorded.replay(made[setting.policy], setting.budget)))
+            kept.append(Kept(setting, recorded.replay(policies[setting.policy], setting.budget, **how)))
         except WinnowError as error:
             kept.append(Kept(setting, None, str(error)))
     return kept
 
 
 def batches(kept: Sequence[Kept]) -> Iterator[list[Kept]]:
-    """Settings whose caches are of similar length, together; those without a cache are left out.
+    """Groups of settings whose caches are of similar length; settings without a cache are left out.
 
-    Every layer of a batch is padded to its longest row, and policies favour different layers.
+    Lengths are compared layer by layer: each layer of a batch is padded to its longest row, and policies favour
+    different layers.
     """
-    alive = [([layer.length for layer in one.cache.compact_layers], one) for one in kept if one.cache is not None]
+    with_cache = [([layer.length for layer in one.cache.compact_layers], one) for one in kept if one.cache is not None]
     group: list[Kept] = []
     shortest, padded = 0, [0]
-    for lengths, one in sorted(alive, key=lambda pair: sum(pair[0])):
+    for lengths, one in sorted(with_cache, key=lambda pair: sum(pair[0])):
         wider = [max(pair) for pair in zip(padded, lengths, strict=True)] if group else lengths
-        if group and sum(wider) > PADDED * shortest:
+        if group and sum(wider) > MAX_PADDING_RATIO * shortest:
             yield group
             group, wider = [], lengths
         if not group:
@@ -131,7 +146,7 @@ def continue_all(
     limit: int,
     done: Callable[[list[int]], bool],
 ) -> dict[Setting, Answer]:
-    """Greedy answers of every setting of one prompt that has a cache; see :func:`decode_together`."""
+    """Greedy answers of all settings of one prompt that have a cache; see :func:`decode_together`."""
     started = [replace(one, logits=logits, question=tuple(question)) for one in kept]
     answers = decode_together(model, started, limit, done)
     return {one.setting: answer for one, answer in zip(kept, answers, strict=True) if answer is not None}
@@ -140,7 +155,7 @@ def continue_all(
 def decode_together(
     model: PreTrainedModel, kept: Sequence[Kept], limit: int, done: Callable[[list[int]], bool]
 ) -> list[Answer | None]:
-    """Greedy answers from every cache, of one prompt or of several, similar ones in one batch; None where there is no cache."""
+    """Greedy answers from all caches, of one prompt or several, similar lengths in one batch; None for a missing cache."""
     found: dict[int, Answer] = {}
     for batch in batches(kept):
         begin = time.perf_counter()
@@ -156,13 +171,13 @@ def decode_together(
 def read_question(model: PreTrainedModel, kept: Kept) -> torch.Tensor:
     """The logits ``[1, V]`` that an answer begins from."""
     if not kept.question or kept.cache is None:
-        return kept.logits  # type: ignore[return-value]  # whoever decodes has given them
+        return kept.logits  # type: ignore[return-value]  # callers that decode have set them
     ids = torch.tensor([kept.question], device=model.device)
     return extend(model, kept.cache, ids, kept.cache.report.prompt_tokens, last=1)[:, -1]
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has held so far, in bytes; on CUDA what torch allocated there; None on Windows."""
+    """The most memory that this process has held so far, in bytes; on CUDA, what torch allocated there; None on Windows."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

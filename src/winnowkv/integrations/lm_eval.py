@@ -1,8 +1,8 @@
-"""winnowkv inside lm-evaluation-harness: the model ``winnow``, and our tasks as the harness runs them.
+"""winnowkv in lm-evaluation-harness: the model ``winnow``, and our tasks in the harness's form.
 
-lm-eval finds no plug-ins by itself, so somebody must import ``winnowkv.evaluate`` before it
-looks the model up: ``python -m winnowkv.evaluate`` does (the same command line), and so does
-any task file of ``local_tasks/`` that is named by its path, since lm-eval reads it first.
+lm-eval does not search for plug-ins, so ``winnowkv.evaluate`` must be imported before it looks the
+model up: ``python -m winnowkv.evaluate`` does so (the same command line), and so does any task file
+of ``local_tasks/`` that is named by its path, since lm-eval reads it first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from winnowkv.evaluate.tasks.protocol import middle_out
 from winnowkv.evaluate.tasks.tasks import find_tasks
 from winnowkv.models.load import best_device, best_dtype, load
 
-DATA = "WINNOW_DATA"  # variable that names the data folder
+DATA_VARIABLE = "WINNOW_DATA"  # environment variable that names the data folder
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -38,22 +38,22 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class WinnowLM(HFLM):
     """lm-eval's Hugging Face model with a compressed KV cache.
 
-    Prompts are read whole and then compressed, few-shot examples and question included. A prompt
-    longer than ``max_length`` keeps its first and last half, as LongBench asks, where lm-eval keeps
-    its end. How many were cut, and the bytes kept, stand in the results file.
+    The whole prompt is read and then compressed, few-shot examples and question included. A prompt
+    longer than ``max_length`` keeps its first and last half, as in LongBench (lm-eval keeps only its
+    end). The results file holds the number of prompts that were cut, and the bytes kept.
 
     Parameters
     ----------
     pretrained: ``embedded``, a hub id or a folder; or a model, with its ``tokenizer``.
     policy, budget, task: as for :func:`winnowkv.compress`; without a task each prompt is classified.
-    dtype: ``float32`` and its like; None or ``auto``: what :func:`winnowkv.load` chooses.
-    device: None, or one that is not there: the best there is.
-    options: batch_size, max_length and what else lm-eval's own model takes.
+    dtype: the name of a torch dtype; None or ``auto``: what :func:`winnowkv.load` chooses.
+    device: None, or a device that is not available: the best one available.
+    options: batch_size, max_length and other arguments of lm-eval's own model.
 
     Raises
     ------
     PolicyError, BudgetError, InputError
-        At once, or for a prompt whose length shows that the budget is too small.
+        At once for bad arguments; while generating, for a prompt for which the budget is too small.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class WinnowLM(HFLM):
             tokenizer = tokenizer or own
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **options)
         with self.compressing():
-            pass  # complains now about what cannot work
+            pass  # raises now for bad arguments
 
     def compressing(self) -> AbstractContextManager[Run]:
         """A compress block with this model's settings."""
         return compress(self.model, **self.settings, tokenizer=self.tokenizer)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As lm-eval generates, over compressed prompts."""
+        """lm-eval's generation, over compressed prompts."""
         with self.compressing() as run:
             answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._count(run)
@@ -95,7 +95,7 @@ class WinnowLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts as a padded batch; one with more than ``left_truncate_len`` tokens keeps its two ends."""
+        """Prompts as a padded batch ``[B, S]`` and its mask; those over ``left_truncate_len`` tokens lose their middle."""
         rows = [self.tok_encode(string) for string in strings]
         kept = [middle_out(row, left_truncate_len or len(row)) for row in rows]
         self.counts["truncated_prompts"] += sum(len(a) < len(b) for a, b in zip(kept, rows, strict=True))
@@ -107,9 +107,9 @@ class WinnowLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation over its compressed context, and whether greedy decoding would write it.
 
-        One request at a time. As in generation, a continuation's first token is predicted by the prefill,
-        which saw everything: continuations of one token show nothing of compression. A context within the
-        policy's observation window is kept whole: so is that of rolling likelihoods, which is one token.
+        Requests run one at a time. As in generation, a continuation's first token is predicted by the prefill
+        over the full cache, so continuations of one token do not measure compression. A context within the
+        policy's observation window is kept whole, as is that of rolling likelihoods, which is one token.
         """
         answers = []
         with self.compressing() as run, torch.no_grad():
@@ -141,19 +141,19 @@ class WinnowLM(HFLM):
             self.counts["full_bytes"] += report.full_bytes
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's facts for the results file, and what was cut off and kept of all prompts so far."""
+        """lm-eval's facts for the results file, with the number of cut prompts and the bytes kept so far."""
         return {**super().get_model_info(), **self.counts}
 
 
 class LocalTask(ConfigurableTask):
-    """One of our tasks as lm-eval runs it: the rows, prompts, clean-up and scores of ``winnow eval``.
+    """One of our tasks in lm-eval's form, with the rows, prompts, clean-up and scores of ``winnow eval``.
 
     Rows come from the folder in ``WINNOW_DATA``, else from the hub.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         (self.source,) = find_tasks([config["task"]])
-        data = os.environ.get(DATA)
+        data = os.environ.get(DATA_VARIABLE)
         self.rows = self.source.rows(Path(data) if data else None)
         docs = [{"number": i, "prompt": row.prompt, "answers": list(row.answers)} for i, row in enumerate(self.rows)]
         metrics = dict.fromkeys(("score", self.source.metric))  # lm-eval's own group means are means of "score"
@@ -180,12 +180,12 @@ class LocalTask(ConfigurableTask):
 
 
 def can_use(device: str) -> bool:
-    """Whether a device is there: lm-eval's command line names ``cuda:0`` everywhere."""
+    """Whether a device is available: lm-eval's command line always names ``cuda:0``."""
     return not device.startswith("cuda") or torch.cuda.is_available()
 
 
 def dtype_of(name: str | None, device: str) -> torch.dtype:
-    """A dtype from its name. Raises InputError for what is none."""
+    """A dtype from its name. Raises InputError for an unknown name."""
     if name is None or name == "auto":
         return best_dtype(device.partition(":")[0])
     dtype = getattr(torch, name, None)

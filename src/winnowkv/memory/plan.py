@@ -1,12 +1,12 @@
 """How much memory requests need: bytes of keys and values from the shapes of a model's layers, before anything is loaded.
 
-What is counted. A request *at rest*, its prompt read, holds what the policy keeps in the layers that are compressed and the
-last ``window`` tokens in those that slide. *At its worst*, while the prompt is read, it holds one layer whole beside the
-ceilings (:meth:`Policy.ceilings`) of the compressed layers before it. Quantization comes at the end of the prompt. Prompts are
-read one at a time, so a batch of ``B`` needs ``B - 1`` requests at rest and one at its worst.
+Counted: a request *at rest*, after its prompt was read, holds what the policy keeps in the compressed layers and the last
+``window`` tokens in sliding layers. *At its peak*, while the prompt is read, it holds one whole layer beside the prefill
+limits (:meth:`Allocator.prefill_limits`) of the compressed layers before it. Entries are quantized at the end of the prompt.
+Prompts are read one at a time, so a batch of ``B`` needs ``B - 1`` requests at rest and one at its peak.
 
-What is not: activations, logits, what the framework itself takes, the entries of generated tokens, and padding. Policies
-with budgets of single heads pad the heads of a layer to the longest, and so hold more than they keep.
+Not counted: activations, logits, the framework's own memory, entries of generated tokens, and padding. Policies with budgets
+per head pad the heads of a layer to the longest, and so hold more than they keep.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from winnowkv.budget import Asked, Budget
 from winnowkv.cache.quantized import stored_bytes
 from winnowkv.errors import BudgetError, InputError
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies import Policy, Prompt
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies import Policy, PromptInfo
+from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import uniform
 from winnowkv.types import Entries, Quantization
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Keys and values of one layer. ``window``: tokens that it slides over, None for a layer that is compressed."""
+    """Keys and values of one layer. ``window``: tokens of a sliding window, None for a layer that is compressed."""
 
     kv_heads: int
     key_size: int
@@ -34,10 +35,10 @@ class LayerShape:
     window: int | None = None
 
     def kv_bytes(self, entries: Entries, itemsize: int, stored: Quantization | None = None) -> int:
-        """Bytes of that many entries per KV head, in numbers of ``itemsize`` bytes or quantized.
+        """Bytes of that many entries per KV head, with numbers of ``itemsize`` bytes or quantized.
 
-        Quantized, a fraction is rounded up and every head taken to keep the same; where heads or layers share
-        by prompt, a scale more or less for each of them is possible.
+        If quantized, a fraction of an entry is rounded up and every head is taken to keep equally many. If the prompt decides
+        how heads or layers share their budget, each of them may need one scale more or less.
         """
         if stored is None:
             return int(entries * self.kv_heads) * (self.key_size + self.value_size) * itemsize
@@ -49,14 +50,14 @@ class LayerShape:
 class Shape:
     """What a plan knows of a model: its layers, first to last, and the bytes of a number.
 
-    ``positions``: most tokens that it has positions for, None where its config does not say.
+    ``positions``: most tokens that it has positions for, None if its config does not say.
     """
 
     layers: tuple[LayerShape, ...]
     itemsize: int
     parameters: int
     positions: int | None
-    fingerprint: Fingerprint
+    model_info: ModelInfo
 
     @property
     def compressed(self) -> list[LayerShape]:
@@ -64,19 +65,19 @@ class Shape:
         return [layer for layer in self.layers if layer.window is None]
 
     def sliding_bytes(self, tokens: int) -> int:
-        """What the other layers hold of a sequence of ``tokens``."""
+        """Bytes that sliding layers hold of a sequence of ``tokens``."""
         return sum(
             layer.kv_bytes(min(layer.window, tokens), self.itemsize) for layer in self.layers if layer.window is not None
         )
 
     def full_bytes(self, tokens: int) -> int:
-        """A request of ``tokens`` at rest, of which nothing was evicted."""
+        """Bytes of a request of ``tokens`` at rest if nothing is evicted."""
         return self.sliding_bytes(tokens) + sum(layer.kv_bytes(tokens, self.itemsize) for layer in self.compressed)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one request: at rest in compressed layers and in sliding ones, and in both at its worst."""
+    """Bytes of one request: at rest in compressed layers, at rest in sliding ones, and in both at its peak."""
 
     kept: int
     sliding: int
@@ -84,11 +85,11 @@ class Need:
 
     @property
     def rest(self) -> int:
-        """At rest."""
+        """Bytes at rest, of all layers."""
         return self.kept + self.sliding
 
     def of_batch(self, batch: int) -> int:
-        """Of so many requests at once, whose prompts are read one at a time."""
+        """Bytes of so many requests at once, whose prompts are read one at a time."""
         return (batch - 1) * self.rest + self.peak
 
     def largest_batch(self, free: int) -> int:
@@ -96,60 +97,62 @@ class Need:
         return 1 + (free - self.peak) // self.rest if free >= self.peak else 0
 
 
-def need(shape: Shape, policy: Policy, budget: Budget, tokens: int) -> Need:
-    """What a prompt of ``tokens`` needs. Raises BudgetError where the budget cannot hold sinks and recent window.
+def need(shape: Shape, policy: Policy, budget: Budget, tokens: int, task: TaskProfile) -> Need:
+    """What a prompt of ``tokens`` needs. Raises BudgetError if the budget cannot hold sinks and recent window.
 
-    Layers of a policy whose ceilings pass its budget share it by prompt: they are taken to end alike.
+    If a policy's prefill limits add up to more than its budget, the prompt decides how layers share it: they are taken to end
+    with equally many entries.
     """
     layers = shape.compressed
-    prompt = Prompt(tokens, len(layers), budget.entries(tokens))
+    prompt = PromptInfo(tokens, len(layers), budget.entries(tokens), task)
+    bound = policy.bind(shape.model_info, prompt)
     limits: Sequence[Entries] = uniform(prompt.layers, tokens)
     ends = limits
-    if policy.evicts and prompt.budget < tokens and tokens > policy.observe:  # else prefill keeps everything
-        policy.check(prompt)
-        limits = [min(ceiling, tokens) for ceiling in policy.ceilings(prompt)]
+    if bound.evicts:  # else prefill keeps everything
+        limits = [min(limit, tokens) for limit in bound.parts.allocator.prefill_limits()]
         ends = limits if sum(limits) == prompt.total else uniform(prompt.layers, prompt.budget)
     kept = sum(layer.kv_bytes(n, shape.itemsize, policy.quantize) for layer, n in zip(layers, ends, strict=True))
     sliding = shape.sliding_bytes(tokens)
-    slides = sum(
-        layer.kv_bytes(slid(layer.window, tokens), shape.itemsize) for layer in shape.layers if layer.window is not None
+    slid_bytes = sum(
+        layer.kv_bytes(slid_entries(layer.window, tokens), shape.itemsize) for layer in shape.layers if layer.window is not None
     )
-    bound = policy.peak_entries(prompt) * max(layer.kv_bytes(1, shape.itemsize) for layer in shape.layers) + slides
-    return Need(kept, sliding, max(min(peak_bytes(shape, limits, tokens), bound), kept + sliding))
+    entry = max(layer.kv_bytes(1, shape.itemsize) for layer in shape.layers)
+    most = bound.parts.allocator.peak_entries() * entry + slid_bytes
+    return Need(kept, sliding, max(min(peak_bytes(shape, limits, tokens), most), kept + sliding))
 
 
-def peak_bytes(shape: Shape, ceilings: Sequence[Entries], tokens: int) -> int:
-    """The most bytes while a prompt is read: every layer in its turn whole, compressed ones before it at their ceilings."""
-    held, most, limits = 0, 0, iter(ceilings)
+def peak_bytes(shape: Shape, limits: Sequence[Entries], tokens: int) -> int:
+    """Most bytes while a prompt is read: each layer in turn is whole, compressed ones before it at their prefill limits."""
+    held, most, each = 0, 0, iter(limits)
     for layer in shape.layers:
         whole = layer.kv_bytes(tokens, shape.itemsize)
         most = max(most, held + whole)
-        held += layer.kv_bytes(next(limits) if layer.window is None else slid(layer.window, tokens), shape.itemsize)
+        held += layer.kv_bytes(next(each) if layer.window is None else slid_entries(layer.window, tokens), shape.itemsize)
     return most
 
 
-def slid(window: int, tokens: int) -> int:
-    """Entries whose storage a sliding layer holds behind a prompt; cache.py leaves a little more than the window alone."""
+def slid_entries(window: int, tokens: int) -> int:
+    """Entries whose storage a sliding layer holds after a prompt; cache.py does not cut what is little more than the window."""
     return tokens if tokens <= 2 * (window - 1) else window - 1
 
 
-def largest(fits: Callable[[int], bool], asked: int, limit: int) -> int:
-    """The most tokens of a prompt, up to ``limit``, that fit; 0 where none do.
+def largest_context(fits: Callable[[int], bool], asked: int, limit: int) -> int:
+    """The most tokens of a prompt, up to ``limit``, that fit; 0 if none do.
 
-    Below ``asked`` a prompt may be too short for its budget (BudgetError), above it never too long: what is
-    searched there is the first that is too large.
+    A prompt shorter than ``asked`` may be too short for its budget (BudgetError) and counts as small enough, so that a
+    binary search finds the first that is too large.
     """
 
-    def small(tokens: int) -> bool:
+    def small_enough(tokens: int) -> bool:
         try:
             return fits(tokens)
         except BudgetError:
             return tokens < asked
 
-    low, high = (asked, limit) if small(asked) else (0, asked - 1)
+    low, high = (asked, limit) if small_enough(asked) else (0, asked - 1)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if small(middle) else (low, middle - 1)
+        low, high = (middle, high) if small_enough(middle) else (low, middle - 1)
     try:
         return low if low and fits(low) else 0
     except BudgetError:
@@ -158,14 +161,15 @@ def largest(fits: Callable[[int], bool], asked: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a policy needs at a budget, and what of it fits. Plain data, in bytes and tokens.
+    """What a policy needs at a budget, and how much fits into the memory. Plain data, in bytes and tokens.
 
     Attributes
     ----------
     entries: per layer and KV head, mean over the compressed layers.
     kept_bytes, sliding_bytes, peak_bytes: of one request, see :class:`Need`.
-    needed_bytes: of the batch at its worst, with the weights where they are counted.
-    largest_batch: requests of the context asked; largest_context: tokens of each request of the batch asked.
+    needed_bytes: of the batch at its peak, with the weights if they are counted.
+    largest_batch: most requests of the context asked for.
+    largest_context: most tokens of each request, at the batch asked for.
     """
 
     policy: str
@@ -183,9 +187,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``batch`` requests of ``context`` tokens at once in ``memory`` bytes, ``weights`` of which are taken.
+    """``batch`` requests of ``context`` tokens at once in ``memory`` bytes, of which ``weights`` bytes are taken.
 
-    Raises InputError where the context passes the model's positions.
+    Raises InputError if the context passes the model's positions.
     """
 
     shape: Shape
@@ -199,15 +203,15 @@ class MemoryPlan:
         if limit is not None and self.context > limit:
             raise InputError(f"a context of {self.context} tokens passes the model's {limit} positions: give at most {limit}")
 
-    def fit(self, spec: str, policy: Policy, asked: Asked | None) -> Fit:
-        """One policy at one budget, None for what evicts nothing.
+    def fit(self, spec: str, policy: Policy, asked: Asked | None, task: TaskProfile | None = None) -> Fit:
+        """What one policy needs at one budget; ``asked`` is None for a policy that evicts nothing.
 
-        Raises BudgetError where the budget cannot hold sinks and recent window.
+        Raises BudgetError if the budget cannot hold sinks and recent window.
         """
         budget, free = Budget.of(1.0 if asked is None else asked), self.memory - self.weights
 
         def at(tokens: int) -> Need:
-            return need(self.shape, policy, budget, tokens)
+            return need(self.shape, policy, budget, tokens, task or TaskProfile())
 
         one = at(self.context)
         limit = self.shape.positions or max(self.memory, self.context)  # a token takes more than a byte
@@ -223,5 +227,5 @@ class MemoryPlan:
             needed_bytes=self.weights + needed,
             fits=needed <= free,
             largest_batch=one.largest_batch(free),
-            largest_context=largest(lambda tokens: at(tokens).of_batch(self.batch) <= free, self.context, limit),
+            largest_context=largest_context(lambda tokens: at(tokens).of_batch(self.batch) <= free, self.context, limit),
         )

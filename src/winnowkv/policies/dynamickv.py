@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Prompt
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.parts import Allocator, PromptInfo
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.scoring.allocate import apportion, global_top_k
 from winnowkv.scoring.attention import PoolKind
@@ -44,21 +45,35 @@ class DynamicKV(SnapKV):
         self.require("ceiling", minimum=1)
         self.require("floor", minimum=0)
 
-    def ceilings(self, prompt: Prompt) -> list[int]:
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """Progressively, by a global top-k."""
+        return GlobalTopK(prompt, options=self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalTopK(Allocator):
+    """A layer's share of the best scores of all layers read so far is its share of their budget."""
+
+    options: DynamicKV
+
+    def prefill_limits(self) -> list[int]:
         """``ceiling`` times the mean context budget, as far as the prompt has it."""
-        most = int(self.ceiling * (prompt.budget - self.observe))
-        return [min(most + self.observe, prompt.tokens)] * prompt.layers
+        prompt, window = self.prompt, self.options.observe
+        most = int(self.options.ceiling * (prompt.budget - window))
+        return [min(most + window, prompt.tokens)] * prompt.layers
 
-    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """At every ``every``-th layer the layers seen so far share their part of the budget."""
-        return self.allocate(scores, held, prompt) if len(scores) % self.every == 0 else [int(entries) for entries in held]
+    def shrink(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
+        """At every ``every``-th layer the layers read so far share their part of the budget."""
+        due = len(scores) % self.options.every == 0
+        return self.allocate(scores, held) if due else [int(entries) for entries in held]
 
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
-        """Shares of one global top-k over the layers seen; the sum is exact."""
-        mean = prompt.budget - self.observe
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
+        """Shares of one global top-k over the layers read; the sum is exact."""
+        window = self.options.observe
+        mean = self.prompt.budget - window
         total = mean * len(scores)
         winners = global_top_k(scores, total * scores[0].shape[1])
-        caps = [int(entries) - self.observe for entries in held]
-        least = max(self.sinks, int(min(self.floor, 1.0) * mean))
+        caps = [int(entries) - window for entries in held]
+        least = max(self.options.sinks, int(min(self.options.floor, 1.0) * mean))
         context = apportion(winners, total, caps, [min(least, cap) for cap in caps])
-        return [entries + self.observe for entries in context]
+        return [entries + window for entries in context]

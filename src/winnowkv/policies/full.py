@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Policy
+from winnowkv.policies.base import TokenPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(Policy):
+class Full(TokenPolicy):
     """Keep every entry, whatever the budget says."""
 
     name: ClassVar[str] = "full"

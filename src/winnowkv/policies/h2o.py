@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Policy, Prompt
+import torch
+from torch import Tensor
+
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer, Selector
 from winnowkv.scoring.attention import GroupKind, accumulated_attention, group_reduce
 from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
-from winnowkv.types import Entries, Indices, Keys, Queries, Scores
+from winnowkv.types import Entries, Indices, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class H2O(TokenPolicy):
     """Attention accumulated over every query of the prompt, half of the budget for recent tokens (arXiv 2306.14048, section 4).
 
     ``recent`` is the share of the budget that goes to the most recent tokens (the paper halves it).
@@ -31,18 +36,44 @@ class H2O(Policy):
         super().__post_init__()
         self.require("recent", minimum=0, maximum=1)
 
-    def reads(self, tokens: int) -> int:
-        """Every query of the prompt."""
-        return tokens
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By all queries' attention."""
+        return AccumulatedScorer(prompt.tokens, self.observe, group_by=self.group_by)
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+    def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
+        """Heavy hitters and recent tokens."""
+        return HeavyHitters(prompt.tokens, self.observe, self.sinks, share=self.recent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccumulatedScorer(Scorer):
+    """Attention of every query of the prompt."""
+
+    group_by: GroupKind
+
+    def query_positions(self) -> Tensor:
+        """All."""
+        return torch.arange(self.tokens)
+
+    def score(self, states: LayerStates) -> Scores:
         """Accumulated attention, ``[1, Hkv, C]``, a block of queries at a time."""
-        total = accumulated_attention(queries, keys, scale)[..., : keys.shape[2] - self.observe]
-        return group_reduce(total, keys.shape[1], self.group_by)
+        total = accumulated_attention(states.queries, states.keys, states.scale)[..., : self.tokens - self.window]
+        return group_reduce(total, states.kv_heads, self.group_by)
 
-    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
+
+@dataclass(frozen=True, kw_only=True)
+class HeavyHitters(Selector):
+    """The best of the older tokens and, with ``share`` of the budget, the latest ones."""
+
+    share: float
+
+    def recent_tokens(self, context: int, entries: Entries) -> int:
+        """The observation window, and the share of what it leaves."""
+        free = int(entries) - self.window
+        return self.window + min(int(self.share * free), free - self.sinks)
+
+    def select(self, layer: int, scores: Scores, entries: Entries) -> Indices:
         """Heavy hitters among the older tokens, and the recent ones."""
-        free = int(entries) - self.observe
-        recent = min(int(self.recent * free), free - self.sinks)
-        older = with_sinks(scores[..., : scores.shape[-1] - recent], self.sinks)
-        return with_recent(top_tokens(older, free - recent), prompt.tokens, self.observe + recent)
+        recent = self.recent_tokens(scores.shape[-1], entries)
+        older = with_sinks(scores[..., : self.tokens - recent], self.sinks)
+        return with_recent(top_tokens(older, int(entries) - recent), self.tokens, recent)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from winnowkv.errors import PolicyError
-from winnowkv.models.calibration import HeadKind, Profile, find_profile
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies.base import Prompt
+from winnowkv.models.calibration import CalibrationProfile, HeadKind, find_profile
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.parts import Allocator, PromptInfo, Selector
 from winnowkv.policies.snapkv import SnapKV
+from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import weighted
 from winnowkv.scoring.select import ragged_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Scores
@@ -29,10 +29,11 @@ class HeadKV(SnapKV):
     name: ClassVar[str] = "headkv"
     source: ClassVar[str] = "HeadKV, arXiv 2410.19258, section 3"
     scope: ClassVar[str] = "tokens per KV head, budgets over all heads of the model by a profile"
-    by_profile: ClassVar[bool] = True
+    needs_profile: ClassVar[bool] = True
     per_head: ClassVar[bool] = True
+    own_selector: ClassVar[bool] = True
 
-    profile: str | Profile | None = None
+    profile: str | CalibrationProfile | None = None
     heads: HeadKind = "semantic"
     beta: float = 1.2
     temperature: float = 1.0
@@ -42,26 +43,49 @@ class HeadKV(SnapKV):
         self.require("beta", minimum=1)
         self.require("temperature", minimum=0)
 
-    def for_model(self, model: Fingerprint) -> HeadKV:
-        """The policy with the model's profile read."""
-        return replace(self, profile=find_profile(self.profile, model))
+    def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
+        """Raise ProfileError if there is no profile of the model."""
+        find_profile(self.profile, model)
 
-    def budgets(self, prompt: Prompt) -> list[tuple[int, ...]]:
-        """Context entries of every KV head, a list for each layer."""
-        if not isinstance(self.profile, Profile):
-            raise PolicyError("headkv was not told its model: call for_model() first")
-        kv_heads = self.profile.fingerprint.kv_heads
-        weights = tuple(w**self.temperature for w in self.profile.kv_weights(self.heads))
+    def budgets(self, model: ModelInfo, prompt: PromptInfo) -> list[tuple[int, ...]]:
+        """Context entries of every KV head, a list for each layer; none if the prompt is kept whole."""
+        if not self.evicts_from(prompt):
+            return []
+        profile = find_profile(self.profile, model)
+        weights = tuple(w**self.temperature for w in profile.kv_weights(self.heads))
         mean, cap = prompt.budget - self.observe, prompt.tokens - self.observe
         safe = max(mean - int(mean / self.beta), self.sinks)
-        flat = weighted(weights, mean, safe, cap)
-        return [flat[at : at + kv_heads] for at in range(0, len(flat), kv_heads)]
+        flat, heads = weighted(weights, mean, safe, cap), profile.model_info.kv_heads
+        return [flat[at : at + heads] for at in range(0, len(flat), heads)]
 
-    def ceilings(self, prompt: Prompt) -> list[Entries]:
-        """The mean over a layer's heads; a fraction where they do not divide."""
-        return [Fraction(sum(heads), len(heads)) + self.observe for heads in self.budgets(prompt)]
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """By head importance."""
+        return HeadAllocator(prompt, window=self.observe, budgets=self.budgets(model, prompt))
 
-    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
+    def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
         """As many tokens of each head as it was given."""
-        context = ragged_tokens(with_sinks(scores, self.sinks), self.budgets(prompt)[layer])
-        return with_recent(context, prompt.tokens, self.observe)
+        return HeadSelector(prompt.tokens, self.observe, self.sinks, budgets=self.budgets(model, prompt))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadAllocator(Allocator):
+    """Every head has its own budget: ``budgets`` are context entries by layer and KV head."""
+
+    window: int
+    budgets: list[tuple[int, ...]]
+
+    def prefill_limits(self) -> list[Entries]:
+        """The mean over a layer's heads; a fraction if they do not divide."""
+        return [Fraction(sum(heads), len(heads)) + self.window for heads in self.budgets]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSelector(Selector):
+    """The best tokens of each head, as many as ``budgets`` gives it."""
+
+    budgets: list[tuple[int, ...]]
+
+    def select(self, layer: int, scores: Scores, entries: Entries) -> Indices:
+        """As many tokens of each head as it was given."""
+        context = ragged_tokens(with_sinks(scores, self.sinks), self.budgets[layer])
+        return with_recent(context, self.tokens, self.window)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Prompt
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.parts import Allocator, PromptInfo
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.scoring.allocate import pyramid
 
@@ -30,7 +31,21 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         self.require("slope", minimum=1)
 
-    def ceilings(self, prompt: Prompt) -> list[int]:
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """A pyramid over the context's entries."""
+        return PyramidAllocator(prompt, window=self.observe, sinks=self.sinks, slope=self.slope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidAllocator(Allocator):
+    """Budgets that fall linearly; ``window`` entries on top and ``sinks`` at least stay in every layer."""
+
+    window: int
+    sinks: int
+    slope: float
+
+    def prefill_limits(self) -> list[int]:
         """The pyramid over context entries, sinks as every layer's floor, plus the window that every layer keeps."""
-        context = pyramid(prompt.layers, prompt.budget - self.observe, self.slope, prompt.tokens - self.observe, self.sinks)
-        return [entries + self.observe for entries in context]
+        prompt, window = self.prompt, self.window
+        context = pyramid(prompt.layers, prompt.budget - window, self.slope, prompt.tokens - window, self.sinks)
+        return [entries + window for entries in context]

@@ -7,15 +7,17 @@ from typing import ClassVar
 
 import torch
 
-from winnowkv.policies.base import Policy
-from winnowkv.types import Keys, Queries, Scores
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer
+from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Policy):
+class Random(TokenPolicy):
     """Sinks, a recent window, and random tokens between them, drawn anew for each layer.
 
-    The draw hangs on ``seed``, layer and prompt length only: the global generator is
+    The draw depends on ``seed``, layer and prompt length only: the global generator is
     neither read nor moved, so the same prompt keeps the same entries every time.
     """
 
@@ -27,8 +29,18 @@ class Random(Policy):
     observe: int = 8
     seed: int = 0
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """Noise."""
+        return RandomScorer(prompt.tokens, self.observe, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomScorer(Scorer):
+    """Uniform noise by seed and layer."""
+
+    seed: int
+
+    def score(self, states: LayerStates) -> Scores:
         """Uniform noise, ``[1, 1, C]``; drawn on the CPU so that every device keeps the same tokens."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
-        noise = torch.rand(1, 1, keys.shape[2] - self.observe, generator=generator)
-        return noise.to(keys.device)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + states.layer)
+        return torch.rand(1, 1, self.tokens - self.window, generator=generator).to(states.keys.device)

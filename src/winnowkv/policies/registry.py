@@ -1,50 +1,87 @@
-"""From a name or a spec to a policy. Built-ins and third parties come through the same door.
+"""From a name or a spec to a policy. Built-in policies stand in a plain dict, those of other packages have an entry point::
 
-A package registers a policy with an entry point::
-
-    [project.entry-points."winnowkv.policies"]
-    mine = "my_package.my_policy:MyPolicy"
+[project.entry-points."winnowkv.policies"]
+mine = "my_package.my_policy:MyPolicy"
 """
 
 from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from winnowkv.errors import PolicyError
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies.base import Policy, options as options_of
+from winnowkv.policies.base import Policy
 from winnowkv.prompt.task import TaskProfile
 
-GROUP = "winnowkv.policies"
+ENTRY_POINT_GROUP = "winnowkv.policies"
+BUILT_IN: Mapping[str, str] = {
+    "adakv": "winnowkv.policies.adakv:AdaKV",
+    "cake": "winnowkv.policies.cake:CAKE",
+    "chunkkv": "winnowkv.policies.chunkkv:ChunkKV",
+    "compresskv": "winnowkv.policies.compresskv:CompressKV",
+    "criticalkv": "winnowkv.policies.criticalkv:CriticalKV",
+    "defensivekv": "winnowkv.policies.defensivekv:DefensiveKV",
+    "dynamickv": "winnowkv.policies.dynamickv:DynamicKV",
+    "expected": "winnowkv.policies.expected:Expected",
+    "full": "winnowkv.policies.full:Full",
+    "h2o": "winnowkv.policies.h2o:H2O",
+    "headkv": "winnowkv.policies.headkv:HeadKV",
+    "int4": "winnowkv.policies.quantized:Int4",
+    "int8": "winnowkv.policies.quantized:Int8",
+    "keydiff": "winnowkv.policies.keydiff:KeyDiff",
+    "knorm": "winnowkv.policies.knorm:Knorm",
+    "lagkv": "winnowkv.policies.lagkv:LagKV",
+    "pyramidkv": "winnowkv.policies.pyramidkv:PyramidKV",
+    "random": "winnowkv.policies.random:Random",
+    "snapkv": "winnowkv.policies.snapkv:SnapKV",
+    "streaming": "winnowkv.policies.streaming:Streaming",
+    "tova": "winnowkv.policies.tova:TOVA",
+    "windowkv": "winnowkv.policies.windowkv:WindowKV",
+    "winnow": "winnowkv.policies.winnow:Winnow",
+}
 Tasks = TaskProfile | str | None | Sequence[TaskProfile | str | None]
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+INNER_OPTION = "of"  # a wrapper's option that names the policy it wraps; what follows it belongs to that policy
+TRUTH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @cache
 def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name not in BUILT_IN:
+            found[entry.name] = entry
+        elif entry.value != BUILT_IN[entry.name]:
+            warnings.warn(f"policy {entry.name!r} of {entry.value!r} has the name of a built-in one, which wins", stacklevel=2)
+    return found
 
 
 def names() -> list[str]:
-    """Names of all registered policies, sorted."""
+    """Names of all policies, built in and registered, sorted."""
     _entries.cache_clear()
-    return sorted(_entries())
+    return sorted([*BUILT_IN, *_entries()])
 
 
 def policy_class(name: str) -> type[Policy]:
-    """The class registered under a name. Raises PolicyError and suggests the nearest name."""
+    """The class of that name. Raises PolicyError and suggests the nearest name."""
+    if name in BUILT_IN:
+        module, _, kind = BUILT_IN[name].partition(":")
+        built_in: type[Policy] = getattr(import_module(module), kind)
+        return built_in
     if name not in _entries():
         _entries.cache_clear()  # it may have been installed since; to look for every prompt takes 5 ms each
     entries = _entries()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=1, cutoff=0.4)
+        known = [*BUILT_IN, *entries]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PolicyError(f"policy {name!r} is unknown.{hint} Known: {', '.join(sorted(entries)) or 'none'}")
+        raise PolicyError(f"policy {name!r} is unknown.{hint} Known: {', '.join(sorted(known))}")
     found = entries[name].load()
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"policy {name!r}: the entry point {entries[name].value!r} is not a subclass of Policy")
@@ -54,7 +91,8 @@ def policy_class(name: str) -> type[Policy]:
 def policy(name: str | Policy, **options: Any) -> Policy:
     """Make a policy from its name and flat options: ``policy("windowkv", group=6, window=8)``.
 
-    A spec as on the command line works too: ``policy("windowkv:group=6:window=8")``.
+    A spec as on the command line works too: ``policy("windowkv:group=6:window=8")``, and for wrappers
+    ``policy("adakv:floor=0.1:of=snapkv:observe=16")``, in which everything after ``of=`` is the inner policy's spec.
     Raises PolicyError for an unknown name, an unknown option or a value of the wrong type.
     """
     if isinstance(name, Policy):
@@ -66,7 +104,9 @@ def policy(name: str | Policy, **options: Any) -> Policy:
     key = ""
     for pair in pairs:
         option, equals, value = pair.partition("=")
-        if option and equals:
+        if key == INNER_OPTION:
+            given[INNER_OPTION] += f":{pair}"
+        elif option and equals:
             given[key := option] = value
         elif key and not equals:  # a value may hold a colon itself, as heads=random:4 does
             given[key] += f":{pair}"
@@ -74,8 +114,7 @@ def policy(name: str | Policy, **options: Any) -> Policy:
             raise PolicyError(f"{name!r}: {pair!r} is not option=value; write it as {head}:option=value")
     given.update(options)
     kind = policy_class(head)
-    hints = get_type_hints(kind)
-    allowed = options_of(kind)
+    hints, allowed = get_type_hints(kind), option_names(kind)
     for key in given:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
@@ -84,14 +123,9 @@ def policy(name: str | Policy, **options: Any) -> Policy:
     return kind(**{key: convert(head, key, value, hints[key]) for key, value in given.items()})
 
 
-def resolve(policy_or_spec: str | Policy, model: Fingerprint, task: Tasks = None) -> list[Policy]:
-    """The policy with everything that hangs on model and task decided: one, or one for each row's task.
-
-    Raises PolicyError or ProfileError where a task or a calibration profile is missing or does not fit.
-    """
-    made = policy(policy_or_spec).for_model(model)
-    rows = [task] if task is None or isinstance(task, TaskProfile | str) else task
-    return [made.for_task(TaskProfile.of(row)) for row in rows]
+def option_names(kind: type[Policy]) -> list[str]:
+    """What a user may ask of a policy, by name."""
+    return [each.name for each in fields(kind) if each.init]  # type: ignore[arg-type]  # every policy is a dataclass
 
 
 def split_policies(text: str) -> list[str]:
@@ -103,7 +137,9 @@ def split_policies(text: str) -> list[str]:
 
 
 def convert(head: str, key: str, value: Any, hint: Any) -> Any:
-    """An option's value in the type its dataclass field declares. Raises PolicyError where it does not fit."""
+    """An option's value in the type its dataclass field declares. Raises PolicyError if it does not fit."""
+    if hint is Policy and isinstance(value, str | Policy):
+        return policy(value)
     if get_origin(hint) in (Union, types.UnionType):
         if type(None) in get_args(hint) and (value is None or value == "none"):
             return None
@@ -122,8 +158,8 @@ def convert(head: str, key: str, value: Any, hint: Any) -> Any:
     if hint is bool:
         if isinstance(value, bool):
             return value
-        if str(value).lower() in TRUTH:
-            return TRUTH[str(value).lower()]
+        if str(value).lower() in TRUTH_WORDS:
+            return TRUTH_WORDS[str(value).lower()]
     elif isinstance(value, str) and hint is not str:
         try:
             return hint(value)

@@ -1,135 +1,93 @@
-"""Sentences: which spans of a prompt its question asks for, by the heads of the model that look things up."""
+"""Sentences that all layers keep: spans of a prompt that its question asks for, by the model's retrieval heads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from winnowkv.models.calibration import Profile
-from winnowkv.policies.base import GIVEN, Prompt
-from winnowkv.policies.expected import Expected
-from winnowkv.prompt.structure import Layout
-from winnowkv.prompt.task import Task
+from winnowkv.models.calibration import CalibrationProfile
+from winnowkv.policies.parts import LayerStates, SharedTokens
+from winnowkv.prompt.structure import Structure
 from winnowkv.scoring.attention import some_heads_attention, window_attention
 from winnowkv.scoring.select import top_spans
 from winnowkv.scoring.spans import concentrated, span_owner, span_reduce
-from winnowkv.types import HeadScores, Indices, Keys, Queries, Scores
+from winnowkv.types import HeadScores, Indices
 
-WIDTH = 16  # tokens of a span where nobody knows the sentences
-UNKNOWN = 16  # heads that stand in for retrieval heads where there is no profile
-NEAR = 64  # tokens before the question that do not choose them
+NEAR_QUESTION = 64  # tokens before the question that do not choose them
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sentences(Expected):
-    """What ``winnow`` adds to ``expected``: question, spans, the heads that are heard, and the spans that these choose."""
+@dataclass(frozen=True)
+class SentenceVotes(SharedTokens):
+    """Spans by the attention of retrieval heads from the question.
 
-    observe: int | Literal["context"] = 32  # type: ignore[assignment]  # for_model() leaves numbers only
-    share: float = 0.25
-    least: int = 40
-    heads: int | None = None
-    top: int = 8
-    longest: int = 32
-    profile: str | Profile | None = None
-    task: Task | None = None
-    layout: Layout | None = field(default=None, metadata=GIVEN)  # by for_task()
+    Parameters
+    ----------
+    structure: question, template tail and sentence ends of the prompt. longest: most tokens of a span.
+    sinks: first tokens, which always stay. top: tokens by which a span is scored.
+    profile, heads: the calibrated heads as ``(layer, head)``; None if they are guessed, ``guessed`` of them.
+    room: how many tokens of sentences every layer keeps once so many layers have voted.
+    """
 
-    def __post_init__(self) -> None:
-        if self.observe != "context":
-            super().__post_init__()
-            self.require("observe", minimum=1)
-        for option in ("heads", "top", "longest"):
-            self.require(option, minimum=1)
-        self.require("share", minimum=0, maximum=1)
-        self.require("least", minimum=0)
+    structure: Structure
+    longest: int
+    sinks: int
+    top: int
+    profile: CalibrationProfile | None
+    heads: tuple[tuple[int, int], ...] | None
+    guessed: int
+    room: Callable[[int], int]
 
-    @property
-    def scattered(self) -> bool:
-        """Whether no sentences are kept."""
-        return self.task == "aggregation" or not self.share
+    def query_positions(self) -> Tensor:
+        """The question's, without the chat template's tail."""
+        place = self.structure
+        return torch.arange(max(place.tokens - place.question, 0), place.tokens - place.tail)
 
-    def place(self, tokens: int) -> tuple[int, int, Sequence[int], int]:
-        """Question and tail in tokens, ends of spans, longest span of a prompt."""
-        found = self.layout
-        if found is None or found.tokens != tokens or found.question > tokens // 2:
-            return int(self.observe), 0, (), min(WIDTH, self.longest)
-        return found.question, found.tail, found.ends, self.longest
-
-    def window(self, tokens: int) -> int:
-        """The question, and what the chat template put behind it."""
-        return self.place(tokens)[0]
-
-    def wanted(self, tokens: int) -> Tensor:
-        """The sampled ones, and those of the question where it chooses sentences."""
-        sampled = super().wanted(tokens)
-        if self.scattered:
-            return sampled
-        window, tail, _, _ = self.place(tokens)
-        return torch.cat([sampled, torch.arange(max(tokens - window, 0), tokens - tail)])
-
-    def recent(self, prompt: Prompt) -> int:
-        """The question as far as it takes half of the budget."""
-        return min(self.window(prompt.tokens), max(int(self.observe), prompt.budget // 2), prompt.budget - self.sinks)
-
-    def room(self, prompt: Prompt, entries: int) -> int:
-        """What sentences get of a layer's ``entries``."""
-        if self.scattered:
-            return 0
-        return max(min(max(int(self.share * entries), self.least), entries - self.sinks - self.recent(prompt)), 0)
-
-    def always(self, prompt: Prompt) -> int:
-        """Sinks, sentences and question."""
-        return super().always(prompt) + self.room(prompt, prompt.budget)
-
-    def spans(self, tokens: int, scores: Scores) -> Tensor:
-        """The span of each token that ``scores`` are of, in a prompt of ``tokens``; the sinks are one."""
-        _, _, ends, longest = self.place(tokens)
-        return owners(scores.shape[-1], (self.sinks, *ends), longest, scores.device)
-
-    @cached_property  # every layer asks, and the heads of a model never change
-    def chosen(self) -> Sequence[tuple[int, int]]:
-        """The heads as ``(layer, head)``; none without a profile."""
-        if not isinstance(self.profile, Profile):
-            return ()
-        return self.profile.strong_heads() if self.heads is None else self.profile.top_heads(self.heads)
-
-    def hear(self, layer: int, queries: Queries, keys: Keys, scale: float) -> HeadScores | None:
+    def vote(self, states: LayerStates) -> HeadScores:
         """Attention of this layer's chosen heads from the question, weighted by their score, ``[1, heads, C]``."""
-        if self.scattered:
-            return None
-        tokens = keys.shape[2]
-        window, tail, _, _ = self.place(tokens)
-        queries, keys = queries[:, :, queries.shape[2] - (window - tail) :], keys[:, :, : tokens - tail]
-        if not isinstance(self.profile, Profile):
-            return self.loudest(window_attention(queries, keys, scale), tokens)
-        mine = [head for at, head in self.chosen if at == layer]
+        place = self.structure
+        keys = states.keys[:, :, : place.tokens - place.tail]
+        if self.profile is None or self.heads is None:
+            return self.most_concentrated(window_attention(states.queries, keys, states.scale))
+        mine = [head for at, head in self.heads if at == states.layer]
         if not mine:
-            return keys.new_zeros(1, 0, tokens - window, dtype=torch.float32)
-        weights = torch.tensor([self.profile.semantic[layer][head] for head in mine]).to(keys.device, non_blocking=True)
-        return some_heads_attention(queries, keys, scale, mine) * weights[:, None]
+            return keys.new_zeros(1, 0, place.tokens - place.question, dtype=torch.float32)
+        weights = torch.tensor([self.profile.semantic[states.layer][head] for head in mine])
+        attention = some_heads_attention(states.queries, keys, states.scale, mine)
+        return attention * weights.to(keys.device, non_blocking=True)[:, None]
 
-    def loudest(self, heard: HeadScores, tokens: int) -> HeadScores:
-        """The heads that stand in where there is no profile."""
-        near = min(NEAR, heard.shape[-1] // 8)
-        return concentrated(heard, self.spans(tokens, heard), self.sinks, near, self.heads or UNKNOWN)
+    def choose(self, votes: Sequence[HeadScores], earlier: Indices | None) -> Indices:
+        """The best sentences so far, ``[1, 1, n]``; what was chosen earlier if it has no more tokens than there is room for."""
+        room = self.room(len(votes))
+        if earlier is not None and earlier.shape[-1] <= room:
+            return earlier  # a part of it that is as large is the same
+        return self.best(votes, room, earlier)
 
-    def best(self, heard: Sequence[HeadScores], tokens: int, count: int, earlier: Indices | None) -> Indices:
+    def best(self, votes: Sequence[HeadScores], count: int, earlier: Indices | None) -> Indices:
         """So many tokens of the best sentences so far, ``[1, 1, count]``, out of those that won ``earlier``."""
-        together = torch.cat(list(heard), 1)
-        if not isinstance(self.profile, Profile):
-            together = self.loudest(together, tokens)
+        sinks, together = self.sinks, torch.cat(list(votes), 1)
+        if self.profile is None:
+            together = self.most_concentrated(together)
         scores = together.sum(1, keepdim=True)
-        gone = torch.arange(scores.shape[-1], device=scores.device) < self.sinks
+        gone = torch.arange(scores.shape[-1], device=scores.device) < sinks
         if earlier is not None:
             gone = gone | torch.ones_like(gone).index_fill(0, earlier[0, 0].long(), False)
-        owner, scores = self.spans(tokens, scores), scores.masked_fill(gone, -1.0)
-        count = min(count, scores.shape[-1] - self.sinks)
+        owner, scores = self.spans(scores), scores.masked_fill(gone, -1.0)
+        count = min(count, scores.shape[-1] - sinks)
         return top_spans(span_reduce(scores.clamp(min=0), owner, self.top), scores, owner, count)
+
+    def most_concentrated(self, votes: HeadScores) -> HeadScores:
+        """The heads that stand in if there is no profile: those that attend most to one span."""
+        near = min(NEAR_QUESTION, votes.shape[-1] // 8)
+        return concentrated(votes, self.spans(votes), self.sinks, near, self.guessed)
+
+    def spans(self, scores: HeadScores) -> Tensor:
+        """The span of each token that ``scores`` are of; the sinks are one."""
+        ends = (self.sinks, *self.structure.ends)
+        return owners(scores.shape[-1], ends, self.longest, scores.device)
 
 
 @lru_cache(maxsize=16)  # every layer of a prompt asks for the same

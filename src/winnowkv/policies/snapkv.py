@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Policy
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer
 from winnowkv.scoring.attention import GroupKind, PoolKind, group_reduce, pool, window_attention
-from winnowkv.types import Keys, Queries, Scores
+from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(TokenPolicy):
     """Pooled attention of the last ``observe`` queries, top tokens per KV head (arXiv 2404.14469).
 
     Defaults are those of the authors' LongBench configuration (window 32, kernel 7, max
@@ -33,7 +35,20 @@ class SnapKV(Policy):
         self.require("observe", minimum=1)
         self.require("kernel", minimum=1, odd=True)
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By the observation window's attention."""
+        return WindowScorer(prompt.tokens, self.observe, kernel=self.kernel, pooling=self.pooling, group_by=self.group_by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowScorer(Scorer):
+    """Attention of the observation window."""
+
+    kernel: int
+    pooling: PoolKind
+    group_by: GroupKind
+
+    def score(self, states: LayerStates) -> Scores:
         """Attention summed over the window, reduced over each GQA group, then pooled, ``[1, Hkv, C]``."""
-        attention = window_attention(queries, keys, scale)
-        return pool(group_reduce(attention, keys.shape[1], self.group_by), self.kernel, self.pooling)
+        attention = window_attention(states.queries, states.keys, states.scale)
+        return pool(group_reduce(attention, states.kv_heads, self.group_by), self.kernel, self.pooling)

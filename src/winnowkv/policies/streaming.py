@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from winnowkv.policies.base import Policy
-from winnowkv.types import Keys, Queries, Scores
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer
+from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Streaming(Policy):
+class Streaming(TokenPolicy):
     """The first ``sinks`` tokens and as many of the last as fit (arXiv 2309.17453, section 3.2).
 
     Departure from the paper: keys keep the positions they had in the prompt. The paper
@@ -26,11 +28,19 @@ class Streaming(Policy):
 
     sinks: int = 4
 
-    def minimum_budget(self) -> int:
+    def minimum_budget(self, prompt: PromptInfo) -> int:
         """Sinks and at least one recent token."""
         return self.sinks + max(self.observe, 1)
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """Later is better: the position itself, ``[1, 1, C]``."""
-        context = keys.shape[2] - self.observe
-        return torch.arange(context, dtype=torch.float32, device=keys.device).expand(1, 1, -1)
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """Later is better."""
+        return PositionScorer(prompt.tokens, self.observe)
+
+
+class PositionScorer(Scorer):
+    """The position itself."""
+
+    def score(self, states: LayerStates) -> Scores:
+        """``0, 1, 2, ...`` of the context, ``[1, 1, C]``."""
+        context = self.tokens - self.window
+        return torch.arange(context, dtype=torch.float32, device=states.keys.device).expand(1, 1, -1)

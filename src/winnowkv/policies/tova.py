@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.base import Policy
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer
 from winnowkv.scoring.attention import window_attention
-from winnowkv.types import Keys, Queries, Scores
+from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVA(Policy):
+class TOVA(TokenPolicy):
     """Attention of the last query, mean over heads, one selection a layer (arXiv 2401.06104, section 3.2).
 
     Departures: the paper drops one token at every step, here the last query of the prompt
@@ -28,6 +30,14 @@ class TOVA(Policy):
         super().__post_init__()
         self.require("observe", minimum=1)
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By the last query's attention."""
+        return MeanWindowScorer(prompt.tokens, self.observe)
+
+
+class MeanWindowScorer(Scorer):
+    """Attention of the observation window, the same score for all heads."""
+
+    def score(self, states: LayerStates) -> Scores:
         """Mean over query heads, ``[1, 1, C]``."""
-        return window_attention(queries, keys, scale).mean(1, keepdim=True)
+        return window_attention(states.queries, states.keys, states.scale).mean(1, keepdim=True)

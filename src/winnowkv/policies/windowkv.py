@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from winnowkv.policies.base import Policy, Prompt
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer, Selector
 from winnowkv.prompt.task import Task, TaskProfile
 from winnowkv.scoring.allocate import arithmetic_groups
 from winnowkv.scoring.attention import window_attention
 from winnowkv.scoring.select import top_windows, with_recent, with_sinks
 from winnowkv.scoring.spans import window_reduce
-from winnowkv.types import Entries, Indices, Keys, Queries, Scores
+from winnowkv.types import Entries, Indices, Scores
 
 # (observe, window, top) for each task. Paper and repository disagree, see the class.
 PRESETS = {
@@ -21,12 +23,12 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowKV(Policy):
+class WindowKV(TokenPolicy):
     """Best windows of ``window`` tokens, one selection for each ``group`` of layers (arXiv 2503.17922).
 
     A window scores the mean of its ``top`` best tokens, mean over heads. Paper and repository
-    (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options given by
-    hand win over it. The paper does not state its top-p for windows of 16: half of it here.
+    (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options that are
+    given win over it. The paper does not state its top-p for windows of 16: half of it here.
 
     Departures from the repository: the budget includes the window and is met to the entry, the
     group's size does not bend the pyramid, no selection is stale, every prompt of a batch votes alone.
@@ -35,46 +37,99 @@ class WindowKV(Policy):
     name: ClassVar[str] = "windowkv"
     source: ClassVar[str] = "WindowKV, arXiv 2503.17922"
     scope: ClassVar[str] = "windows, same for all heads and a group of layers, falling budgets"
-    by_task: ClassVar[bool] = True
+    uses_task: ClassVar[bool] = True
+    keeps_spans: ClassVar[bool] = True
+    own_selector: ClassVar[bool] = True
 
-    # None until for_task() fills in the preset's numbers; every other hook is called after it.
-    observe: int = None  # type: ignore[assignment]
-    window: int = None  # type: ignore[assignment]
-    top: int = None  # type: ignore[assignment]
+    observe: int | None = None  # type: ignore[assignment]  # None takes the preset's number for the prompt's task
+    window: int | None = None
+    top: int | None = None
     group: int = 6
     slope: float = 14.0
     preset: Literal["paper", "repo"] = "repo"
     task: Task | None = None
-    fallback: Task = "localization"  # where a classifier is less than ``sure``
+    fallback: Task = "localization"  # if a classifier is less than ``sure``
     sure: float = 0.75
 
     def __post_init__(self) -> None:
         for option in ("sinks", "observe", "window", "top", "group", "slope", "sure"):
             self.require(option, minimum=0 if option in ("sinks", "sure") else 1)
+        super().__post_init__()
 
-    def for_task(self, profile: TaskProfile) -> WindowKV:
-        """The policy with the preset's numbers filled in. Raises PolicyError where no task was given."""
-        task = self.task or profile.decided(self.name, self.sure, self.fallback)
-        observe, window, top = PRESETS[self.preset][task]
-        return replace(self, task=task, observe=self.observe or observe, window=self.window or window, top=self.top or top)
+    def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
+        """Raise PolicyError if the task is neither an option nor known."""
+        if task is not None:
+            self.decided(task)
+
+    def decided(self, task: TaskProfile) -> Task:
+        """The task to work with."""
+        return self.task or task.decided(self.name, self.sure, self.fallback)
+
+    def numbers(self, prompt: PromptInfo) -> tuple[int, int, int]:
+        """Observation window, width of a review window and how many of its tokens score it, for the prompt's task."""
+        observe, window, top = PRESETS[self.preset][self.decided(prompt.task)]
+        return self.observe or observe, self.window or window, self.top or top
+
+    def observation_window(self, prompt: PromptInfo) -> int:
+        """As given, or the preset's for the prompt's task."""
+        return self.numbers(prompt)[0]
+
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By the observation window's attention, once for a group of layers."""
+        return GroupScorer(prompt.tokens, self.numbers(prompt)[0], group=self.group)
+
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """Falling from group to group."""
+        return GroupAllocator(prompt, window=self.numbers(prompt)[0], sinks=self.sinks, group=self.group, slope=self.slope)
+
+    def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
+        """Whole review windows."""
+        observe, width, top = self.numbers(prompt)
+        return ReviewWindows(prompt.tokens, observe, self.sinks, width=width, top=top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupScorer(Scorer):
+    """Attention of the first layer of each ``group`` of layers."""
+
+    group: int
 
     def leader(self, layer: int) -> int:
         """The first layer of the group."""
         return layer - layer % self.group
 
-    def ceilings(self, prompt: Prompt) -> list[int]:
+    def score(self, states: LayerStates) -> Scores:
+        """Attention of every query head, ``[1, Hq, C]``: windows are scored head by head in the selector."""
+        return window_attention(states.queries, states.keys, states.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupAllocator(Allocator):
+    """Budgets that fall in equal steps from group to group; ``window`` entries on top, ``sinks`` at least."""
+
+    window: int
+    sinks: int
+    group: int
+    slope: float
+
+    def prefill_limits(self) -> list[int]:
         """Falling in equal steps from group to group; sinks are every layer's floor."""
-        mean, cap = prompt.budget - self.observe, prompt.tokens - self.observe
+        prompt, window = self.prompt, self.window
+        mean, cap = prompt.budget - window, prompt.tokens - window
         budgets = arithmetic_groups(prompt.layers, self.group, mean, self.slope, cap, self.sinks)
-        return [entries + self.observe for entries in budgets]
+        return [entries + window for entries in budgets]
 
-    def score(self, layer: int, queries: Queries, keys: Keys, scale: float) -> Scores:
-        """Attention of every query head, ``[1, Hq, C]``: windows are scored head by head in :meth:`select`."""
-        return window_attention(queries, keys, scale)
 
-    def select(self, layer: int, scores: Scores, entries: Entries, prompt: Prompt) -> Indices:
+@dataclass(frozen=True, kw_only=True)
+class ReviewWindows(Selector):
+    """The best windows of ``width`` tokens by the mean of their ``top`` best, the same for all heads."""
+
+    width: int
+    top: int
+
+    def select(self, layer: int, scores: Scores, entries: Entries) -> Indices:
         """The best windows by the mean over heads, ``[1, 1, entries]``."""
-        windows = window_reduce(with_sinks(scores, self.sinks), self.window, self.top).mean(1, keepdim=True)
+        windows = window_reduce(with_sinks(scores, self.sinks), self.width, self.top).mean(1, keepdim=True)
         tokens = with_sinks(scores.mean(1, keepdim=True), self.sinks)
-        context = top_windows(windows, tokens, int(entries) - self.observe, self.window)
-        return with_recent(context, prompt.tokens, self.observe)
+        context = top_windows(windows, tokens, int(entries) - self.window, self.width)
+        return with_recent(context, self.tokens, self.window)

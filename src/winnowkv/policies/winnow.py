@@ -4,125 +4,192 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from winnowkv.errors import ProfileError
-from winnowkv.models.calibration import Profile, find_profile
-from winnowkv.models.info import Fingerprint
-from winnowkv.policies.base import Policy, Prompt
-from winnowkv.policies.expected import Expected
-from winnowkv.policies.sentences import Sentences
+from winnowkv.models.calibration import CalibrationProfile, find_profile
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.expected import Expected, ExpectedAllocator
+from winnowkv.policies.parts import Parts, PromptInfo, Selector
+from winnowkv.policies.sentences import SentenceVotes
+from winnowkv.prompt.structure import Structure
 from winnowkv.prompt.task import Task, TaskProfile
-from winnowkv.types import Entries, HeadScores, Indices, Scores
+from winnowkv.types import Entries, Scores
 
-STEP = 2.0  # layers that wait for the heads shrink to make room for so many times themselves
+GUESSED_HEADS = 16  # heads that stand in for retrieval heads if there is no profile
+SPAN_WIDTH = 16  # tokens of a span if the sentences are not known
+LAYER_GROWTH = 2.0  # layers that wait for the heads shrink to make room for so many times themselves
+GUESSING = (
+    "no calibration profile of this model: winnow guesses its retrieval heads, and holds the whole prompt's cache "
+    "until the last layer was read; winnow calibrate finds them"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Winnow(Sentences):
+class Winnow(Expected):
     """Sentences for all layers by the model's retrieval heads, seen from the question; the rest of the budget as ``expected``.
 
-    Sentences get ``share`` of the budget, at least ``least`` entries; none where the task is aggregation or ``share=0``.
+    Sentences get ``share`` of the budget, at least ``least`` entries; none if the task is aggregation or ``share=0``.
     The heads are CompressKV's (arXiv 2508.02401) of all layers, weighted by their score: those that score half of the
     best, or ``heads`` of them. The spans are WindowKV's (arXiv 2503.17922), cut at the ends of sentences and lines and
-    behind ``longest`` tokens, scored by their ``top`` best. Until the last of the heads was heard every layer keeps
+    after ``longest`` tokens, scored by their ``top`` best. Until the last of the heads has voted every layer keeps
     candidates, fewer the more layers there are (as DynamicKV, arXiv 2412.14838): never more than ``peak`` of the full
-    cache where the first head sits early enough, or all with ``progressive=false``.
+    cache if the first head sits early enough, or all with ``progressive=false``.
     Without a profile the heads that attend most to one span of this prompt stand in, and all is held until the last layer
-    was heard; without a layout
-    (:func:`winnowkv.prompt.structure.read_layout`) spans are 16 tokens and the question is the last ``observe``.
-    ``observe="context"``: no question is known yet, so that all goes as ``expected``.
+    has voted; without the prompt's structure (:func:`winnowkv.read_structure`) spans are 16 tokens and the question is the
+    last ``observe``. ``observe="context"``: no question is known yet, so that all goes as ``expected``.
     """
 
     name: ClassVar[str] = "winnow"
     source: ClassVar[str] = "ours, docs/winnow-policy.md"
     scope: ClassVar[str] = "sentences, same for all heads and layers, and tokens per KV head, layers by this prompt's attention"
-    by_task: ClassVar[bool] = True
-    by_layout: ClassVar[bool] = True
+    uses_task: ClassVar[bool] = True
+    uses_structure: ClassVar[bool] = True
 
+    observe: int | Literal["context"] = 32  # type: ignore[assignment]
+    share: float = 0.25
+    least: int = 40
+    heads: int | None = None
+    top: int = 8
+    longest: int = 32
+    profile: str | CalibrationProfile | None = None
+    task: Task | None = None
     peak: float = 0.35
     progressive: bool = True
-    fallback: Task = "localization"  # where nobody said, or a classifier is less than ``sure``
+    fallback: Task = "localization"  # if no task is given, or a classifier is less than ``sure``
     sure: float = 0.75
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("peak", "sure"):
+        if self.observe != "context":
+            super().__post_init__()
+            self.require("observe", minimum=1)
+        for option in ("heads", "top", "longest"):
+            self.require(option, minimum=1)
+        for option in ("share", "peak", "sure"):
             self.require(option, minimum=0, maximum=1)
+        self.require("least", minimum=0)
 
-    def for_task(self, profile: TaskProfile) -> Winnow:
-        """The policy with the prompt's task and layout, where somebody has looked."""
-        unsure = profile.probability is not None and profile.probability < self.sure
-        task = self.task or (None if unsure else profile.task) or self.fallback
-        return replace(self, task=task, layout=profile.layout or self.layout)
+    @property
+    def blind(self) -> Expected:
+        """What is left of the policy if no question is known."""
+        return Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize)
 
-    def for_model(self, model: Fingerprint) -> Policy:
-        """The policy with the model's profile, where there is one; raises ProfileError only for one that was asked for."""
+    def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
+        """Raise ProfileError for a profile that was asked for and does not serve the model."""
+        self.read_profile(model)
+
+    def read_profile(self, model: ModelInfo) -> CalibrationProfile | None:
+        """The model's profile, None if there is none and none was asked for."""
         if self.observe == "context":
-            blind = Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize)
-            return blind.for_model(model)
-        made = replace(self, rotation=model.rotation or self.rotation)
+            return None
         try:
-            return replace(made, profile=find_profile(self.profile, model))
+            return find_profile(self.profile, model)
         except ProfileError:
             if self.profile is not None:
                 raise
-            return made
+            return None
+
+    def observation_window(self, prompt: PromptInfo) -> int:
+        """The least that a prompt must be longer than."""
+        return self.blind.observe if self.observe == "context" else self.observe
+
+    def keeps_sentences(self, prompt: PromptInfo) -> bool:
+        """Whether the prompt's task asks for places of the text, and sentences get a share at all."""
+        task = prompt.task
+        unsure = task.probability is not None and task.probability < self.sure
+        decided = self.task or (None if unsure else task.task) or self.fallback
+        return decided != "aggregation" and self.share > 0
+
+    def structure(self, prompt: PromptInfo) -> Structure:
+        """The prompt's structure; a question of ``observe`` tokens and no sentences if it is not known or does not fit."""
+        found = prompt.task.structure
+        if found is None or found.tokens != prompt.tokens or found.question > prompt.tokens // 2:
+            return Structure(prompt.tokens, self.observation_window(prompt), 0, ())
+        return found
+
+    def parts(self, model: ModelInfo, prompt: PromptInfo) -> Parts:
+        """Expected's parts, whose window is the question, and the sentences that all layers keep."""
+        if self.observe == "context":
+            return self.blind.parts(model, prompt)
+        structure = self.structure(prompt)
+        window = self.unscored(prompt, structure.question)
+        recent = min(window, max(self.observe, prompt.budget // 2), prompt.budget - self.sinks)
+        scorer = self.scorer_of(model, prompt.tokens, window)
+        selector = Selector(prompt.tokens, window, self.sinks, recent=recent)
+        if not self.keeps_sentences(prompt):
+            return Parts(scorer, ExpectedAllocator(prompt, always=self.sinks + recent), selector)
+        profile = self.read_profile(model)
+        heads = None if profile is None else tuple(
+            profile.strong_heads() if self.heads is None else profile.top_heads(self.heads)
+        )  # fmt: skip
+        allocator = SentenceAllocator(prompt, always=self.sinks + recent, options=self, heads=heads)
+        longest = self.longest if structure is prompt.task.structure else min(SPAN_WIDTH, self.longest)
+        shared = SentenceVotes(
+            structure, longest, self.sinks, self.top, profile, heads, self.heads or GUESSED_HEADS, allocator.sentence_room
+        )
+        return Parts(scorer, allocator, selector, shared, GUESSING if profile is None else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceAllocator(ExpectedAllocator):
+    """As :class:`ExpectedAllocator`, above the sentences that all layers keep; layers wait for the ``heads`` that choose them.
+
+    ``always``: entries that every layer keeps besides sentences. ``heads``: those that vote as ``(layer, head)``, None if
+    they are guessed, for which all layers have to be compared.
+    """
+
+    options: Winnow
+    heads: tuple[tuple[int, int], ...] | None
+
+    def room(self, entries: int) -> int:
+        """What sentences get of a layer's ``entries``."""
+        asked = self.options
+        return max(min(max(int(asked.share * entries), asked.least), entries - self.always), 0)
 
     @property
-    def hint(self) -> str | None:
-        """Says that heads are guessed."""
-        if isinstance(self.profile, Profile) or self.scattered:
-            return None
-        return (
-            "no calibration profile of this model: winnow guesses its retrieval heads, and holds the whole prompt's cache "
-            "until the last layer was read; winnow calibrate finds them"
-        )
-
-    def awaited(self, prompt: Prompt) -> range:
-        """The layers from the first to the last head that is heard."""
-        if not self.room(prompt, prompt.budget):
+    def awaited(self) -> range:
+        """The layers from the first to the last head that votes."""
+        if not self.room(self.prompt.budget):
             return range(0)
-        layers = [at for at, _ in self.chosen] or [prompt.layers - 1]  # whoever guesses heads has to compare all of them
+        layers = [at for at, _ in self.heads or ()] or [self.prompt.layers - 1]
         return range(min(layers), max(layers))
 
-    def limit(self, layer: int, prompt: Prompt) -> int:
+    def sentence_room(self, layers: int) -> int:
+        """How many tokens of sentences every layer keeps once so many layers have voted: more while heads are awaited."""
+        return self.room(self.prompt.budget if layers > self.awaited.stop else self.limit(layers - 1))
+
+    def limit(self, layer: int) -> int:
         """What each layer may hold once ``layer`` was read and the last of the heads was not."""
-        waited = self.awaited(prompt)
-        if not self.progressive or layer < waited.start:
+        prompt, waited = self.prompt, self.awaited
+        if not self.options.progressive or layer < waited.start:
             return prompt.tokens
         # Room for the next layers, too, so that not all of them are copied after each.
         layers = 1
         while layers <= layer:
-            layers = math.ceil(layers * STEP)
+            layers = math.ceil(layers * LAYER_GROWTH)
         layers = min(layers, max(waited.stop, layer + 1))
-        # Twice the budget each for the layers behind the last head, so that nothing shrinks for them before the end.
-        behind = 2 * prompt.budget * (prompt.layers - 1 - waited.stop)
-        room = (self.bound(prompt) - behind) // layers
+        # Twice the budget each for the layers after the last head, so that nothing shrinks for them before the end.
+        later = 2 * prompt.budget * (prompt.layers - 1 - waited.stop)
+        room = (self.bound() - later) // layers
         return max(min(room, prompt.tokens), prompt.budget)
 
-    def bound(self, prompt: Prompt) -> int:
+    def bound(self) -> int:
         """What the peak leaves beside the layer that is being read, at least an eighth more than the budget."""
-        if self.scattered:
-            return super().bound(prompt)
-        return max(prompt.total * 9 // 8, int((self.peak * prompt.layers - 1) * prompt.tokens))
+        prompt = self.prompt
+        return max(prompt.total * 9 // 8, int((self.options.peak * prompt.layers - 1) * prompt.tokens))
 
-    def peak_entries(self, prompt: Prompt) -> int:
-        """The layers seen at their limits, and the layer that is being read."""
-        waiting = range(self.awaited(prompt).stop)
-        return max([super().peak_entries(prompt), *(self.limit(at, prompt) * (at + 1) + prompt.tokens for at in waiting)])
+    def peak_entries(self) -> int:
+        """The layers read at their limits, and the layer that is being read."""
+        waiting = [self.limit(at) * (at + 1) + self.prompt.tokens for at in range(self.awaited.stop)]
+        return max([super().peak_entries(), *waiting])
 
-    def shared(self, heard: Sequence[HeadScores], prompt: Prompt, earlier: Indices | None) -> Indices | None:
-        """The best sentences so far, more of them while heads are awaited."""
-        entries = prompt.budget if len(heard) > self.awaited(prompt).stop else self.limit(len(heard) - 1, prompt)
-        room = self.room(prompt, entries)
-        if earlier is not None and earlier.shape[-1] <= room:
-            return earlier  # a part of it that is as large is the same
-        return self.best(heard, prompt.tokens, room, earlier)
-
-    def revise(self, scores: Sequence[Scores], held: Sequence[Entries], prompt: Prompt) -> list[int]:
+    def shrink(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
         """All layers come down together while heads are awaited, then they share the budget."""
-        if len(scores) > self.awaited(prompt).stop:
-            return super().revise(scores, held, prompt)
-        return [min(int(entries), self.limit(len(scores) - 1, prompt)) for entries in held]
+        if len(scores) > self.awaited.stop:
+            return super().shrink(scores, held)
+        return [min(int(entries), self.limit(len(scores) - 1)) for entries in held]
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
+        """In proportion to the preferences, above sinks, sentences and question."""
+        return self.split(scores, held, self.always + self.room(self.prompt.budget))

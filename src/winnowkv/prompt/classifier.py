@@ -22,41 +22,41 @@ from torch import Tensor, nn
 from winnowkv.errors import InputError
 from winnowkv.prompt.task import TASKS, Task, TaskProfile
 
-FORMAT = 1
-FEATURES = 2**17
-WORDS = 256  # read at each end
-EDGE = 48  # of these, the words nearest to the ends, where instructions stand, count apart from the rest
-TOKENS = 256  # read at each end by a Hugging Face classifier, as in the paper
+CLASSIFIER_FORMAT = 1
+HASHED_FEATURES = 2**17
+WORDS_PER_END = 256  # read at each end
+EDGE_WORDS = 48  # of these, the words nearest to the ends, where instructions stand, count apart from the rest
+TOKENS_PER_END = 256  # read at each end by a Hugging Face classifier, as in the paper
 WORD = re.compile(r"\w+|[^\w\s]")
-LONGEST_WORD = 24  # characters a word has at the most, on average: how much text is cut into words at all
+MEAN_WORD_LIMIT = 24  # characters a word has at the most, on average: how much text is cut into words at all
 
 
 def pieces(text: str) -> Iterable[str]:
     """Words and word pairs of both ends, marked by where they stand; this is all that the classifier sees."""
-    reach = WORDS * LONGEST_WORD
-    text = text.strip()  # before the cut: blanks at an end must not hide the words behind them
-    head = WORD.findall(text[:reach].lower())[:WORDS]
-    tail = WORD.findall(text[-reach:].lower())[-WORDS:]
-    for mark, words in (("<", head[:EDGE]), (">", tail[-EDGE:])):
+    reach = WORDS_PER_END * MEAN_WORD_LIMIT
+    text = text.strip()  # before the cut: blanks at an end must not hide the words next to them
+    head = WORD.findall(text[:reach].lower())[:WORDS_PER_END]
+    tail = WORD.findall(text[-reach:].lower())[-WORDS_PER_END:]
+    for mark, words in (("<", head[:EDGE_WORDS]), (">", tail[-EDGE_WORDS:])):
         for word in words:
             yield mark + word
             yield "=" + word  # at either end: an instruction may stand at the other one next time
         for first, second in pairwise(words):
             yield f"{mark}{first} {second}"
             yield f"={first} {second}"
-    yield from head[EDGE:]
-    yield from tail[:-EDGE]
+    yield from head[EDGE_WORDS:]
+    yield from tail[:-EDGE_WORDS]
 
 
 def vectorizer() -> Any:
     """The features, the same for training and for use. Imported late: scikit-learn takes a second."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    return HashingVectorizer(n_features=FEATURES, analyzer=pieces, alternate_sign=False, norm="l2", binary=True)
+    return HashingVectorizer(n_features=HASHED_FEATURES, analyzer=pieces, alternate_sign=False, norm="l2", binary=True)
 
 
 class LinearClassifier:
-    """Weights ``[FEATURES]`` and a bias; above zero is localization."""
+    """Weights ``[HASHED_FEATURES]`` and a bias; above zero is localization."""
 
     def __init__(self, weights: Tensor, bias: float) -> None:
         self._weights = weights.float().numpy()
@@ -104,7 +104,7 @@ class SequenceClassifier:
             begin = special.index(False) if False in special else len(special)
             end = len(special) - (special[::-1].index(False) if False in special else 0)
             ids, opening, closing = encoded["input_ids"][begin:end], encoded["input_ids"][:begin], encoded["input_ids"][end:]
-            half = min(TOKENS, (self._positions - len(opening) - len(closing)) // 2)
+            half = min(TOKENS_PER_END, (self._positions - len(opening) - len(closing)) // 2)
             whole = opening + (ids if len(ids) <= 2 * half else ids[:half] + ids[-half:]) + closing
             probabilities = self._model(input_ids=torch.tensor([whole])).logits[0].softmax(-1)
             profiles.append(of_probability(float(probabilities[self._localization])))
@@ -116,7 +116,7 @@ def positions(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return 2 * TOKENS + 64  # relative or rotary positions: no table to run out of
+    return 2 * TOKENS_PER_END + 64  # relative or rotary positions: no table to run out of
 
 
 def of_probability(localization: float) -> TaskProfile:
@@ -139,8 +139,10 @@ def load_classifier(path: str | Path | None = None) -> LinearClassifier | Sequen
             weights = file.get_tensor("weights")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{source} is not a task classifier: {error}") from None
-    if about["format"] > FORMAT:
-        raise InputError(f"{source} has format {about['format']}, this version reads up to {FORMAT}: update winnowkv")
+    if about["format"] > CLASSIFIER_FORMAT:
+        raise InputError(
+            f"{source} has format {about['format']}, this version reads up to {CLASSIFIER_FORMAT}: update winnowkv"
+        )
     return LinearClassifier(weights, about["bias"])
 
 
@@ -148,6 +150,6 @@ def task_profile(text: str, classifier: str | Path | None = None) -> TaskProfile
     """What a prompt asks for, with the classifier's probability, 0.5 to 1.
 
     ``classifier``: None for the built-in one, else as :func:`load_classifier` takes it.
-    Raises InputError where it cannot be used.
+    Raises InputError if it cannot be used.
     """
     return load_classifier(classifier)([text])[0]

@@ -1,4 +1,4 @@
-"""Where things stand in a prompt: its question, the chat template's tail behind it, and the ends of its sentences.
+"""Where things stand in a prompt: its question, the chat template's tail after it, and the ends of its sentences.
 
 Found from the token ids and the tokenizer alone, so that policies can look from the question and keep whole sentences.
 """
@@ -12,20 +12,20 @@ from typing import Any
 
 from winnowkv.prompt.chat import template_tail
 
-LEAST, MOST = 8, 128  # tokens of a question; what has no line break within the last MOST counts RAW tokens
-RAW = 32
+SHORTEST_QUESTION, LONGEST_QUESTION = 8, 128  # tokens
+DEFAULT_QUESTION = 32  # tokens, if there is no line break within the longest
 QUOTES = "\"')]\u201d\u2019"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Of a prompt of ``tokens`` tokens.
+class Structure:
+    """Where question and sentences stand in a prompt of ``tokens`` tokens.
 
     Attributes
     ----------
-    question: tokens from the begin of the question (or instruction) to the end of the prompt.
-    tail: how many of these belong to the chat template behind the question.
-    ends: ascending positions behind each sentence and each line, the prompt's own end left out.
+    question: tokens from the start of the question (or instruction) to the end of the prompt.
+    tail: how many of these belong to the chat template after the question.
+    ends: ascending positions just past each sentence and each line, the prompt's own end left out.
     """
 
     tokens: int
@@ -34,16 +34,16 @@ class Layout:
     ends: tuple[int, ...]
 
 
-def read_layout(tokenizer: Any, ids: Sequence[int]) -> Layout:
-    """The layout of one prompt. The question is the last lines of at least :data:`LEAST` tokens."""
+def read_structure(tokenizer: Any, ids: Sequence[int]) -> Structure:
+    """The structure of one prompt. The question is the last lines of at least :data:`SHORTEST_QUESTION` tokens."""
     pieces = {token: tokenizer.decode([token]) for token in set(ids)}
     texts = [pieces[token] for token in ids]
     tail = template_tail(tokenizer, ids)
     end = len(ids) - tail
-    last = range(end - 1 - LEAST, max(end - MOST, 0) - 1, -1)
-    begin = next((at + 1 for at in last if "\n" in texts[at]), max(end - RAW, 0))
+    last = range(end - 1 - SHORTEST_QUESTION, max(end - LONGEST_QUESTION, 0) - 1, -1)
+    begin = next((at + 1 for at in last if "\n" in texts[at]), max(end - DEFAULT_QUESTION, 0))
     ends = tuple(at + 1 for at, (text, after) in enumerate(pairwise(texts)) if ends_here(text, after))
-    return Layout(len(ids), len(ids) - begin, tail, ends)
+    return Structure(len(ids), len(ids) - begin, tail, ends)
 
 
 def ends_here(text: str, after: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from winnowkv.errors import PolicyError
-from winnowkv.prompt.structure import Layout
+from winnowkv.prompt.structure import Structure
 
 Task = Literal["localization", "aggregation"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -14,17 +14,17 @@ TASKS: tuple[str, ...] = get_args(Task)
 
 @dataclass(frozen=True)
 class TaskProfile:
-    """The task of one prompt, or None where nobody said.
+    """The task of one prompt, None if it is not known.
 
     ``localization`` asks for one place of the text (QA, retrieval), ``aggregation`` for
     the whole of it (summaries, few-shot, code); WindowKV, arXiv 2503.17922. ``probability``
-    is the classifier's, 0.5 to 1; None where the task was given by hand. ``layout`` says where in the
-    prompt its question and its sentences are, None where nobody looked.
+    is the classifier's, 0.5 to 1; None if the task was given. ``structure`` says where in the
+    prompt its question and its sentences are, None if it was not read.
     """
 
     task: Task | None = None
     probability: float | None = None
-    layout: Layout | None = None
+    structure: Structure | None = None
 
     @classmethod
     def of(cls, value: TaskProfile | str | None) -> TaskProfile:
@@ -38,7 +38,7 @@ class TaskProfile:
         return cls(value)  # type: ignore[arg-type]
 
     def decided(self, asker: str, sure: float, fallback: Task) -> Task:
-        """The task to work with, ``fallback`` where a classifier is not ``sure``. Raises PolicyError where nobody said."""
+        """The task to work with, ``fallback`` if a classifier is not ``sure``. Raises PolicyError if none is known."""
         if self.probability is not None and self.probability < sure:
             return fallback
         if self.task is None:

@@ -1,9 +1,8 @@
-"""``winnow eval`` on many processes: Ray actors that hold the model once and answer rows, on this machine or on a cluster.
+"""``winnow eval`` on many processes: Ray actors that load the model once and answer rows, on this machine or on a cluster.
 
-The driver reads the rows and alone writes results, as they arrive. A shard is one row, or as many as
-decode together, with all the settings that the result folder lacks of it. A departure from a grid of row-shards x
-policies: splitting a row's settings over workers would read its prompt once for each, where one
-recorded prefill serves them all.
+The driver reads the rows, and only the driver writes results, as they arrive. A shard is one row, or as many as
+decode together, with all the settings that the result folder lacks. A row's settings are not split over workers:
+one recorded prefill serves all of them.
 """
 
 from __future__ import annotations
@@ -25,34 +24,34 @@ from winnowkv.evaluate.report.machine import revision, versions
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.tasks.run import Advance, Evaluation, Work, Worker, failed_lines, shards
 
-INSTALL = "pip install 'winnowkv[scale]'"
-RETRIES = 2  # of a shard whose worker died; then its lines say so and the run goes on
+INSTALL_COMMAND = "pip install 'winnowkv[scale]'"
+MAX_RETRIES = 2  # of a shard whose worker died; after that its lines are failed and the run continues
 
 
-class Answerer:
-    """What an actor is: a worker that loads its model with the first thing that it is asked.
+class RayWorker:
+    """A Ray actor: a worker that loads its model at the first call.
 
-    ``folder`` is the driver's; ``share`` is how many actors share a machine's cores.
+    ``folder`` is the driver's working folder; ``share`` is how many actors share a machine's cores.
     """
 
     def __init__(self, asked: Evaluation, folder: str, share: int) -> None:
         if Path(folder).is_dir():
-            os.chdir(folder)  # relative paths of models and profiles mean what they mean to the driver
+            os.chdir(folder)  # so that relative paths of models and profiles are those of the driver
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))
         transformers.utils.logging.disable_progress_bar()
         self.asked = asked
 
     @cached_property
     def worker(self) -> Worker:
-        """The worker; raises here, and not while the actor is made, what is wrong with the model or a profile."""
+        """The worker. Errors of a model or profile are raised here, not while the actor is created."""
         return Worker(self.asked)
 
     def ready(self) -> dict[str, Any]:
-        """What lines of its model have in common, once it is loaded."""
+        """Load the model; returns what all its result lines have in common."""
         return self.worker.config
 
     def process(self) -> int:
-        """The process that it runs in."""
+        """The id of the actor's process."""
         return os.getpid()
 
     def answer(self, shard: Sequence[Work]) -> list[dict[str, Any]]:
@@ -65,10 +64,10 @@ class Pool:
 
     Attributes
     ----------
-    config: what lines must have in common to stand in one result folder.
-    deaths: actors that died, and were replaced.
+    config: what all lines of one result folder must have in common.
+    deaths: actors that died and were replaced.
 
-    Raises InputError for more workers than the cluster has GPUs, or CPU cores where it has none, and what loading raises.
+    Raises InputError for more workers than the cluster has GPUs (CPU cores if it has none), and what loading raises.
     """
 
     def __init__(self, asked: Evaluation, workers: int | None) -> None:
@@ -81,7 +80,7 @@ class Pool:
         most, what = (gpus, "GPUs") if gpus else (int(have.get("CPU", 0)), "CPU cores")
         if count > most:
             raise InputError(f"{count} workers need one each of {what}, the cluster has {most}: ask for at most {most}")
-        self._made = ray.remote(num_cpus=1, num_gpus=min(gpus, 1), scheduling_strategy="SPREAD")(Answerer)
+        self._made = ray.remote(num_cpus=1, num_gpus=min(gpus, 1), scheduling_strategy="SPREAD")(RayWorker)
         self._share = -(-count // machines)
         self._actors = [self._actor() for _ in range(count)]
         self.deaths = 0
@@ -90,23 +89,23 @@ class Pool:
         except ray.exceptions.RayError as error:
             raise InputError(
                 f"a worker died while it loaded model {asked.model!r} ({_first_line(error)}): "
-                f"where memory is short, ask for fewer than {count} workers"
+                f"if memory is short, ask for fewer than {count} workers"
             ) from None
         self.config: dict[str, Any] = configs[0]
         if other := next((config for config in configs if config != self.config), None):
             raise InputError(f"the cluster's machines load {asked.model!r} differently: {self.config} and {other}")
 
     def processes(self) -> list[int]:
-        """Process ids of the actors, on the machines that they run on."""
+        """Process ids of the actors on their machines."""
         return [_get(actor.process.remote()) for actor in self._actors]
 
     def _actor(self) -> Any:
         return self._made.remote(self._asked, str(Path.cwd()), self._share)
 
-    def run(self, store: ResultStore, work: Sequence[Work], advance: Advance, retries: int = RETRIES) -> None:
-        """Answer every shard of ``work`` and store its lines as they arrive; ``advance`` is told of every line.
+    def run(self, store: ResultStore, work: Sequence[Work], advance: Advance, retries: int = MAX_RETRIES) -> None:
+        """Answer every shard of ``work`` and store its lines as they arrive; ``advance`` is called after every line.
 
-        A shard whose worker died goes to a new one, ``retries`` times; then its lines are failed with the reason.
+        A shard whose worker died is given to a new one, ``retries`` times; after that its lines are failed with the reason.
         """
         import ray
 
@@ -133,10 +132,10 @@ class Pool:
                 advance(f"{line['task']} {line['row']}")
 
     def _replace(self, dead: Any) -> Any:
-        """A new actor in a dead one's place."""
+        """Replace a dead actor by a new one."""
         import ray
 
-        ray.kill(dead)  # it may only be out of reach, and must not answer any more
+        ray.kill(dead)  # it may be alive but unreachable, and must not answer later
         self.deaths += 1
         new = self._actors[self._actors.index(dead)] = self._actor()
         return new
@@ -152,13 +151,13 @@ def pool(asked: Evaluation, workers: int | None = None, address: str | None = No
 
     Parameters
     ----------
-    workers: how many; None is one a GPU of the cluster, or one a machine where it has none.
-    address: of a Ray cluster, ``auto`` for the one that this machine belongs to. None starts a Ray of
-        this machine alone, which nobody else can reach, and ends it with the block; a Ray that this
-        process is in already is used as it is.
+    workers: how many; None is one per GPU of the cluster, or one per machine if it has no GPU.
+    address: of a Ray cluster, ``auto`` for the one that this machine belongs to. None starts a Ray on
+        this machine alone, which no other machine can reach, and ends it with the block. If this
+        process is already connected to a Ray, that one is used.
 
-    Inside the block standard output goes to standard error: Ray tells there of workers that died.
-    Raises InputError where Ray is not installed or no cluster answers, and as :class:`Pool`.
+    Inside the block, standard output goes to standard error, because Ray prints messages about dead workers.
+    Raises InputError if Ray is not installed or no cluster answers, and what :class:`Pool` raises.
     """
     with redirect_stdout(sys.stderr):
         started = join(workers, address)
@@ -172,17 +171,17 @@ def pool(asked: Evaluation, workers: int | None = None, address: str | None = No
 
 
 def join(workers: int | None, address: str | None) -> bool:
-    """Start a Ray of ``workers`` cores, or join the one at ``address``; False where this process is in one already."""
+    """Start a Ray of ``workers`` cores, or connect to the one at ``address``; False if this process is connected already."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
-        # Ray reads it when it is imported: without the means for clusters it listens on loopback only.
+        # Ray reads it when it is imported: without support for clusters it listens on loopback only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # Ray's workers step back behind every other process of the machine; here they are what the user waits for.
+        # By default Ray lowers its workers' priority; here the user waits for them.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
     except ImportError:
-        raise InputError(f"more than one process needs the package ray: {INSTALL}") from None
+        raise InputError(f"more than one process needs the package ray: {INSTALL_COMMAND}") from None
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -199,7 +198,7 @@ def join(workers: int | None, address: str | None) -> bool:
 
 
 def _get(answer: Any) -> Any:
-    """An actor's answer; what it raised is raised here as it was raised there."""
+    """An actor's answer; an exception of the actor is raised here as the original exception."""
     import ray
 
     try:

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from winnowkv.types import HeadScores, Keys, Probabilities, Queries, Scores
+from winnowkv.types import HeadScores, Keys, Queries, Scores
 
 PoolKind = Literal["avg", "max"]
 GroupKind = Literal["mean", "max"]
-TILE = 1 << 21  # logits of a tile, 8 MB in float32: half of it costs a fifth more, twice gains nothing
-TILE_GPU = 1 << 24  # where starting a kernel costs more than memory
-# Keys from which ``half`` holds. How many queries a shorter prompt has to give hangs on its question, and the framework keeps
+TILE_LOGITS = 1 << 21  # logits of a tile, 8 MB in float32: half of it costs a fifth more, twice gains nothing
+TILE_LOGITS_CUDA = 1 << 24  # where starting a kernel costs more than memory
+# Keys from which ``half`` holds. How many queries a shorter prompt gives depends on its question, and the framework keeps
 # 0.6 MB of kernels for every shape of a product in bfloat16, none in float32, which is about as fast there.
-HALF = 512
+HALF_PRECISION_KEYS = 512
 
 
 @cache
@@ -58,16 +58,17 @@ def hide_future(logits: Tensor, window: int, begin: int) -> Tensor:
 def tiles(queries: Queries, keys: Keys, scale: float, *, half: bool = False) -> Iterator[tuple[int, slice, int, Tensor]]:
     """Logits in float32 a tile at a time, as ``(row, query heads, first query, logits [heads, w, S])``.
 
-    A tile is one head's or a few heads' of one KV head, whole or some queries of it: no map of more than :data:`TILE`
-    logits (on an accelerator :data:`TILE_GPU`), or of one query, exists at once. The next tile overwrites it.
-    ``half`` multiplies in bfloat16 where the keys are of that kind and at least :data:`HALF`; logits have 8 bits then.
+    A tile is one head's or a few heads' of one KV head, whole or some queries of it: no map of more than :data:`TILE_LOGITS`
+    logits (on an accelerator :data:`TILE_LOGITS_CUDA`), or of one query, exists at once. The next tile overwrites it.
+    ``half`` multiplies in bfloat16 if the keys are of that kind and at least :data:`HALF_PRECISION_KEYS`; logits then have 8
+    bits.
     """
     queries, keys = queries.detach(), keys.detach()  # buffers have no gradient
     batch, heads, window, _ = queries.shape
     kv_heads, tokens = keys.shape[1], keys.shape[2]
-    group, fit = heads // kv_heads, max((TILE if keys.device.type == "cpu" else TILE_GPU) // max(tokens, 1), 1)
+    group, fit = heads // kv_heads, max((TILE_LOGITS if keys.device.type == "cpu" else TILE_LOGITS_CUDA) // max(tokens, 1), 1)
     several, some = min(max(fit // window, 1), group), min(fit, window)
-    kind = keys.dtype if half and keys.dtype == torch.bfloat16 and tokens >= HALF else torch.float32
+    kind = keys.dtype if half and keys.dtype == torch.bfloat16 and tokens >= HALF_PRECISION_KEYS else torch.float32
     # Buffers, because fresh memory costs more than what is done in it.
     buffer = torch.empty(several * some, tokens, device=keys.device)
     product = buffer if kind == torch.float32 else torch.empty_like(buffer, dtype=kind)
@@ -142,24 +143,13 @@ def group_members(scores: HeadScores, heads: Sequence[int], query_heads: int, kv
     return torch.stack([row.mean(1) for row in rows], dim=1)
 
 
-def attention_preference(attention: Probabilities, tau1: float, tau2: float) -> Tensor:
-    """How much cache a layer asks for: entropy ``^(1/tau1)`` times variance ``^(1/tau2)``, a scalar.
-
-    The entropy of every query's attention and the variance of every token's over the ``W``
-    queries, each summed over heads and tokens. Source: CAKE (arXiv 2503.12491, section 4).
-    """
-    entropy = (attention * (attention + 1e-10).log()).sum().neg().clamp(min=0)
-    variance = attention.var(-2).sum()
-    return entropy ** (1 / tau1) * variance ** (1 / tau2)
-
-
 def moments(
     queries: Queries, keys: Keys, scale: float, context: int, *, causal: bool, half: bool = False, every: int = 1
 ) -> tuple[HeadScores, HeadScores, Tensor]:
     """Mean and mean square over the queries of the attention on the first ``context`` keys, ``[B, Hq, context]``; its entropy.
 
     The entropy ``-p log p`` is summed over everything, or taken from ``every``-th query and multiplied up. ``causal``: the
-    queries are the last ones, else they stand behind all keys. A tile at a time (:func:`tiles`, whose ``half`` this is).
+    queries are the last ones, else they stand after all keys. A tile at a time (:func:`tiles`, whose ``half`` this is).
     """
     count = queries.shape[2]
     share = len(range(0, count, every)) / count
@@ -189,15 +179,32 @@ def moments(
 
 
 def expected_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
-    """Attention of queries that stand behind all ``S`` keys on the first ``context`` of them, and the layer's preference.
+    """Attention of queries that stand after all ``S`` keys on the first ``context`` of them, and the layer's preference.
 
     Per token the root mean square over the queries, mean over each GQA group, ``[B, Hkv, context]``: a token that few
-    queries need much counts more than one that all need a little. The preference is that of :func:`attention_preference`,
-    its entropy from every fourth query: it tells layers apart, and those differ by far more than a quarter's sampling.
+    queries need much counts more than one that all need a little. The preference is entropy times
+    variance (CAKE, arXiv 2503.12491), its entropy from every fourth query: it tells layers apart, and those differ by far more
+    than a quarter's sampling.
     """
     mean, square, entropy = moments(queries, keys, scale, context, causal=False, half=True, every=4)
     variance = (square - mean.square()).sum().clamp(min=0)
     return group_reduce(square.sqrt(), keys.shape[1]), entropy * variance
+
+
+def worst_case_attention(queries: Queries, keys: Keys, scale: float, context: int, kernel: int) -> Scores:
+    """The most attention that a query of the window and of the group pays, but at least its mean over tokens, ``[1, Hkv, C]``.
+
+    Each query's attention is averaged over ``kernel`` neighbours and keeps its sum; one KV head at a time.
+    Source: DefensiveKV (arXiv 2510.13334).
+    """
+    worst = []
+    for kv, asking in enumerate(queries.chunk(keys.shape[1], 1)):
+        attention = causal_attention(asking, keys[:, kv : kv + 1], scale)[..., :context].flatten(1, 2)
+        smooth = pool(attention, kernel, "avg")
+        smooth = smooth * (attention.sum(-1, keepdim=True) / smooth.sum(-1, keepdim=True).clamp(min=1e-30))
+        most = smooth.amax(1, keepdim=True)
+        worst.append(most.clamp(min=most.mean(-1, keepdim=True)))
+    return torch.cat(worst, 1)
 
 
 def totals(scores: Sequence[Scores]) -> list[float]:

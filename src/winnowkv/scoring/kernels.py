@@ -23,14 +23,14 @@ LEAST: Any = tl.constexpr(-1e30)  # a logit that counts for nothing; a true infi
 
 @triton.jit
 def _rows(states, stride, at, limit, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows ``at`` of queries or keys, ``[rows, WIDTH]``; zeros behind the ``limit``-th and behind ``SIZE`` columns."""
+    """Rows ``at`` of queries or keys, ``[rows, WIDTH]``; zeros after the ``limit``-th and after ``SIZE`` columns."""
     d = tl.arange(0, WIDTH)
     return tl.load(states + at[:, None].to(tl.int64) * stride + d[None], (at[:, None] < limit) & (d[None] < SIZE), 0.0)
 
 
 @triton.jit
 def _logits(asked, keys, m, n, window, tokens, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits of the queries ``m`` over the keys ``n``; the least where a query does not see a key."""
+    """Logits of the queries ``m`` over the keys ``n``; the least if a query does not see a key."""
     seen = (n[None] < tokens) & (m[:, None] < window)
     if CAUSAL:
         seen = seen & (n[None] <= m[:, None] + (tokens - window))

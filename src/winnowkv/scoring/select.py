@@ -23,7 +23,7 @@ def top_tokens(scores: Scores, n: int) -> Indices:
     least = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     better, equal = scores > least, scores == least
     stays = better | (equal & (equal.cumsum(-1) <= n - better.sum(-1, keepdim=True)))
-    # Each goes to its place, what leaves behind all of them: nonzero() would make the host wait for an accelerator.
+    # Each goes to its place, and what leaves goes after all of them: nonzero() would make the host wait for an accelerator.
     places = torch.where(stays, stays.cumsum(-1) - 1, n)
     found = torch.empty(*scores.shape[:-1], n + 1, dtype=torch.long, device=scores.device)
     return found.scatter_(-1, places, torch.arange(scores.shape[-1], device=scores.device).expand_as(places))[..., :n]
@@ -42,11 +42,12 @@ def top_windows(windows: WindowScores, tokens: Scores, n: int, width: int) -> In
 def top_spans(spans: WindowScores, tokens: Scores, owner: Tensor, n: int) -> Indices:
     """As :func:`top_windows` for spans of any lengths: ``owner`` ``[S]`` is the span that each token belongs to, ascending.
 
-    Tokens of a negative score are taken only when there are no others.
+    Tokens of an infinite score are taken first, those of a negative one only when there are no others.
     """
     rank = spans.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
     window_rank = rank[..., owner]  # a token's window's place, 0 is best
     window_rank = torch.where(tokens < 0, spans.shape[-1], window_rank)
+    window_rank = torch.where(tokens == math.inf, -1, window_rank)
     # Two stable sorts: by token score first, then by window, so that within a window the better token leads.
     by_score = tokens.expand_as(window_rank).sort(dim=-1, descending=True, stable=True).indices
     by_window = window_rank.gather(-1, by_score).sort(dim=-1, stable=True).indices
@@ -89,7 +90,7 @@ def columns_of(
     else:
         heads, entries = max(len(held), len(wanted)), held.shape[1]
         held, wanted = held.long().expand(heads, -1), wanted.expand(heads, -1)
-        # A table of every position's column; a missing entry, -1, goes behind all.
+        # A table of every position's column; a missing entry, -1, goes after all.
         table = held.new_zeros(heads, tokens + 1)
         table.scatter_(1, held.remainder(tokens + 1), torch.arange(length - entries, length, device=device).expand(heads, -1))
         columns = table.gather(1, wanted.long().clamp(min=0))

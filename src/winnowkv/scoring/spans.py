@@ -11,7 +11,7 @@ from winnowkv.types import HeadScores, Scores, WindowScores
 
 
 def span_owner(tokens: int, ends: Sequence[int], longest: int) -> Tensor:
-    """The span that each token belongs to, ``[S]``: one from each of ``ends`` to the next, cut behind ``longest`` tokens."""
+    """The span that each token belongs to, ``[S]``: one from each of ``ends`` to the next, cut after ``longest`` tokens."""
     cuts = torch.zeros(tokens, dtype=torch.long)
     cuts[[0, *(end for end in ends if end < tokens)]] = 1
     place = torch.arange(tokens)
@@ -21,7 +21,7 @@ def span_owner(tokens: int, ends: Sequence[int], longest: int) -> Tensor:
 
 
 def span_reduce(scores: Scores, owner: Tensor, top: int) -> WindowScores:
-    """Score of each span: the mean of its ``top`` best tokens, of all where it is shorter; ``[B, H, R]``.
+    """Score of each span: the mean of its ``top`` best tokens, of all if it is shorter; ``[B, H, R]``.
 
     WindowKV's rule (arXiv 2503.17922) for spans of different lengths. ``owner`` ``[S]`` is ascending.
     """
@@ -35,7 +35,7 @@ def span_reduce(scores: Scores, owner: Tensor, top: int) -> WindowScores:
 
 
 def concentrated(scores: HeadScores, owner: Tensor, sinks: int, near: int, count: int) -> HeadScores:
-    """The ``count`` heads whose attention behind the sinks falls most on one span, as shares of it, ``[1, count, C]``.
+    """The ``count`` heads whose attention past the sinks falls most on one span, as shares of it, ``[1, count, C]``.
 
     In their order. Shares, because retrieval heads rest on the sinks with nearly all of their attention; what falls on the
     last ``near`` tokens chooses no head, because many look right before the question, whatever it asks.

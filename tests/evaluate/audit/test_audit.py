@@ -25,7 +25,7 @@ from winnowkv.evaluate.audit.audit import Audit, AuditPrompt
 from winnowkv.evaluate.audit.recommend import summarize
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.prompt.classifier import task_profile
-from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.structure import read_structure
 
 BROKEN = ord("~")  # a token that no text but a broken one holds
 
@@ -56,7 +56,7 @@ def naive(model: PreTrainedModel, spec: str, budget: int | float, text: str, lim
     """One setting, one token at a time, by the plain cache, in float64."""
     ids = torch.tensor([[ord(letter) for letter in text]])
     tokens = continuation(model, ids, limit)
-    task = replace(task_profile(text), layout=read_layout(Letters(), ids[0].tolist()))
+    task = replace(task_profile(text), structure=read_structure(Letters(), ids[0].tolist()))
     full, small = wk.CompactCache(model, "full", 1), wk.CompactCache(model, spec, budget, task=task)
     prefill(model, ids, full)
     logits = prefill(model, ids, small)
@@ -94,8 +94,8 @@ def test_every_policy_equals_the_slow_reference(llama: PreTrainedModel, case: Ca
 
 def test_settings_of_several_lengths_equal_the_slow_reference(llama: PreTrainedModel, tmp_path: Any, monkeypatch: Any) -> None:
     """Small blocks: the continuation is read in several passes."""
-    monkeypatch.setattr(auditor, "BLOCK", 128 * 9)
-    specs, budgets = ("snapkv:observe=8", "streaming:observe=8", "adakv:observe=8", "full"), (12, 16, 40, 0.9)
+    monkeypatch.setattr(auditor, "LOGITS_AT_ONCE", 128 * 9)
+    specs, budgets = ("snapkv:observe=8", "streaming:observe=8", "adakv:of=snapkv:observe=8", "full"), (12, 16, 40, 0.9)
     lines = go(asked(*specs, budgets=budgets, texts=TEXTS[:2]), llama, tmp_path)
     assert len(lines) == 2 * (3 * 4 + 1)
     agreements = set()
@@ -220,13 +220,19 @@ def test_long_prompts_lose_their_middle_and_are_counted(llama: PreTrainedModel, 
 
 
 @pytest.mark.parametrize(
-    "spec", ["snapkv:observe=8", "adakv:observe=8", "snapkv:observe=8:quantize=int8", "adakv:observe=8:quantize=int4"]
+    "spec",
+    [
+        "snapkv:observe=8",
+        "adakv:of=snapkv:observe=8",
+        "snapkv:observe=8:quantize=int8",
+        "adakv:of=snapkv:observe=8:quantize=int4",
+    ],
 )
 def test_bytes_are_those_of_the_dtype_that_is_served(spec: str) -> None:
     """An audit in float32 of a model that is used in bfloat16 reports the bytes of a cache in bfloat16."""
     ids = torch.tensor([[ord(letter) for letter in TEXTS[0]]])
     half, wide = tiny_model("llama").bfloat16(), tiny_model("llama")
-    served, cache = wk.CompactCache(half, spec, 24), wk.CompactCache(wide, spec, 24)
+    served, cache = (wk.CompactCache(model, spec, 24, keep_scores=True) for model in (half, wide))
     prefill(half, ids, served)
     prefill(wide, ids, cache)
     found = auditor.costs(settings_module.Kept(settings_module.Setting(spec, 24), cache), 0.0, torch.bfloat16)

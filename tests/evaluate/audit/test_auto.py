@@ -10,7 +10,7 @@ import pytest
 import winnowkv as wk
 from support.auto import profile_file, read
 from support.results import mass_line
-from winnowkv.evaluate.audit.auto import check_curves, curves_of, write_curves
+from winnowkv.evaluate.audit.curves import check_curves, curves_of, write_curves
 from winnowkv.models.calibration import read_profile
 
 

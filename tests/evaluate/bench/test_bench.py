@@ -17,12 +17,12 @@ from support.models import PROMPT, hybrid, prompt
 from support.tokenizers import Letters
 from winnowkv.attention.hooks import is_routed
 from winnowkv.evaluate.bench import (
-    bars as bench_bars,
     bench as runner,
     caches as bench_caches,
     cells as bench_cells,
     clock as bench_clock,
     plots as bench_plots,
+    summary as bench_summary,
 )
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
 from winnowkv.evaluate.settings import settings
@@ -62,7 +62,7 @@ def go(bench: runner.Bench, model: PreTrainedModel, folder: Path, advance: Calla
     try:
         runner.run(bench, model, Letters(), builder, haystack, store, advance)
     finally:
-        summary = bench_bars.write_summary(bench, store, "tiny")
+        summary = bench_summary.write_summary(bench, store, "tiny")
         store.close()
     return summary
 
@@ -80,7 +80,7 @@ def test_every_cell_is_measured_once_and_written(done: tuple[dict[str, Any], Pat
     summary, folder = done
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len({runner.identity(line) for line in lines}) == summary["lines"] == summary["expected_lines"]
-    kinds = {kind: len(summary[kind]) for kind in bench_bars.KINDS}
+    kinds = {kind: len(summary[kind]) for kind in bench_summary.KINDS}
     # Two settings: each at two contexts, with two batches; what evicts nothing has no equal kept entries.
     assert kinds == {"prefill": 4, "decode": 8, "flat": 1, "serve": 2, "growth": 2}
     assert json.loads((folder / "bench.json").read_text()) == json.loads(json.dumps(summary))
@@ -113,7 +113,7 @@ def test_decode_steps_every_cache_equally_often(done: tuple[dict[str, Any], Path
         assert {spread["count"] for spread in [*line["ms"].values(), *line["over"].values()]} == {3}
         for name, took in line["ms"].items():
             assert line["tokens_s"][name] == pytest.approx(1000 * line["batch"] / took["median"])
-        added = bench_cells.WARM - 1 + 3  # warm and counted steps; slots take one more, the first
+        added = bench_cells.WARMUP_STEPS - 1 + 3  # warm and counted steps; slots take one more, the first
         assert line["kv_bytes"]["dynamic"] == line["batch"] * (line["prompt_tokens"] + added) * ENTRY
         assert line["kv_bytes"]["native"] == line["batch"] * (line["entries"] + added) * ENTRY
         if line["policy"] == SNAP:
@@ -185,21 +185,21 @@ def test_spread_and_ratio_of_pairs() -> None:
 
 
 def test_the_plain_model_shares_weights_and_is_never_routed(model: PreTrainedModel) -> None:
-    plain = bench_caches.twin(model)
+    plain = bench_caches.plain_copy(model)
     assert all(mine is theirs for mine, theirs in zip(plain.parameters(), model.parameters(), strict=True))
     cache = wk.CompactCache(model, "full", 1)
     assert is_routed(model)
     assert not is_routed(plain)
     assert plain.config._attn_implementation == "sdpa"
     ids = prompt(PROMPT)
-    assert torch.equal(plain(ids).logits, bench_caches.twin(plain)(ids).logits)
+    assert torch.equal(plain(ids).logits, bench_caches.plain_copy(plain)(ids).logits)
     del cache
 
 
 def test_copies_decode_as_what_they_were_copied_from(model: PreTrainedModel) -> None:
     """What is timed are real caches: each row of each gives the logits of a model that reads the whole text."""
     ids = prompt(PROMPT)
-    source = bench_caches.Source(model, bench_caches.twin(model), Letters(), ids[0].tolist())
+    source = bench_caches.PromptCaches(model, bench_caches.plain_copy(model), Letters(), ids[0].tolist())
     token = torch.tensor([5, 5])
     wanted = source.plain(torch.cat([ids, token[:1, None]], 1)).logits[0, -1]
     slots = source.slots("full", 1, 2, 4)
@@ -212,7 +212,7 @@ def test_copies_decode_as_what_they_were_copied_from(model: PreTrainedModel) -> 
 
 def test_a_static_cache_of_sliding_layers_is_refused_and_slots_serve_them() -> None:
     model = hybrid()
-    source = bench_caches.Source(model, bench_caches.twin(model), Letters(), prompt(PROMPT)[0].tolist())
+    source = bench_caches.PromptCaches(model, bench_caches.plain_copy(model), Letters(), prompt(PROMPT)[0].tolist())
     with pytest.raises(wk.WinnowError, match="sliding-window layers"):
         source.static(4)
     logits = source.slots("full", 1, 1, 4).step(torch.tensor([5]))
@@ -273,7 +273,7 @@ FULL = runner.Bench(settings([SNAP], [0.12]), contexts=[1024, 2048, 4096, 8192],
 
 @pytest.mark.parametrize(("values", "compress", "met"), [(GOOD, 1.05, True), (BAD, 1.2, False)])
 def test_targets_are_met_or_missed_as_measured(values: dict[str, float], compress: float, met: bool) -> None:
-    summary = bench_bars.summarize(FULL, made_lines(compress=compress, **values), "m")
+    summary = bench_summary.summarize(FULL, made_lines(compress=compress, **values), "m")
     found = {bar["name"]: bar for bar in summary["bars"]}
     fits = next(bar for name, bar in found.items() if name.startswith("requests that fit"))
     assert (fits["value"], fits["met"]) == (9.0, True)
@@ -298,7 +298,7 @@ def test_compiled_steps_have_targets_of_their_own(speed: float, met: bool) -> No
         "over": over,
         "git": "a",
     }
-    bars = {bar["name"]: bar for bar in bench_bars.summarize(replace(FULL, compile=True), [line], "m")["bars"]}
+    bars = {bar["name"]: bar for bar in bench_summary.summarize(replace(FULL, compile=True), [line], "m")["bars"]}
     compiled = f"compiled decode over eager transformers on the same kept length, {SNAP} at 12%"
     faster = f"decode speed-up over the full dynamic cache at 8k, batch 1, compiled, {SNAP} at 12%"
     assert bars[compiled]["met"] is met
@@ -306,21 +306,21 @@ def test_compiled_steps_have_targets_of_their_own(speed: float, met: bool) -> No
 
 
 def test_a_target_that_was_not_measured_is_not_met() -> None:
-    summary = bench_bars.summarize(FULL, [], "m")
+    summary = bench_summary.summarize(FULL, [], "m")
     assert summary["lines"] == 0
     assert {(bar["value"], bar["met"]) for bar in summary["bars"]} == {(None, None)}
     mixed = [*made_lines(**GOOD)[:-1], {**made_lines(**GOOD)[-1], "git": "b"}]
-    assert bench_bars.summarize(FULL, mixed, "m")["notes"] == ["measured on several revisions of the code: a, b"]
+    assert bench_summary.summarize(FULL, mixed, "m")["notes"] == ["measured on several revisions of the code: a, b"]
 
 
 def test_pictures_show_each_cache_once(done: tuple[dict[str, Any], Path]) -> None:
     summary = done[0]
     lines = bench_plots.decode_series(summary["decode"])
     assert list(lines)[:2] == [f"{SNAP} at 25%", "full"]
-    assert set(lines) >= {bench_plots.THEIRS["dynamic"], bench_plots.THEIRS["static"]}
+    assert set(lines) >= {bench_plots.TRANSFORMERS_LABELS["dynamic"], bench_plots.TRANSFORMERS_LABELS["static"]}
     assert all([point[0] for point in points] == [300, 500] for points in lines.values())
     paces = bench_plots.throughput_series(summary["decode"], summary["serve"])
-    assert set(paces) == {"full", f"{SNAP} at 25%", bench_plots.THEIRS["dynamic"]}
+    assert set(paces) == {"full", f"{SNAP} at 25%", bench_plots.TRANSFORMERS_LABELS["dynamic"]}
     assert all([point[2] for point in points] == [1, 3] for points in paces.values())
 
 

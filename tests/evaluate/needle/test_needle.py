@@ -8,7 +8,8 @@ from matplotlib.image import imread
 
 import winnowkv as wk
 from support.tokenizers import Letters
-from winnowkv.cli.needle import found_text, needle as command
+from winnowkv.cache.reading import greedy, prefill
+from winnowkv.cli.needle import asked_policies, found_text, needle as command
 from winnowkv.evaluate.needle import needle as runner
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_chains, read_haystack, read_needles, read_variant
 from winnowkv.evaluate.report import plot
@@ -23,11 +24,13 @@ MIXED = [
     "full",
     "snapkv:observe=8",
     "streaming",
-    "adakv:observe=8",
+    "adakv:of=snapkv:observe=8",
     "pyramidkv:observe=8",
     "int8",
     "snapkv:observe=8:quantize=int8",
 ]
+
+NEWER = "keydiff,knorm,lagkv,defensivekv,criticalkv:of=snapkv,adakv:of=expected,chunkkv:of=snapkv"
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +248,27 @@ def test_a_variant_is_in_its_lines_and_is_not_computed_twice(llama, tmp_path, mo
         go_tiny(tiny_test(variant="multi"), llama, tmp_path)
 
 
-def test_lines_of_an_older_version_belong_to_the_single_variant(llama, tmp_path, monkeypatch):
-    summary, lines = go_tiny(tiny_test(), llama, tmp_path)
-    file = tmp_path / "results.jsonl"
-    new = ("variant", "found", "failed", "decode_batch")
-    old = [{name: value for name, value in line.items() if name not in new} for line in lines]
-    file.write_text("".join(json.dumps(line) + "\n" for line in old))
-    monkeypatch.setattr(runner, "read_prompt", None)
-    assert go_tiny(tiny_test(), llama, tmp_path)[0]["groups"] == summary["groups"]
+def test_wrappers_stand_in_a_list_with_other_policies(llama, tmp_path):
+    specs = asked_policies(NEWER, factorial=False)
+    assert specs == NEWER.split(",")
+    summary, lines = go_tiny(tiny_test(specs, [0.25], timed=False), llama, tmp_path)
+    assert [group["policy"] for group in summary["groups"]] == specs
+    assert [(line["policy"], line["failed"]) for line in lines] == [(spec, None) for spec in specs]
+    ids = PromptBuilder(Letters(), read_haystack(), chat=False).build(read_needles()[0], 400, 0.5)
+    for line in lines:
+        live = wk.CompactCache(llama, line["policy"], 0.25, task="localization")
+        logits = prefill(llama, torch.tensor([ids]), live)
+        assert line["kept_entries_per_layer"] == live.report.kept_entries[0]
+        assert sum(line["kept_entries_per_layer"]) == pytest.approx(5 * 100)
+        assert line["output"] == Letters().decode(list(greedy(llama, live, logits, 9))).strip()
+
+
+def test_a_profile_goes_to_the_policy_that_a_wrapper_changes():
+    asked = "adakv:floor=0:of=headkv:observe=8,chunkkv:of=snapkv,compresskv,adakv:of=headkv:profile=mine"
+    assert asked_policies(asked, factorial=False, profile="P") == [
+        "adakv:floor=0:of=headkv:observe=8:profile=P", "chunkkv:of=snapkv", "compresskv:profile=P",
+        "adakv:of=headkv:profile=mine",
+    ]  # fmt: skip
 
 
 def test_a_logit_that_is_no_number_fails_its_lines_and_not_the_run(llama, tmp_path):

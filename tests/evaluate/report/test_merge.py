@@ -115,7 +115,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     lost = write_run(tmp_path / "lost", [line("full")])
     (lost / "results.jsonl").unlink()
     for folder, message in ((tmp_path / "absent", "is not a folder"), (tmp_path / "empty", "config.yaml cannot be read"),
-                            (none, "holds no finished line"), (needle, "holds results of winnow needle"),
+                            (none, "holds no finished line"), (needle, "holds no results of winnow eval but of winnow needle"),
                             (lost, "results.jsonl cannot be read")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             merge([folder])

@@ -9,7 +9,7 @@ from support.browser import open_page, start_browser
 from support.results import CONFIG, MACHINE, broken, evaluation, line
 from winnowkv.errors import InputError
 from winnowkv.evaluate.report import charts
-from winnowkv.evaluate.report.page import FAILURES, render, write_page
+from winnowkv.evaluate.report.page import MAX_FAILURES_LISTED, render, write_page
 from winnowkv.evaluate.report.summary import OVER_TASKS, summarize
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;"
@@ -91,10 +91,10 @@ def test_unusual_results_have_a_page(lines, tmp_path):
 
 
 def test_failed_measurements_are_listed_with_their_reason(tmp_path):
-    lines = [line(), *(broken(f"reason {r} <i>", row=f"row-{r}") for r in range(FAILURES + 2))]
+    lines = [line(), *(broken(f"reason {r} <i>", row=f"row-{r}") for r in range(MAX_FAILURES_LISTED + 2))]
     text = Reader(page_of(lines, tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert "on qa, row row-0 (official): reason 0 <i>" in " ".join(text.split())
-    assert "2 more stand in results.jsonl." in text
+    assert "2 more are in results.jsonl." in text
 
 
 def test_a_page_that_cannot_be_written(tmp_path):
@@ -105,7 +105,7 @@ def test_a_page_that_cannot_be_written(tmp_path):
 def test_points_of_one_place_stand_side_by_side_and_others_where_they_are():
     assert charts.spread([100.0, 300.0, 100.0, 101.0]) == [92.0, 300.0, 100.0, 109.0]
     many = charts.spread([50.0] * 40)
-    assert max(many) - min(many) <= charts.ROOM
+    assert max(many) - min(many) <= charts.MAX_GROUP_WIDTH
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.05, 1.25), (0.096, 0.15), (3.0, 4.7), (2.0, 9000.0), (0.8, 1.25)])

@@ -33,7 +33,7 @@ def naive_interval(groups, seed, resamples):
 @pytest.mark.parametrize("rows", [2, 5, 41])
 @pytest.mark.parametrize("draws_at_once", [7, 2**22])
 def test_intervals_equal_the_loop(monkeypatch, rows, draws_at_once):
-    monkeypatch.setattr(stats, "DRAWS", draws_at_once)  # what is drawn at once must not change the result
+    monkeypatch.setattr(stats, "DRAWS_AT_ONCE", draws_at_once)  # what is drawn at once must not change the result
     values = np.random.default_rng(rows).normal(0.4, 0.2, size=rows).tolist()
     center, low, high = mean_interval(values, seed=3, resamples=200)
     assert center == pytest.approx(sum(values) / rows)

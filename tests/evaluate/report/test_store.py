@@ -1,7 +1,6 @@
 """Results survive interruption and never mix."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -55,32 +54,6 @@ def test_settings_come_back_as_they_were(tmp_path):
     ResultStore(tmp_path, config, key).close()
     assert read_config(tmp_path) == {**config, "depths": [0.1, 0.5]}
     ResultStore(tmp_path, config, key).close()
-
-
-def test_results_of_an_older_version_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="older version"):
-        ResultStore(tmp_path, {"model": "a"}, key)
-
-
-@pytest.mark.parametrize("text", ["a: [1", "just words"])
-def test_broken_settings_are_refused(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"config.yaml (cannot be read|is not a YAML mapping)"):
-        ResultStore(tmp_path, {"model": "a"}, key)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full to stand for a full disk")
-def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
-    store = ResultStore(tmp_path, {}, key)
-    store.add({"id": 1})
-    store._out.close()
-    store._out = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115 - the store closes it
-    with pytest.raises(InputError, match=r"No space left on device\. 1 finished lines are safe"):
-        store.add({"id": 2})
-    assert not store.has(2)
-    store.close()
-    assert ResultStore(tmp_path, {}, key).lines == [{"id": 1}]
 
 
 def test_a_broken_line_is_named(tmp_path):

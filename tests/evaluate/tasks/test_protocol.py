@@ -105,6 +105,7 @@ def test_characters_of_several_tokens_stay_whole(tokenizer, limit):
     assert tokenizer.decode(official.ids) == official.text
 
 
+@pytest.mark.slow
 def test_real_rows_are_cut_as_longbench_cuts_them(tokenizer, data_dir):
     for task in find_tasks(["longbench_qasper", "longbench_trec", "longbench_samsum"]):
         for one in task.rows(data_dir, limit=2):
@@ -122,7 +123,7 @@ def test_real_rows_are_cut_as_longbench_cuts_them(tokenizer, data_dir):
 def test_rows_that_cannot_be_encoded_are_refused(tokenizer):
     with pytest.raises(InputError, match="protocol 'offical' is unknown: it is one of official, context-only"):
         encode_row(row("text"), ASKED, tokenizer, "offical", None, chat=True)
-    with pytest.raises(InputError, match="a limit of 8 tokens holds no prompt of asked"):
+    with pytest.raises(InputError, match="a limit of 8 tokens is too small for a prompt of asked"):
         encode_row(row(numbered(9)), ASKED, tokenizer, "official", 8, chat=True)
 
     class Slow:

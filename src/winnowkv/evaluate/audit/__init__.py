@@ -1,1 +1,1 @@
-"""The audit: compressed answers beside those of the full cache, on prompts without labels."""
+"""The audit: how close compressed answers come to the full cache's own, on prompts without labels."""

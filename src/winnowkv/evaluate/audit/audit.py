@@ -1,10 +1,10 @@
 """``winnow audit``: what compression costs on prompts without labels, against the full cache's own answers.
 
-The full cache continues each prompt greedily. Every compressed cache is then *forced* along these
-tokens, all settings of similar length in one pass, and asked at each which token it would give
-itself. The first token of a continuation comes from the prompt's own logits, which no eviction
-changes: it is left out of every number, and a prompt whose continuation is that one token has
-nothing to compare (``trivial``).
+The full cache continues each prompt greedily. Every compressed cache then reads these tokens (it is
+*forced* along them), all settings of similar length in one pass, and its own most likely token is
+compared at each. The first token of a continuation comes from the prompt's own logits, which no
+eviction changes: it is left out of every number, and a prompt whose continuation is that one token
+has nothing to compare (``trivial``).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from winnowkv.models.info import end_tokens, position_limit, prompt_limit
 from winnowkv.models.load import dtype_name
 from winnowkv.prompt.chat import encode
 from winnowkv.prompt.classifier import task_profile
-from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
 
-BLOCK = 2**24  # logits of all rows at once, 64 MiB in float32: bounds the memory, whatever vocabulary and length
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in float32: bounds the memory for any vocabulary and length
 NOT_A_NUMBER = "a logit is not a number"
 Advance = Callable[[str], None]
 Line = dict[str, Any]
@@ -47,7 +47,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class AuditPrompt:
-    """A prompt; ``template`` False keeps it out of the chat template, where its task's protocol says so."""
+    """A prompt; ``template`` False leaves out the chat template, as the protocols of some tasks do."""
 
     id: str
     text: str
@@ -55,14 +55,14 @@ class AuditPrompt:
 
     @property
     def digest(self) -> str:
-        """What tells two prompts apart, whatever they are called."""
+        """A hash of the content, which tells prompts apart independent of their ids."""
         return hashlib.sha256(f"{self.template}\n{self.text}".encode()).hexdigest()[:16]
 
 
 def file_prompts(path: Path) -> list[AuditPrompt]:
-    """Prompts of a JSONL file, a row ``{"prompt": ...}`` each with an ``id`` if it likes; any other file is one prompt.
+    """Prompts of a JSONL file, rows ``{"prompt": ...}`` with an optional ``id``; any other file is one prompt.
 
-    Raises InputError with file and line for a row that is not, and for a file that cannot be read or is empty.
+    Raises InputError with file and line for a broken row, and for a file that cannot be read or is empty.
     """
     if path.suffix == ".jsonl":
         rows = read_rows(path, "prompt", ("prompt",))
@@ -79,9 +79,9 @@ def file_prompts(path: Path) -> list[AuditPrompt]:
 def gather_prompts(
     files: Sequence[Path], tasks: Sequence[str], data: Path | None, skip: int = 0, limit: int | None = None
 ) -> list[AuditPrompt]:
-    """Prompts of files and of tasks, ``limit`` of each behind its first ``skip``; a text that comes twice counts once.
+    """Prompts of files and of tasks, ``limit`` of each after its first ``skip``; equal prompts count once.
 
-    Raises InputError where none is left.
+    Raises InputError if none is left.
     """
     sources = [file_prompts(path) for path in files]
     for task in find_tasks(tasks) if tasks else []:
@@ -100,9 +100,9 @@ def gather_prompts(
 
 @dataclass(frozen=True)
 class Audit:
-    """What to measure. ``policies`` and ``budgets`` are kept as they were asked, for the results.
+    """What to measure. ``policies`` and ``budgets`` stay as the user wrote them, for the results.
 
-    ``max_context``: most prompt tokens, None for what the model has positions for; longer prompts lose their middle.
+    ``max_context``: most prompt tokens, None for the model's limit; longer prompts lose their middle.
     """
 
     prompts: Sequence[AuditPrompt]
@@ -118,7 +118,7 @@ class Audit:
         return settings(self.policies, self.budgets)
 
     def limit(self, model: PreTrainedModel) -> int | None:
-        """Most prompt tokens, so that the continuation still has positions. Raises InputError where none are left."""
+        """Most prompt tokens that leave positions for the continuation. Raises InputError if none are left."""
         positions = position_limit(model)
         if positions is not None and positions <= self.max_new_tokens:
             raise InputError(
@@ -128,35 +128,35 @@ class Audit:
         return prompt_limit(model, self.max_new_tokens, self.max_context)
 
     def config(self, model: PreTrainedModel, name: str, served: torch.dtype) -> dict[str, Any]:
-        """What lines must have in common to stand in one result folder."""
+        """What all lines of one result folder must have in common."""
         return {
             "command": "audit", "model": name, "dtype": dtype_name(model.dtype), "served_dtype": dtype_name(served),
             "chat": self.chat, "max_new_tokens": self.max_new_tokens, "max_context": self.limit(model),
         }  # fmt: skip
 
     def encoded(self, prompt: AuditPrompt, model: PreTrainedModel, tokenizer: Any) -> tuple[list[int], int]:
-        """A prompt's token ids, and how many the limit took out of its middle."""
+        """A prompt's token ids, and how many were cut out of its middle."""
         ids, limit = encode(tokenizer, prompt.text, chat=self.chat and prompt.template), self.limit(model)
         left = ids if limit is None else middle_out(ids, limit)
         return left, len(ids) - len(left)
 
     def expected(self) -> list[Line]:
-        """What tells every line of this audit apart: prompts x settings."""
+        """The identifying fields of every line of this audit: prompts x settings."""
         return [{"prompt": p.digest, "id": p.id, **asdict(s)} for p in self.prompts for s in self.settings]
 
 
 def identity(line: Line) -> Hashable:
-    """What tells two result lines apart."""
+    """The identity of a result line: lines of one measurement have the same."""
     return (line["prompt"], *Setting(line["policy"], line["budget"]).key)
 
 
 def run(
     test: Audit, model: PreTrainedModel, tokenizer: Any, store: ResultStore, advance: Advance, served: torch.dtype | None = None
 ) -> None:
-    """Measure what the store does not hold yet, prompt by prompt; ``advance`` is told of every line, old and new.
+    """Measure what the store does not hold yet; ``advance`` is called once for every line, old and new.
 
-    ``served``: the dtype that the model is used in, where it computes in another one here; bytes are counted in it.
-    Raises ProfileError, before any work, where a policy needs a calibration profile and there is none of this model.
+    ``served``: the dtype in which bytes are counted, if the model is used in another dtype than it has here.
+    Raises ProfileError, before any work, if a policy needs a calibration profile and this model has none.
     """
     asked, frame = test.settings, {"versions": versions(), "git": revision()}
     policies_for(asked, model, TaskProfile.of("localization"))
@@ -182,13 +182,11 @@ def run(
 def measure(
     ids: list[int], text: str, asked: Sequence[Setting], model: PreTrainedModel, tokenizer: Any, limit: int, served: torch.dtype
 ) -> list[Line]:
-    """One line a setting of a prompt, from one prefill. Raises InputError where the full cache's logits are not numbers."""
-    stop, made = (
-        end_tokens(model, tokenizer),
-        policies_for(asked, model, replace(task_profile(text), layout=read_layout(tokenizer, ids))),
-    )
-    recorded, logits, seconds = read_prompt(model, ids, made)
-    kept = replay(recorded, asked, made)
+    """One line for each setting of a prompt, from one prefill. Raises InputError if a logit of the full cache is NaN."""
+    stop, task = end_tokens(model, tokenizer), replace(task_profile(text), structure=read_structure(tokenizer, ids))
+    made = policies_for(asked, model, task)
+    recorded, logits, seconds = read_prompt(model, ids, made.values(), task)
+    kept = replay(recorded, asked, made, task, keep_scores=True)
     spent = [costs(one, seconds, served) for one in kept]
     tokens, found = compare(model, recorded, kept, logits, limit, stop)
     answer = tokenizer.decode([token for token in tokens if token not in stop], skip_special_tokens=True)
@@ -199,9 +197,9 @@ def measure(
 def compare(
     model: PreTrainedModel, recorded: CompactCache, kept: Sequence[Kept], logits: Tensor, limit: int, stop: frozenset[int]
 ) -> tuple[list[int], dict[Setting, Line]]:
-    """The full cache's continuation (its stop token included), and how near each setting comes to it, by setting.
+    """The full cache's continuation (stop token included), and how close each setting comes to it.
 
-    ``logits`` ``[1, V]`` are the prompt's. Raises InputError where the full cache's logits are not numbers.
+    ``logits`` ``[1, V]`` are those of the prompt's last token. Raises InputError if a logit of the full cache is NaN.
     """
     seen = recorded.report.prompt_tokens[0]
     (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
@@ -221,7 +219,7 @@ def compare(
         for one, row in zip(batch, rows, strict=True):
             found[one.setting] |= {"full_agreement": itself, **row}
             clock[one.setting] = seconds
-    # Really run, to the first token that departs: what comes behind it cannot make the answer equal again.
+    # Free greedy decoding, up to the first token that differs: nothing after it can make the answers equal again.
     free = continue_all(model, kept, logits, [], len(tokens), lambda made: made[-1] != tokens[len(made) - 1])
     for setting, answer in free.items():
         line = found[setting]
@@ -236,7 +234,7 @@ def compare(
 def fidelity(model: PreTrainedModel, caches: Sequence[CompactCache], truth: Tensor, tokens: list[int], seen: int) -> list[Line]:
     """Agreement, KL divergence and first divergence of each cache when it is forced along ``tokens``.
 
-    ``truth`` ``[n - 1, V]`` are the full cache's logits behind all tokens but the last.
+    ``truth`` ``[n - 1, V]`` are the full cache's logits after all tokens but the last.
     """
     begin, agrees, kl = 0, [], []
     for logits in forced(model, stack(caches), tokens[:-1], seen, len(caches)):
@@ -262,29 +260,29 @@ def fidelity(model: PreTrainedModel, caches: Sequence[CompactCache], truth: Tens
 
 
 def forced(model: PreTrainedModel, cache: CompactCache, tokens: Sequence[int], seen: int, rows: int) -> Iterator[Tensor]:
-    """Logits ``[B, k, V]`` behind each of ``tokens``, read into every row of a cache that has seen ``seen``, in blocks."""
-    step = max(BLOCK // (rows * model.config.get_text_config(decoder=True).vocab_size), 1)
+    """Logits ``[B, k, V]`` after each of ``tokens``, in blocks, read into every row of a cache of ``seen`` tokens."""
+    step = max(LOGITS_AT_ONCE // (rows * model.config.get_text_config(decoder=True).vocab_size), 1)
     for begin in range(0, len(tokens), step):
         ids = torch.tensor([list(tokens[begin : begin + step])], device=model.device).expand(rows, -1)
         yield extend(model, cache, ids, [seen + begin] * rows)
 
 
 def agreement(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Whether the likeliest token is the given one, for ``logits`` ``[..., k, V]`` and ``k`` tokens."""
+    """Whether the most likely token is the given one, ``[..., k]``, for ``logits`` ``[..., k, V]`` and ``k`` tokens."""
     return logits.argmax(-1) == torch.tensor(list(tokens), device=logits.device)
 
 
 def divergence(truth: Tensor, logits: Tensor) -> Tensor:
-    """KL(truth || other) in nats per token, in float32, of logits ``[..., V]``; not finite where a logit is not."""
+    """KL(truth || other) in nats per token, float32 ``[...]``, of logits ``[..., V]``; not finite if a logit is not."""
     p, q = truth.float().log_softmax(-1), logits.float().log_softmax(-1)
     return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0).sum(-1).clamp(min=0)
 
 
 def costs(one: Kept, seconds: float, served: torch.dtype) -> Line:
-    """Bytes and seconds of a setting; nothing where it has no cache.
+    """Bytes and seconds of a setting; nothing if it has no cache.
 
-    Bytes are counted with entries, scales and zero points of dtype ``served``: an audit may compute in float32,
-    and eviction must not look dear beside codes of 8 bits because of that.
+    Bytes are counted as if entries, scales and zero points had dtype ``served``: an audit may compute in float32,
+    which would make eviction look larger beside 8-bit codes than it is.
     """
     if one.cache is None:
         return {}

@@ -1,4 +1,4 @@
-"""What the lines of an audit say: means with intervals for each setting, and which setting to use."""
+"""Summary of an audit: means with intervals for each setting, and which setting to use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from winnowkv.budget import spoken
+from winnowkv.budget import budget_text
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.stats import mean_interval, small
 from winnowkv.evaluate.report.store import ResultStore, write_json
@@ -17,22 +17,22 @@ from winnowkv.policies import policy as make_policy
 from winnowkv.report import MIB
 
 MEASURES = ("agreement", "kl_mean", "kl_p99", "exact_match")
-SIZES = ("kept_bytes", "full_bytes", "held_bytes")
-Z95 = 1.96  # standard errors that a 95% interval reaches to either side
-TOO_MANY = 10_000  # prompts that nobody gathers to settle a question
+SIZE_FIELDS = ("kept_bytes", "full_bytes", "held_bytes")
+Z95 = 1.96  # half the width of a 95% interval, in standard errors
+MAX_MORE_PROMPTS = 10_000  # a larger number of prompts is not suggested
 Line = dict[str, Any]
 Group = dict[str, Any]
 
 
 def write_summary(store: ResultStore, expected: Sequence[Line], keep: float, config: dict[str, Any]) -> dict[str, Any]:
-    """``summary.json`` of what is finished of the ``expected`` lines (prompt, policy, budget); returns it."""
+    """Write ``summary.json`` of the finished lines among ``expected`` (prompt, policy, budget); returns it."""
     summary = summarize(store.lines, expected, keep, config)
     write_json(store.folder / "summary.json", summary)
     return summary
 
 
 def summarize(lines: Sequence[Line], expected: Sequence[Line], keep: float, config: dict[str, Any]) -> dict[str, Any]:
-    """Groups, one a setting in the order asked, the recommendation for the target ``keep``, and what a reader must know."""
+    """One group per setting in the order asked, the recommendation for the target ``keep``, and notes."""
     wanted = {(line["prompt"], setting_of(line)) for line in expected}
     mine = [line for line in lines if (line["prompt"], setting_of(line)) in wanted]
     by_setting: dict[Setting, list[Line]] = {setting_of(line): [] for line in expected}
@@ -51,10 +51,10 @@ def setting_of(line: Line) -> Setting:
 
 
 def summed(setting: Setting, rows: Sequence[Line]) -> Group:
-    """One setting over its prompts: every measure as mean, low and high of a 95% interval, None where there is none.
+    """One setting over its prompts: every measure as mean, low and high of a 95% interval, None if there is none.
 
-    ``prompts`` are those compared, ``trivial`` those with one token of continuation, which every cache
-    gives, ``failed`` those without a result; only the first are in the means.
+    ``prompts`` counts those compared, ``trivial`` those whose continuation is one token, which every cache
+    gives, ``failed`` those without a result; only the compared ones are in the means.
     """
     compared = [row for row in rows if row["failed"] is None and row["compared_tokens"]]
     trivial = sum(row["failed"] is None and not row["compared_tokens"] for row in rows)
@@ -65,7 +65,7 @@ def summed(setting: Setting, rows: Sequence[Line]) -> Group:
         **{name: _interval([float(row[name]) for row in compared]) for name in MEASURES},
         "deviation": stdev(agreements) if len(agreements) > 1 else None,
         "undiverged": sum(row["first_divergence"] is None for row in compared),
-        **{name: mean(row[name] for row in compared) if compared else None for name in SIZES},
+        **{name: mean(row[name] for row in compared) if compared else None for name in SIZE_FIELDS},
     }  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def recommend(groups: Sequence[Group], keep: float) -> dict[str, Any]:
     """The cheapest setting whose agreement is at least ``keep`` at the lower end of its interval.
 
     Cheapest: fewest kept bytes on average, ties by agreement. Settings that save nothing, or lack prompts
-    that others have, are no candidates. ``closest`` is the best where none reaches the target;
-    ``undecided`` the cheapest whose mean alone does, with the prompts that might settle it.
+    that others have, are no candidates. ``closest`` is the best setting if none reaches the target;
+    ``undecided`` is the cheapest of which only the mean does, with the number of prompts that might settle it.
     """
     most = max((group["prompts"] for group in groups), default=0)
     measured = [group for group in groups if group["prompts"] == most > 0 and group["kept_bytes"] < group["full_bytes"]]
@@ -104,12 +104,12 @@ def at_least(value: float | None, keep: float) -> bool:
 
 
 def more_prompts(group: Group, keep: float) -> int | None:
-    """Roughly how many more prompts would lift the interval above the target, if they scatter as these do."""
+    """Roughly how many more prompts would lift the interval above the target, if they vary as these do."""
     above = group["agreement"]["mean"] - keep
     if group["deviation"] is None or above <= 0:
         return None
     needed = (Z95 * group["deviation"] / above) ** 2
-    return max(math.ceil(needed) - group["prompts"], 1) if needed < TOO_MANY else None
+    return max(math.ceil(needed) - group["prompts"], 1) if needed < MAX_MORE_PROMPTS else None
 
 
 def _named(group: Group | None) -> dict[str, Any] | None:
@@ -123,13 +123,13 @@ def sentence(
     over = f"{prompts} prompt{'' if prompts == 1 else 's'}"
     if reached:
         saved = 1 - reached["kept_bytes"] / reached["full_bytes"]
-        said = (
+        text = (
             f"Use {name_of(reached)}: it gives {share_of(reached)} of the full cache's tokens over {over}, in "
             f"{mebibytes(reached['kept_bytes'])} instead of {mebibytes(reached['full_bytes'])} MiB ({percent(saved)} less); "
             f"nothing cheaper has its interval at or above {percent(keep)}."
         )
     elif closest:
-        said = (
+        text = (
             f"No setting has its interval at or above {percent(keep)} of the full cache's tokens: the closest is "
             f"{name_of(closest)} with {share_of(closest)} over {over}. "
             f"The full cache ({mebibytes(closest['full_bytes'])} MiB) is what keeps the target."
@@ -140,18 +140,18 @@ def sentence(
         return f"Nothing could be compared, so nothing is recommended; the full cache keeps the target of {percent(keep)}."
     if undecided:
         settle = "more prompts are needed to settle it" if more is None else f"about {more} more prompts might settle it"
-        said += (
+        text += (
             f" {name_of(undecided)} ({mebibytes(undecided['kept_bytes'])} MiB) reaches it on average, "
             f"{share_of(undecided)}: {settle}."
         )
-    return said
+    return text
 
 
 def name_of(group: Group) -> str:
-    """A setting as one says it: ``snapkv at 12%``, ``snapkv at 128 entries``, ``int8``."""
+    """A setting as text: ``snapkv at 12%``, ``snapkv at 128 entries``, ``int8``."""
     if group["whole"]:
         return str(group["policy"])
-    return f"{group['policy']} at {spoken(group['budget'])}"
+    return f"{group['policy']} at {budget_text(group['budget'])}"
 
 
 def share_of(group: Group) -> str:
@@ -163,7 +163,7 @@ def share_of(group: Group) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, rounded down so that what is below a target does not read as if it reached it."""
+    """A share in percent, rounded down so that a value below a target is never shown as the target."""
     return f"{math.floor(1000 * share + 1e-6) / 10:.1f}%"
 
 
@@ -174,7 +174,7 @@ def mebibytes(size: float) -> str:
 
 
 def notes(lines: Sequence[Line], groups: Sequence[Group], config: dict[str, Any]) -> list[str]:
-    """What a reader must know: small sets, prompts that were cut, trivial or failed, rounding."""
+    """Notes for the reader: small sets, prompts that were cut, trivial or failed, rounding."""
     found = []
     prompts = {line["prompt"]: line for line in lines}
     compared = max((group["prompts"] for group in groups), default=0)
@@ -185,7 +185,7 @@ def notes(lines: Sequence[Line], groups: Sequence[Group], config: dict[str, Any]
         found.append(f"{len(cut)} of {len(prompts)} prompts were too long and lost {lost} tokens of their middle")
     if trivial := max((group["trivial"] for group in groups), default=0):
         found.append(
-            f"{trivial} of {len(prompts)} prompts are answered in one token, which every cache gives: they count nowhere"
+            f"{trivial} of {len(prompts)} prompts are answered in one token, which every cache gives: they are left out"
         )
     for group in groups:
         mine = [line for line in lines if setting_of(line) == setting_of(group)]

@@ -1,1 +1,1 @@
-"""The benchmark: what compression costs and brings in seconds and bytes."""
+"""The benchmark: what compression costs and saves, in seconds and bytes."""

@@ -1,7 +1,7 @@
 """``winnow bench``: what compression costs and saves in seconds and bytes, cell by cell, next to plain transformers.
 
-A cell is one kind of measurement of one policy and budget at one context; it is one line of the results, and one that was
-measured is not measured again.
+A cell is one kind of measurement of one policy and budget at one context: one line of the results. A finished cell is
+not measured again.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from transformers import PreTrainedModel
 from winnowkv.budget import Asked, Budget
 from winnowkv.errors import InputError
 from winnowkv.evaluate.bench import cells as bench_cells
-from winnowkv.evaluate.bench.cells import SHORT, SHORT_BUDGET, WARM, WAVE, Bed, Cell
+from winnowkv.evaluate.bench.caches import BENCH_TASK
+from winnowkv.evaluate.bench.cells import GROWTH_BATCH, GROWTH_BUDGET, GROWTH_PROMPT_TOKENS, WARMUP_STEPS, BenchSetup, Cell
 from winnowkv.evaluate.bench.clock import Clock
 from winnowkv.evaluate.needle.prompts import PromptBuilder
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.settings import Setting
-from winnowkv.models.info import Fingerprint, position_limit
+from winnowkv.models.info import ModelInfo, position_limit
 from winnowkv.models.load import dtype_name
-from winnowkv.policies import Prompt, policy as make_policy, resolve
+from winnowkv.policies import PromptInfo, policy as make_policy
+from winnowkv.prompt.task import TaskProfile
 
-IDENTITY = ("kind", "policy", "budget", "context", "batch", "compiled", "kv_memory", "shortest", "longest")
-LEAST = 2 * WAVE  # requests: memory is read once in between
+IDENTITY_FIELDS = ("kind", "policy", "budget", "context", "batch", "compiled", "kv_memory", "shortest", "longest")
+MIN_GROWTH_REQUESTS = 2 * GROWTH_BATCH  # memory is read once in between
 Advance = Callable[[str], None]
 
 
@@ -37,10 +39,12 @@ class Bench:
 
     Attributes
     ----------
-    settings: policies at budgets. contexts: prompt tokens. batches: requests that decode together.
-    rounds: pairs of prefills a cell; steps: decode steps a cell, each in turns with those it is compared with.
-    kv_memory: bytes of keys and values that an engine may hold, with prompts of ``serve_context`` tokens and ``new_tokens``
-        new ones. requests: short ones in a row, to see whether memory grows; 0 for none.
+    settings: policies at budgets.
+    contexts: lengths of prompts, in tokens; batches: requests that decode together.
+    rounds, steps: pairs of prefills and decode steps of each cell, in turns with what they are compared with.
+    kv_memory: bytes of keys and values that an engine may hold.
+    serve_context, new_tokens: prompt tokens and new tokens of the requests in that memory.
+    requests: short requests in a row, to see whether memory grows; 0 for none.
     compile: measure compiled decode steps, too.
     """
 
@@ -57,17 +61,17 @@ class Bench:
 
     @property
     def room(self) -> int:
-        """New tokens that a prompt leaves positions for."""
-        return max(self.steps + WARM, self.new_tokens)
+        """New tokens for which a prompt leaves positions in the model."""
+        return max(self.steps + WARMUP_STEPS, self.new_tokens)
 
     @property
     def flat_entries(self) -> int:
-        """Entries kept where a short and a long prompt keep equally many: half of the shorter."""
+        """Entries that the shortest and the longest prompt both keep in the cell ``flat``: half of the shortest."""
         return min(self.contexts) // 2
 
     def cells(self) -> list[Cell]:
-        """Every cell, those that look at memory first, then context by context."""
-        found = [self._cell("growth", one, budget=SHORT_BUDGET) for one in self._policies()] if self.requests else []
+        """Every cell: memory growth first, then context by context."""
+        found = [self._cell("growth", one, budget=GROWTH_BUDGET) for one in self._policies()] if self.requests else []
         for context in sorted(self.contexts):
             for one in self.settings:
                 found.append(self._cell("prefill", one, context=context))
@@ -84,15 +88,17 @@ class Bench:
         return found
 
     def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
-        """Complain about everything that cannot work, before anything is measured."""
+        """Check everything before the first measurement. Raises a WinnowError that names what is wrong."""
         for name, value, least in (
-            ("rounds", self.rounds, 1), ("steps", self.steps, 1), ("new_tokens", self.new_tokens, WARM + 3),
+            ("rounds", self.rounds, 1), ("steps", self.steps, 1), ("new_tokens", self.new_tokens, WARMUP_STEPS + 3),
             ("batch", min(self.batches), 1), ("context", min([*self.contexts, self.serve_context]), 1),
         ):  # fmt: skip
             if value < least:
                 raise InputError(f"{name} is {value}, it must be at least {least}")
-        if 0 < self.requests < LEAST:
-            raise InputError(f"{self.requests} requests in a row show no growth: ask for at least {LEAST}, or for 0")
+        if 0 < self.requests < MIN_GROWTH_REQUESTS:
+            raise InputError(
+                f"{self.requests} requests in a row show no growth: ask for at least {MIN_GROWTH_REQUESTS}, or for 0"
+            )
         limit = position_limit(model)
         for context in {*self.contexts, self.serve_context}:
             if limit is not None and not self.room < context <= limit:
@@ -101,41 +107,41 @@ class Bench:
                     f"positions: give {self.room + 1} to {limit}"
                 )
         for cell in self.cells():
-            (policy,) = resolve(cell["policy"], Fingerprint.of(model), bench_cells.TASK)
-            lengths = [cell[name] for name in ("context", "shortest", "longest") if cell.get(name)] or [SHORT[0]]
+            policy, task = make_policy(cell["policy"]), TaskProfile.of(BENCH_TASK)
+            policy.check(ModelInfo.of(model), task)
+            lengths = [cell[name] for name in ("context", "shortest", "longest") if cell.get(name)] or [GROWTH_PROMPT_TOKENS[0]]
             for tokens in (length if limit is None else min(length, limit - self.room) for length in lengths):
                 entries = Budget.of(cell["budget"]).entries(tokens)
-                if policy.evicts and policy.observe < tokens and entries < tokens:
-                    policy.check(Prompt(tokens=tokens, layers=1, budget=entries))
+                policy.check_prompt(PromptInfo(tokens, 1, entries, task))
                 if cell["kind"] == "prefill":
-                    bench_cells.build(builder, tokens)  # complains where the haystack is too short
+                    bench_cells.build(builder, tokens)  # raises if the haystack is too short
 
     def config(self, model: PreTrainedModel, name: str, builder: PromptBuilder) -> dict[str, Any]:
-        """What must be equal for lines to stand in one table."""
-        where = machine()
+        """What all lines of one result folder must have in common."""
+        here = machine()
         return {
             "model": name, "dtype": dtype_name(model.dtype), "chat": builder.chat, "rounds": self.rounds, "steps": self.steps,
             "new_tokens": self.new_tokens, "requests": self.requests,
-            "machine": f"{where['accelerator'] or where['processor']}, {where['threads']} threads",
+            "machine": f"{here['accelerator'] or here['processor']}, {here['threads']} threads",
         }  # fmt: skip
 
     def _policies(self) -> list[Setting]:
         """Each policy once."""
         return list({one.policy: one for one in self.settings}.values())
 
-    def _cell(self, kind: str, one: Setting, *, budget: Asked | None = None, **where: Any) -> Cell:
+    def _cell(self, kind: str, one: Setting, *, budget: Asked | None = None, **fields: Any) -> Cell:
         return {
-            "kind": kind, "policy": one.policy, "budget": one.budget if budget is None else budget, "compiled": False, **where,
+            "kind": kind, "policy": one.policy, "budget": one.budget if budget is None else budget, "compiled": False, **fields,
         }  # fmt: skip
 
 
 def identity(line: Cell) -> Hashable:
-    """What tells two cells apart."""
-    return tuple((type(value).__name__, value) for value in map(line.get, IDENTITY))
+    """The identity of a cell."""
+    return tuple((type(value).__name__, value) for value in map(line.get, IDENTITY_FIELDS))
 
 
 def open_store(folder: Path, model: PreTrainedModel, name: str, builder: PromptBuilder, bench: Bench) -> ResultStore:
-    """The result folder; lines of another model, machine or number of rounds are refused."""
+    """Open the result folder. Raises InputError if it holds lines of another model, machine or number of rounds."""
     return ResultStore(folder, bench.config(model, name, builder), identity)
 
 
@@ -143,14 +149,14 @@ def run(
     bench: Bench, model: PreTrainedModel, tokenizer: Any, builder: PromptBuilder, haystack: str, store: ResultStore,
     advance: Advance,
 ) -> None:  # fmt: skip
-    """Measure the cells that the store does not hold yet; ``advance`` is told of every cell, old and new."""
-    bed = Bed(model, tokenizer, builder, haystack, bench.room, Clock(model.device))
+    """Measure the cells that the store does not hold yet; ``advance`` is called after every cell, old and new."""
+    setup = BenchSetup(model, tokenizer, builder, haystack, bench.room, Clock(model.device))
     measures: dict[str, Callable[[Cell], dict[str, Any]]] = {
-        "growth": lambda cell: bench_cells.growth(bed, cell, bench.requests),
-        "prefill": lambda cell: bench_cells.prefill(bed, cell, bench.rounds),
-        "decode": lambda cell: bench_cells.decode(bed, cell, bench.steps),
-        "flat": lambda cell: bench_cells.flat(bed, cell, bench.steps),
-        "serve": lambda cell: bench_cells.serve(bed, cell, bench.steps, bench.new_tokens),
+        "growth": lambda cell: bench_cells.growth(setup, cell, bench.requests),
+        "prefill": lambda cell: bench_cells.prefill(setup, cell, bench.rounds),
+        "decode": lambda cell: bench_cells.decode(setup, cell, bench.steps),
+        "flat": lambda cell: bench_cells.flat(setup, cell, bench.steps),
+        "serve": lambda cell: bench_cells.serve(setup, cell, bench.steps, bench.new_tokens),
     }
     for cell in bench.cells():
         if store.has(identity(cell)):

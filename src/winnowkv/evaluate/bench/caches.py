@@ -1,4 +1,4 @@
-"""Caches to time: ours and transformers', all filled from the same prompt, and one decode step of each."""
+"""Caches to time, ours and transformers', all filled from the same prompt; and one decode step of each."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from winnowkv.engine.slots import Slots
 from winnowkv.errors import WinnowError
 from winnowkv.evaluate.bench.clock import Work
 from winnowkv.policies import policy as make_policy
-from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
 
-BITS = 4  # of transformers' quantized cache, its default
-TASK = "localization"
+QUANTIZED_CACHE_BITS = 4  # transformers' default
+BENCH_TASK = "localization"
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model over the same weights, whose attention stays the framework's whatever caches of ours are alive."""
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the model's weights and keeps the framework's attention while caches of ours are in use."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
-class Source:
-    """One prompt, and the caches that reading it leaves; each is read once, and copied for whoever decodes."""
+class PromptCaches:
+    """One prompt and the caches that reading it gives; each is read once and copied for decoding."""
 
     def __init__(self, model: PreTrainedModel, plain: PreTrainedModel, tokenizer: Any, ids: Sequence[int]) -> None:
         self.model, self.plain, self.tokenizer = model, plain, tokenizer
@@ -49,35 +49,35 @@ class Source:
         return self.ids.shape[1]
 
     def read(self, policy: str, budget: Asked) -> CompactCache:
-        """Read the prompt into a compact cache, as a request would: what the policy asks of the prompt is found out, too."""
-        task = TaskProfile.of(TASK)
-        if make_policy(policy).by_layout:
-            task = replace(task, layout=read_layout(self.tokenizer, self.ids[0].tolist()))
+        """Read the prompt into a compact cache as a request would, with the prompt's structure if the policy needs it."""
+        task = TaskProfile.of(BENCH_TASK)
+        if make_policy(policy).uses_structure:
+            task = replace(task, structure=read_structure(self.tokenizer, self.ids[0].tolist()))
         cache = CompactCache(self.model, policy, budget, task=task)
         prefill(self.model, self.ids, cache)
         return cache
 
     @torch.no_grad()
     def read_plain(self, tokens: int | None = None) -> DynamicCache:
-        """Read the prompt, or so many tokens of it, with transformers alone."""
+        """Read the prompt, or its first ``tokens``, with transformers alone."""
         return self.plain(self.ids[:, :tokens], use_cache=True, logits_to_keep=1).past_key_values
 
     def compact(self, policy: str, budget: Asked) -> CompactCache:
-        """The compact cache of a setting, to be copied."""
+        """The compact cache of a setting; callers copy it before they decode."""
         key = policy, Budget(budget)
         if key not in self._compact:
             self._compact[key] = self.read(policy, budget)
         return self._compact[key]
 
     def slots(self, policy: str, budget: Asked, rows: int, room: int, *, compile: bool = False) -> Slots:
-        """So many requests of this prompt in slots."""
+        """Slots that hold this prompt in ``rows`` requests, with room for new tokens."""
         cache, slots = self.compact(policy, budget), Slots(self.model, compile=compile)
         for _ in range(rows):
             slots.place(stack([cache]), room)
         return slots
 
     def dynamic(self, rows: int, tokens: int | None = None) -> DynamicCache:
-        """Transformers' default cache with so many rows of the prompt, or of its first tokens."""
+        """Transformers' default cache with ``rows`` copies of the prompt, or of its first ``tokens``."""
         tokens = tokens or self.tokens
         if tokens not in self._native:
             self._native[tokens] = self.read_plain(tokens)
@@ -87,13 +87,13 @@ class Source:
         return cache
 
     def static(self, room: int) -> StaticCache:
-        """Transformers' preallocated cache, with room for so many new tokens. Raises WinnowError where layers slide."""
+        """Transformers' preallocated cache, with room for new tokens. Raises WinnowError if layers have a sliding window."""
         return self._filled(StaticCache(self.model.config, max_cache_len=self.tokens + room))
 
     def quantized(self) -> QuantizedCache:
-        """Transformers' quantized cache. Raises WinnowError where layers slide or optimum-quanto is missing."""
+        """Transformers' quantized cache. Raises WinnowError if layers have a sliding window or optimum-quanto is missing."""
         quanto()
-        return self._filled(QuantizedCache("quanto", self.model.config, nbits=BITS))
+        return self._filled(QuantizedCache("quanto", self.model.config, nbits=QUANTIZED_CACHE_BITS))
 
     def _filled(self, cache: Any) -> Any:
         """The cache with the prompt's keys and values in it."""
@@ -106,7 +106,7 @@ class Source:
 
 @torch.no_grad()
 def plain_step(model: PreTrainedModel, cache: Cache, rows: int) -> None:
-    """One decode step of transformers; which token is read does not matter to its time."""
+    """One decode step of transformers; the token that is read does not change its time."""
     token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
     model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
@@ -120,7 +120,7 @@ def stepping(model: PreTrainedModel, cache: Cache, rows: int) -> Work:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Storage behind the keys and values of a cache."""
+    """Bytes of storage of a cache's keys and values."""
     if isinstance(cache, Slots):
         return cache.held_bytes
     names = ("keys", "values", "_quantized_keys", "_quantized_values")
@@ -128,7 +128,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def tensor_bytes(tensor: Tensor | None) -> int:
-    """Storage behind a tensor, or behind the parts that a quantized one is made of."""
+    """Bytes of storage of a tensor, or of the parts of a quantized one."""
     if tensor is None:
         return 0
     if hasattr(tensor, "__tensor_flatten__"):

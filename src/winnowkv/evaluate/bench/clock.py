@@ -1,4 +1,4 @@
-"""How a measurement is taken: work timed in turns, medians with their spread, and memory."""
+"""Time work in turns, describe the spread of values, and read memory use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch
 from winnowkv.evaluate.settings import peak_memory
 
 Work = Callable[[], Any]
-PROCESS = Path("/proc/self")  # only Linux says what a process holds now, and lets its peak be reset
+PROC_SELF = Path("/proc/self")  # only Linux reports what a process holds now, and can reset its peak
 
 
 class Clock:
-    """Seconds that a piece of work takes, the accelerator's share included."""
+    """Measures the seconds that work takes, work on the accelerator included."""
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._now = device, now
 
     def seconds(self, work: Work) -> float:
-        """Do the work once."""
+        """Seconds of doing the work once."""
         self._wait()
         begin = self._now()
         work()
@@ -33,9 +33,9 @@ class Clock:
         return self._now() - begin
 
     def turns(self, works: Mapping[str, Work], rounds: int, warm: int = 0) -> dict[str, list[float]]:
-        """Seconds of each work in each round, one behind the other; who begins moves on by one each round.
+        """Seconds of each work in each round. In a round the works run one after the other; each round starts with the next.
 
-        A machine drifts: only works of one round are compared. The first ``warm`` rounds are not counted.
+        A machine's speed drifts, so only works of one round are compared. The first ``warm`` rounds are not counted.
         """
         names, took = list(works), {name: list[float]() for name in works}
         for round_ in range(warm + rounds):
@@ -54,7 +54,7 @@ class Clock:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles, least and most of values, and how many they are."""
+    """Median, quartiles, smallest, largest and number of the values."""
     low, _, high = quantiles([*values, *values[: len(values) == 1]], n=4, method="inclusive")  # one value is its own quartiles
     return {
         "median": median(values), "low": low, "high": high, "least": min(values), "most": max(values), "count": len(values),
@@ -67,9 +67,9 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def peak_of(work: Work) -> int | None:
-    """The most memory that the process held while the work was done, in bytes; on CUDA what torch allocated there.
+    """The most memory that the process held during the work, in bytes; on CUDA, what torch allocated there.
 
-    Where the system cannot reset the peak, the most that the process has held so far.
+    If the system cannot reset the peak, it is the most that the process has held so far.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -77,7 +77,7 @@ def peak_of(work: Work) -> int | None:
         work()
         return torch.cuda.max_memory_allocated()
     try:
-        (PROCESS / "clear_refs").write_text("5")
+        (PROC_SELF / "clear_refs").write_text("5")
     except OSError:
         work()
         return peak_memory()
@@ -86,7 +86,7 @@ def peak_of(work: Work) -> int | None:
 
 
 def held_memory() -> int | None:
-    """What the process holds in memory now, in bytes; None where the system does not say."""
+    """Bytes of memory that the process holds now; None if the system does not report it."""
     gc.collect()
     try:
         return status_bytes("VmRSS")
@@ -95,15 +95,15 @@ def held_memory() -> int | None:
 
 
 def status_bytes(name: str) -> int:
-    """A size in the process's status. Raises OSError where there is none."""
-    for line in (PROCESS / "status").read_text().splitlines():
+    """A size from the process's status file, in bytes. Raises OSError if it is not there."""
+    for line in (PROC_SELF / "status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])
-    raise OSError(f"{PROCESS / 'status'} does not say {name}")
+    raise OSError(f"{PROC_SELF / 'status'} does not say {name}")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device; None where the system does not say."""
+    """Free bytes on the device; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,4 +1,4 @@
-"""The two pictures of a bench: decode time against the context, and throughput against the memory that it takes."""
+"""The two pictures of a bench: decode time against the context, and throughput against KV memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from winnowkv.budget import spoken
+from winnowkv.budget import budget_text
 from winnowkv.evaluate.bench.cells import Cell
 from winnowkv.evaluate.report.plot import MARKERS, tokens_label
 from winnowkv.policies import policy as make_policy
 from winnowkv.report import MIB
 
-THEIRS = {"dynamic": "transformers, dynamic cache", "static": "transformers, static cache",
+TRANSFORMERS_LABELS = {"dynamic": "transformers, dynamic cache", "static": "transformers, static cache",
           "quantized": "transformers, quantized cache"}  # fmt: skip
-GREY = {"dynamic": "black", "static": "tab:gray", "quantized": "silver"}
+TRANSFORMERS_COLOURS = {"dynamic": "black", "static": "tab:gray", "quantized": "silver"}
 
 
 def decode_lines(lines: Sequence[Cell], file: Path) -> None:
-    """Median milliseconds a token of one request against its context, with quartiles, as PNG."""
+    """Draw milliseconds per token of one request against its context, medians with quartiles, as PNG."""
     figure, panel = canvas()
     for number, (label, points) in enumerate(decode_series(lines).items()):
         contexts, middle, low, high = zip(*points, strict=True)
@@ -33,7 +33,7 @@ def decode_lines(lines: Sequence[Cell], file: Path) -> None:
 
 
 def decode_series(lines: Sequence[Cell]) -> dict[str, list[tuple[float, ...]]]:
-    """Per label the points (context, median, quartiles) of one request's steps, ascending; transformers' caches once."""
+    """Per label, the points (context, median, quartiles) of one request's steps, ascending; transformers' caches once."""
     series: dict[str, dict[int, tuple[float, ...]]] = {}
     for line in lines:
         if line["batch"] != 1:
@@ -46,9 +46,9 @@ def decode_series(lines: Sequence[Cell]) -> dict[str, list[tuple[float, ...]]]:
 
 
 def throughput_points(decode: Sequence[Cell], serve: Sequence[Cell], file: Path) -> None:
-    """Decode tokens a second against the bytes that keys and values take, batch by batch, as PNG.
+    """Draw decode tokens per second against the bytes of keys and values, a point for each batch, as PNG.
 
-    Of the contexts measured it is the one that is served, or else the longest. What an engine does in a given memory is a star.
+    The context shown is that of :func:`shown_context`. Stars are engines in a given KV memory.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -74,7 +74,7 @@ def throughput_points(decode: Sequence[Cell], serve: Sequence[Cell], file: Path)
 
 
 def throughput_series(decode: Sequence[Cell], serve: Sequence[Cell]) -> dict[str, list[tuple[float, float, int]]]:
-    """Per label the points (bytes, tokens a second, batch) of one context, by batch."""
+    """Per label, the points (bytes, tokens per second, batch) of one context, by batch."""
     context = shown_context(decode, serve)
     series: dict[str, dict[int, tuple[float, float, int]]] = {}
     for line in decode:
@@ -87,31 +87,31 @@ def throughput_series(decode: Sequence[Cell], serve: Sequence[Cell]) -> dict[str
 
 
 def shown_context(decode: Sequence[Cell], serve: Sequence[Cell]) -> int:
-    """The context that is served, where decode steps were measured at it; else the longest."""
+    """The context of the engine's requests if decode steps were measured at it, else the longest."""
     contexts = {line["context"] for line in decode if "tokens_s" in line}
     return next((line["context"] for line in serve if line["context"] in contexts), max(contexts))
 
 
 def label_of(line: Cell, name: str) -> str | None:
-    """What a contender is called; None for the native context, whose length hangs on the budget."""
-    if name in THEIRS:
-        return THEIRS[name]
+    """The label of a cache; None for the native context, which is not drawn since its length depends on the budget."""
+    if name in TRANSFORMERS_LABELS:
+        return TRANSFORMERS_LABELS[name]
     return None if name == "native" else f"{setting(line)}{name.removeprefix('slots')}"
 
 
 def setting(line: Cell) -> str:
-    """A policy, and its budget where it has one."""
-    return f"{line['policy']} at {spoken(line['budget'])}" if make_policy(line["policy"]).evicts else line["policy"]
+    """A policy, with its budget if it evicts."""
+    return f"{line['policy']} at {budget_text(line['budget'])}" if make_policy(line["policy"]).evicts else line["policy"]
 
 
 def order(item: tuple[str, Any]) -> bool:
-    """Transformers' caches behind ours."""
-    return item[0] in THEIRS.values()
+    """Sort key that puts transformers' caches after ours."""
+    return item[0] in TRANSFORMERS_LABELS.values()
 
 
 def look(label: str, number: int) -> dict[str, Any]:
     """Colour and marker of a series: transformers' caches are grey."""
-    grey = next((GREY[name] for name, said in THEIRS.items() if said == label), None)
+    grey = next((TRANSFORMERS_COLOURS[name] for name, text in TRANSFORMERS_LABELS.items() if text == label), None)
     return {
         "color": grey or f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "--" if grey else "-",
         "markersize": 5, "linewidth": 1.2,
@@ -119,7 +119,7 @@ def look(label: str, number: int) -> dict[str, Any]:
 
 
 def canvas() -> tuple[Any, Any]:
-    """A figure without a window, and its panel."""
+    """A figure, drawn without a display, and its panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def canvas() -> tuple[Any, Any]:
 
 
 def finish(figure: Any, panel: Any, file: Path) -> None:
-    """Axes from zero, a legend beside them, and the file."""
+    """Start the y axis at zero, put a legend beside the panel, and write the file."""
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""Ablations: every combination of a policy's design choices, and what each choice is worth by itself."""
+"""Ablations: every combination of a policy's design choices, and the mean accuracy of each choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
-# Policy -> factor -> levels. The empty level leaves the option to the preset.
+# Policy -> factor -> levels. An empty level leaves the option out, so that the preset decides it.
 FACTORS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "compresskv": {
         "heads": ("srh", "traditional", "all", "random:4"),
@@ -24,21 +24,21 @@ FACTORS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 
 def specs(policy: str) -> list[str]:
-    """Every combination of a policy's factors, as specs."""
+    """Every combination of a policy's factors, as policy specs."""
     factors = FACTORS[policy]
     combinations = product(*([(name, level) for level in levels] for name, levels in factors.items()))
     return [":".join([policy, *(f"{name}={level}" for name, level in chosen if level)]) for chosen in combinations]
 
 
 def all_specs() -> list[str]:
-    """The full cache, and every combination of every policy that has factors."""
+    """Specs of the full cache and of every combination of every policy that has factors."""
     return ["full", *(spec for policy in FACTORS for spec in specs(policy))]
 
 
 def effects(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean accuracy at each level of each factor, over all levels of the others; one row a budget and length.
+    """Mean accuracy at each level of each factor, over all levels of the others; one row for each budget and length.
 
-    ``groups`` are those of a needle summary; options beside the factors (a profile) do not matter.
+    ``groups`` are those of a needle summary; options other than the factors (a profile) are ignored.
     """
     rows = []
     settings = list(dict.fromkeys((type(g["budget"]), g["budget"], g["length"]) for g in groups))

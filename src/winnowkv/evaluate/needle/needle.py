@@ -1,8 +1,8 @@
 """The needle test: can the model still find a sentence, or several, in a long text when most of the cache is gone?
 
-One prefill serves every policy and budget of a case: it is recorded once over the full
-cache and replayed for each (:meth:`CompactCache.replay`), which keeps what a live prefill
-with that policy keeps. Settings that keep about as much as each other answer in one batch.
+Each prompt is read once: its prefill is recorded over the full cache and replayed for every policy
+and budget (:meth:`CompactCache.replay`), which keeps what a live prefill with that policy keeps.
+Settings that keep about equally many entries answer in one batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -27,26 +27,26 @@ from winnowkv.evaluate.needle.prompts import Hidden, PromptBuilder
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
-from winnowkv.models.info import Fingerprint, end_tokens, position_limit
+from winnowkv.models.info import ModelInfo, end_tokens, position_limit
 from winnowkv.models.load import dtype_name
-from winnowkv.policies import Policy, Prompt, policy as make_policy
-from winnowkv.prompt.structure import read_layout
+from winnowkv.policies import Policy, PromptInfo, policy as make_policy
+from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.report import Report
 
-# A line has needle and answer, or needles and answers where there are several; one without a variant is an old single.
-IDENTITY = ("variant", "policy", "budget", "length", "depth", "question", "needle", "needles", "answer", "answers")
+# A line has needle and answer if its prompt hides one fact, else needles and answers.
+IDENTITY_FIELDS = ("variant", "policy", "budget", "length", "depth", "question", "needle", "needles", "answer", "answers")
 METRICS = ("correct", "found", "rouge1_f1", "rouge1_recall")
-LONGEST = "max"  # as a length: all that the model has positions for
+LONGEST = "max"  # as a length: the model's limit
 NO_NUMBER = "a logit was not a number"
 Advance = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class NeedleTest:
-    """What to measure. ``policies`` and ``budgets`` are kept as they were asked, for the results.
+    """What to measure. ``policies`` and ``budgets`` stay as the user wrote them, for the results.
 
-    ``needles`` are those of one ``variant``. Where ``timed``, every setting decodes alone, so that its pace can be told.
+    ``needles`` are those of one ``variant``. ``timed``: every setting decodes alone, so that its ms/token are known.
 
     Raises
     ------
@@ -65,17 +65,12 @@ class NeedleTest:
     variant: str = "single"
     timed: bool = True
 
-    def resolved(self, model: PreTrainedModel | None = None) -> dict[str, Policy]:
-        """Every asked policy with its task decided, and with its model where that is given."""
-        profile = TaskProfile.of(self.task)
-        made = {spec: make_policy(spec).for_task(profile) for spec in self.policies}
-        if model is None:
-            return made
-        fingerprint = Fingerprint.of(model)
-        return {spec: policy.for_model(fingerprint) for spec, policy in made.items()}
+    def made(self) -> dict[str, Policy]:
+        """Every policy that was asked for, by its spec."""
+        return {spec: make_policy(spec) for spec in self.policies}
 
     def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
-        """Complain about everything that cannot work, before the first prompt is read."""
+        """Check everything before the first prompt is read; raises what the class names."""
         if not (self.policies and self.budgets and self.lengths and self.depths and self.needles):
             raise InputError("the needle test needs at least one policy, budget, length, depth and needle")
         if self.max_new_tokens < 1:
@@ -83,7 +78,9 @@ class NeedleTest:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
-        limit, policies = position_limit(model), self.resolved(model).values()
+        limit, policies, task = position_limit(model), self.made().values(), TaskProfile.of(self.task)
+        for policy in policies:
+            policy.check(ModelInfo.of(model), task)
         for length in self.lengths:
             if length < 1:
                 raise InputError(f"length {length} must be at least 1 token")
@@ -95,22 +92,21 @@ class NeedleTest:
             for policy in policies:
                 for budget in self.budgets:
                     entries = Budget.of(budget).entries(length)
-                    if policy.evicts and policy.observe < length and entries < length:
-                        policy.check(Prompt(tokens=length, layers=1, budget=entries))
+                    policy.check_prompt(PromptInfo(length, 1, entries, task))
             for needle in self.needles:
-                builder.build(needle, length, 0.0)  # complains where the haystack or the length is too short
+                builder.build(needle, length, 0.0)  # raises if the haystack or the length is too short
 
     def cases(self) -> list[tuple[int, float, Hidden]]:
-        """All prompts: lengths x needles x depths."""
+        """All prompts, as (length, depth, needle)."""
         return [(n, depth, needle) for n in self.lengths for needle in self.needles for depth in self.depths]
 
     def steps(self) -> int:
-        """Measurements in all: cases x policies x budgets."""
+        """Number of measurements: cases x policies x budgets."""
         return len(self.cases()) * len(self.policies) * len(self.budgets)
 
 
 def fit_lengths(asked: Sequence[int | str], model: PreTrainedModel, max_new_tokens: int) -> list[int]:
-    """The lengths asked, with :data:`LONGEST` as what the model's positions leave beside the new tokens."""
+    """The lengths in tokens; :data:`LONGEST` becomes the model's positions less the new tokens."""
     limit = position_limit(model)
     if limit is None and LONGEST in asked:
         raise InputError(f"the model does not say how many positions it has: give a number in place of {LONGEST!r}")
@@ -124,16 +120,16 @@ def check_metric(metric: str) -> None:
 
 
 def identity(line: dict[str, Any]) -> Hashable:
-    """What tells two result lines apart."""
-    values = [{"variant": "single", **line}.get(name) for name in IDENTITY]
-    # A list comes back from JSON where a tuple went in.
+    """The identity of a result line: lines of one measurement have the same."""
+    values = [line.get(name) for name in IDENTITY_FIELDS]
+    # JSON returns a list for a tuple.
     return tuple(tuple(value) if isinstance(value, list | tuple) else (type(value).__name__, value) for value in values)
 
 
 def open_store(
     folder: Path, model: PreTrainedModel, name: str, builder: PromptBuilder, haystack: str, test: NeedleTest
 ) -> ResultStore:
-    """The result folder of a test; lines of other models, haystacks or settings are refused."""
+    """Open the result folder of a test. Raises InputError if it holds lines of another model, haystack or settings."""
     config = {
         "model": name,
         "dtype": dtype_name(model.dtype),
@@ -149,8 +145,8 @@ def open_store(
 def run(
     test: NeedleTest, model: PreTrainedModel, tokenizer: Any, builder: PromptBuilder, store: ResultStore, advance: Advance
 ) -> None:
-    """Measure what the store does not hold yet, line by line; ``advance`` is told of every line, old and new."""
-    resolved = test.resolved(model)
+    """Measure what the store does not hold yet; ``advance`` is called once for every line, old and new."""
+    policies = test.made()
     stop = end_tokens(model, tokenizer)
     for length, depth, needle in test.cases():
         frame = {"variant": test.variant, "length": length, "depth": depth, **asdict(needle)}
@@ -161,14 +157,12 @@ def run(
         if not todo:
             continue
         ids = builder.build(needle, length, depth)
-        profile = replace(TaskProfile.of(test.task), layout=read_layout(tokenizer, ids))
-        policies = {spec: policy.for_task(profile) for spec, policy in resolved.items()}
-        needed = {line["policy"]: policies[line["policy"]] for line in todo}
-        read = read_prompt(model, ids, needed)
-        reading = Reading(model, tokenizer, *read, needle.answers, test.max_new_tokens, stop)
+        profile = replace(TaskProfile.of(test.task), structure=read_structure(tokenizer, ids))
+        read = read_prompt(model, ids, [policies[line["policy"]] for line in todo], profile)
+        reading = Reading(model, tokenizer, *read, needle.answers, test.max_new_tokens, stop, profile)
         lines: dict[Setting, list[dict[str, Any]]] = {}
         for line in todo:
-            # A policy that evicts nothing gives every budget the same.
+            # A policy that evicts nothing answers alike at every budget: it is measured once.
             shared = line["budget"] if policies[line["policy"]].evicts else test.budgets[0]
             lines.setdefault(Setting(line["policy"], shared), []).append(line)
         for setting, measured in reading.measure(list(lines), policies, alone=test.timed):
@@ -179,7 +173,7 @@ def run(
 
 @dataclass(frozen=True)
 class Reading:
-    """One recorded prompt, and what answering its question from a replay of it takes."""
+    """One recorded prompt, with everything needed to answer its question from replays of it."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -189,26 +183,27 @@ class Reading:
     answers: Sequence[str]
     limit: int
     stop: Collection[int]
+    task: TaskProfile = field(default_factory=TaskProfile)
 
     def measure(
         self, asked: Sequence[Setting], policies: Mapping[str, Policy], *, alone: bool
     ) -> Iterator[tuple[Setting, dict[str, Any]]]:
-        """What result lines say of each setting, those of similar length answered together; each by itself where ``alone``."""
+        """The measured fields of each setting's result line; settings of similar length decode together unless ``alone``."""
         waiting: list[tuple[Setting, CompactCache]] = []
         for setting in asked:
-            cache = self.cache.replay(policies[setting.policy], setting.budget)
+            cache = self.cache.replay(policies[setting.policy], setting.budget, task=self.task)
             if alone or not policies[setting.policy].evicts:
                 yield from self.answer([(setting, cache)])
                 continue
             waiting.append((setting, cache))
-            # Answered when they hold as much as the full cache, so that memory stays flat over any number of settings.
+            # Answered as soon as they hold as much as the full cache: memory does not grow with the number of settings.
             if sum(cache.held_bytes for _, cache in waiting) > self.cache.held_bytes:
                 yield from self.answer(waiting)
                 waiting = []
         yield from self.answer(waiting)
 
     def answer(self, kept: Sequence[tuple[Setting, CompactCache]]) -> Iterator[tuple[Setting, dict[str, Any]]]:
-        """Answer from these caches, similar ones in one batch; a cache by itself also says its median ms a token."""
+        """Answer from these caches, those of similar length in one batch; a single cache also gets its median ms/token."""
         clock = []
 
         def done(tokens: list[int]) -> bool:
@@ -233,13 +228,13 @@ class Reading:
             yield setting, measured
 
     def text(self, tokens: list[int]) -> str:
-        """An answer without the token that ended it."""
+        """An answer's tokens as text, without the stop token."""
         kept = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
         return self.tokenizer.decode(kept, skip_special_tokens=True)
 
 
 def kept_of(report: Report) -> dict[str, Any]:
-    """What a result line takes from the report of one prompt."""
+    """The fields of a result line that come from the report of one prompt."""
     return {
         "kept_entries_per_layer": report.kept_entries[0],
         "kept_bytes": report.kept_bytes,
@@ -253,7 +248,7 @@ def kept_of(report: Report) -> dict[str, Any]:
 def pace(clock: Sequence[float]) -> float | None:
     """The median milliseconds from one token to the next, None for a single token.
 
-    The first step is left out: it makes the buffers' room for growth.
+    The first step is left out: it allocates the buffers' room for growth.
     """
     gaps = [1000 * (b - a) for a, b in pairwise(clock)]
     steady = gaps[1:] or gaps
@@ -261,9 +256,9 @@ def pace(clock: Sequence[float]) -> float | None:
 
 
 def judge(answers: str | Sequence[str], output: str) -> dict[str, Any]:
-    """Containment of the answer, or of each of several, case-folded, and ROUGE-1 of the output against all of them.
+    """Whether the output contains the answer, or each of several (case-folded), and its ROUGE-1 against all of them.
 
-    ``found`` is the fraction of the answers that the output contains, ``correct`` whether that is all.
+    ``found`` is the fraction of the answers that the output contains; ``correct`` is whether it contains all.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -279,7 +274,7 @@ def judge(answers: str | Sequence[str], output: str) -> dict[str, Any]:
 
 
 def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means per policy, budget and length, in the order asked, over the lines that this test asks for.
+    """Means per policy, budget and length, in the test's order, over the lines that belong to this test.
 
     A line that failed is counted and left out of the means.
     """
@@ -289,7 +284,7 @@ def summarize(test: NeedleTest, lines: Sequence[dict[str, Any]]) -> dict[str, An
     good = [line for line in mine if not line.get("failed")]
     groups = []
     for length in test.lengths:
-        for spec, policy in test.resolved().items():
+        for spec, policy in test.made().items():
             for budget in test.budgets:
                 rows = [
                     r for r in good if (r["policy"], r["length"]) == (spec, length) and Budget(r["budget"]) == Budget(budget)
@@ -324,17 +319,17 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_of(rows: Sequence[dict[str, Any]], metric: str) -> float:
-    """Mean of a score; lines older than ``found`` have one needle, found or not."""
-    return mean(row["correct"] if metric not in row and metric == "found" else row[metric] for row in rows)
+    """Mean of a score."""
+    return mean(row[metric] for row in rows)
 
 
 def answer_text(line: dict[str, Any]) -> str:
-    """What a right output contains."""
+    """The text that a right output contains; several answers are joined by commas."""
     return line["answer"] if "answer" in line else ", ".join(line["answers"])
 
 
 def write_summary(test: NeedleTest, store: ResultStore, metric: str = METRICS[0]) -> dict[str, Any]:
-    """``summary.json``, and of what is finished ``needle.png`` and ``needle_kept.png``; returns the summary."""
+    """Write ``summary.json``, ``needle.png`` and ``needle_kept.png`` of the finished lines; returns the summary."""
     from winnowkv.evaluate.report.plot import kept_lines, needle_maps
 
     summary = summarize(test, store.lines)

@@ -1,4 +1,4 @@
-"""Needle-in-a-haystack prompts: read needles and haystacks, hide the ones in the other at given depths."""
+"""Needle-in-a-haystack prompts: read needles and haystacks, and hide needles at given depths."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.rows import json_rows
 from winnowkv.prompt.chat import encode
 
-FIELDS = ("needle", "question", "answer")
-ALIASES = {"answer": "real_needle"}  # its name in the needle files of the retrieval-head papers
+NEEDLE_FIELDS = ("needle", "question", "answer")
+FIELD_ALIASES = {"answer": "real_needle"}  # its name in the needle files of the retrieval-head papers
 SENTENCE_END = re.compile(r"[.!?][\"']?\s+")
 VARIANTS = ("single", "multi", "multi-hop")
-COUNT = 3  # needles of a multi-needle prompt where nobody says how many
+DEFAULT_NEEDLE_COUNT = 3  # needles of a multi-needle prompt
 
 
 @dataclass(frozen=True)
@@ -51,39 +51,42 @@ Hidden = Needle | NeedleSet
 
 
 def read_variant(variant: str, path: Path | None = None, count: int | None = None) -> list[Hidden]:
-    """What to hide and to ask in a variant of the test; ``path`` None gives the package's own.
+    """The facts and questions of a variant of the test; ``path`` None reads the package's own.
 
     Variants
     --------
-    single: one needle a prompt.
-    multi: ``count`` needles a prompt (:data:`COUNT` where None), asked for in one question.
+    single: one needle per prompt.
+    multi: ``count`` needles per prompt (:data:`DEFAULT_NEEDLE_COUNT` if None), asked for in one question.
     multi-hop: a chain of facts, of which the first names what the next is about.
 
-    Raises InputError for an unknown variant, a count where there is none, and broken files.
+    Raises InputError for an unknown variant, a count for another variant than multi, and broken files.
     """
     if variant not in VARIANTS:
         raise InputError(f"variant {variant!r} is unknown: use one of {', '.join(VARIANTS)}")
     if variant == "multi":
-        return list(needle_sets(read_needles(path), COUNT if count is None else count))
+        return list(needle_sets(read_needles(path), DEFAULT_NEEDLE_COUNT if count is None else count))
     if count is not None:
         raise InputError(f"a count of {count} needles is for the variant 'multi', not for {variant!r}: leave it out")
     return list(read_needles(path)) if variant == "single" else list(read_chains(path))
 
 
 def read_needles(path: Path | None = None) -> list[Needle]:
-    """Needles of a JSONL file, one ``{"needle", "question", "answer"}`` a line; None gives the eight of the package.
+    """Needles of a JSONL file, one ``{"needle", "question", "answer"}`` per line; None reads the eight of the package.
 
-    ``real_needle`` is read as ``answer`` where there is none.
+    If ``answer`` is absent, ``real_needle`` is read.
     Raises InputError with file and line for a row that is not JSON or lacks a field.
     """
     source = path or files("winnowkv.evaluate.needle") / "data" / "needles.jsonl"
-    return [Needle(*(row[field] for field in FIELDS)) for row in read_rows(source, "needle", FIELDS, aliases=ALIASES)]
+    return [
+        Needle(*(row[field] for field in NEEDLE_FIELDS))
+        for row in read_rows(source, "needle", NEEDLE_FIELDS, aliases=FIELD_ALIASES)
+    ]
 
 
 def needle_sets(needles: Sequence[Needle], count: int) -> list[NeedleSet]:
-    """Sets of ``count`` needles that stand behind each other in the list, one set starting at each needle.
+    """Sets of ``count`` consecutive needles of the list, one set starting at each needle.
 
-    The list goes round, so that every needle stands at every place of a set once.
+    The list is circular, so that every needle is at every place of a set once.
     """
     if not 2 <= count <= len(needles):
         raise InputError(
@@ -98,7 +101,7 @@ def needle_sets(needles: Sequence[Needle], count: int) -> list[NeedleSet]:
 
 
 def read_chains(path: Path | None = None) -> list[NeedleSet]:
-    """Chains of a JSONL file, one ``{"needles": [...], "question", "answer"}`` a line; None gives the six of the package.
+    """Chains of a JSONL file, one ``{"needles": [...], "question", "answer"}`` per line; None reads the six of the package.
 
     Raises InputError with file and line for a row that is not JSON or lacks a field.
     """
@@ -110,10 +113,10 @@ def read_chains(path: Path | None = None) -> list[NeedleSet]:
 def read_rows(
     source: Any, what: str, fields: Sequence[str], *, lists: Sequence[str] = (), aliases: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, each an object with these fields as texts that are not empty.
+    """Rows of a JSONL file, each an object with non-empty texts in these fields.
 
-    ``lists`` are fields that hold two such texts or more; ``aliases`` other names of fields, read where a field is absent.
-    Raises InputError with file and line for a row that is not, and for a file without rows.
+    ``lists`` are fields that hold two such texts or more; ``aliases`` are other names, read if a field is absent.
+    Raises InputError with file and line for any other row, and for a file without rows.
     """
     shape = f"; a row is {{{', '.join([*lists, *fields])}}}"
     rows = []
@@ -133,7 +136,7 @@ def read_rows(
 
 
 def read_haystack(path: Path | None = None) -> str:
-    """Text of a file, or of all ``*.txt`` files in a folder and below it in name order; None gives the package's own essays."""
+    """Text of a file, or of all ``*.txt`` files in and below a folder, in name order; None reads the package's essays."""
     if path is None:
         return (files("winnowkv.evaluate.needle") / "data" / "haystack.txt").read_text(encoding="utf-8")
     sources = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
@@ -146,7 +149,7 @@ def read_haystack(path: Path | None = None) -> str:
 
 
 class PromptBuilder:
-    """Builds prompts of an exact length from one haystack in the book form, in the model's chat template or raw.
+    """Builds prompts of an exact length in tokens from one haystack, in the model's chat template or raw.
 
     Raises
     ------
@@ -155,7 +158,7 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: Any, haystack: str, *, chat: bool) -> None:
-        encode(tokenizer, "", chat=chat)  # complains now where there is no chat template
+        encode(tokenizer, "", chat=chat)  # raises now if there is no chat template
         self.tokenizer = tokenizer
         self.chat = chat
         self._text = haystack
@@ -169,10 +172,10 @@ class PromptBuilder:
     def build(self, hidden: Hidden, length: int, depth: float) -> list[int]:
         """Token ids of a prompt of ``length`` tokens with the first needle near ``depth`` (0 the start, 1 the end).
 
-        More needles are spread evenly from there, going on at the start behind the end. A needle
-        goes behind the sentence that ends nearest before its depth. The count is met to the token
-        where the tokenizer lets it, else it stays a token or two below.
-        Raises InputError where haystack or length are too short.
+        More needles are spread evenly from there; after the end they continue at the start. A needle
+        is put after the last sentence that ends before its depth. The length is exact if the
+        tokenizer allows it, else a token or two shorter.
+        Raises InputError if the haystack or the length is too short.
         """
         overhead = len(self._ids("", hidden))
         facts = "".join(f" {fact}" for fact in hidden.needles)
@@ -199,7 +202,7 @@ class PromptBuilder:
         ends = [0, *(match.end() for match in SENTENCE_END.finditer(book))]
         wanted = [self._offsets[min(int(at * take), take - 1)][0] for at in spread(depth, len(facts))]
         places = [ends[bisect_right(ends, at) - 1] for at in wanted]
-        # From the last to the first, so that what was put in moves no place that is still to come.
+        # From the last to the first, so that an insertion does not move the places of those that follow.
         for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
             book = f"{book[:place]}{fact} {book[place:]}"
         return book
@@ -210,6 +213,6 @@ class PromptBuilder:
 
 
 def spread(depth: float, count: int) -> list[float]:
-    """Depths of ``count`` needles, the first at ``depth``, evenly spread, going on at the start behind the end."""
+    """Depths of ``count`` needles, evenly spread from ``depth``; after 1 they continue at 0."""
     steps = [depth + step / count for step in range(count)]
     return [at if at <= 1 else at - 1 for at in steps]

@@ -1,4 +1,4 @@
-"""Charts of a report as SVG text that stands in the page itself: no picture files, no fonts, no script."""
+"""Charts of a report as SVG text inside the page: no picture files, no fonts, no script."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Dark enough on white, and apart for the colour-blind; the marker changes with the colour, so 40 series differ.
+# Dark enough on white, and distinct for the colour-blind; with the markers, 40 series differ.
 COLOURS = ("#0b63a5", "#c2410c", "#0f7b53", "#a21caf", "#7a5c00", "#0e7490", "#b91c1c", "#4b5563")
 MARKERS = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",  # circle
     "M-4-4h8v8h-8z",  # square
     "M0-5.2L5 4H-5z",  # triangle
     "M0-5.5L5.5 0L0 5.5L-5.5 0z",  # diamond
-    "M0 5.2L5-4H-5z",  # triangle on its head
+    "M0 5.2L5-4H-5z",  # triangle pointing down
 )
 WIDTH, HEIGHT = 460, 320
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 14, 44
-APART, ROOM = 8.0, 80.0  # between points of one place, and for all of them
+POINT_SPACING, MAX_GROUP_WIDTH = 8.0, 80.0  # between points with the same x, and of a whole group of them
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: where it is, its interval where there is one, and what to say of it."""
+    """One measurement: its coordinates, its interval (None if there is none), and its tooltip."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one policy, drawn alike and joined by a line."""
+    """Points of one policy, drawn in one colour and joined by a line."""
 
     name: str
     points: Sequence[Point]
@@ -46,14 +46,14 @@ def colour(index: int) -> str:
 
 
 def marker(index: int, x: float = 0, y: float = 0) -> str:
-    """The marker of a series, as an SVG path at a place."""
+    """The marker of a series as an SVG path at ``x``, ``y``."""
     return f'<path d="{MARKERS[index % len(MARKERS)]}" transform="translate({x:.1f} {y:.1f})" fill="{colour(index)}"/>'
 
 
 def scatter(series: Sequence[Series], x_label: str, show_x: Callable[[float], str]) -> str:
     """Scores (0..100) against a quantity on a logarithmic axis, with 95% intervals.
 
-    Points of about the same x stand a little apart, in the series' order, so that none hides another.
+    Points of about the same x are moved a little apart, in the series' order, so that none hides another.
     """
     points = [point for one in series for point in one.points]
     low, high = min(p.x for p in points) / 1.25, max(p.x for p in points) * 1.25
@@ -102,16 +102,16 @@ def bar(value: float, low: float | None, high: float | None, top: float, index: 
 
 
 def spread(places: Sequence[float]) -> list[float]:
-    """Where to draw points so that those closer than a marker stand side by side, in the order given."""
+    """The places, with those closer than a marker moved side by side, in the order given."""
     moved = list(places)
     groups: list[list[int]] = []
     for index in sorted(range(len(places)), key=lambda i: places[i]):
-        if groups and places[index] - places[groups[-1][0]] < APART:
+        if groups and places[index] - places[groups[-1][0]] < POINT_SPACING:
             groups[-1].append(index)
         else:
             groups.append([index])
     for group in groups:
-        apart = min(APART, ROOM / len(group))
+        apart = min(POINT_SPACING, MAX_GROUP_WIDTH / len(group))
         for rank, index in enumerate(sorted(group)):
             moved[index] += apart * (rank - (len(group) - 1) / 2)
     return moved
@@ -124,7 +124,7 @@ def ceiling(values: Sequence[float]) -> float:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers inside: 1, 2, 5 times powers of ten; few if the range is wide, at least one if it is narrow."""
+    """Round numbers between the ends: fewer steps per power of ten in a wide range, more in a narrow one."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(1 + i / 10 for i in range(90))):
         inside = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]

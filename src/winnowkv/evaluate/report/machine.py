@@ -1,4 +1,4 @@
-"""What a measurement ran on: versions and machine, to stand beside every number."""
+"""The versions and the machine that a measurement ran on, recorded with every number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import winnowkv
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of the packages that decide a result."""
     return {
         "winnowkv": winnowkv.__version__,
         "torch": torch.__version__,
@@ -25,15 +25,17 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """The git revision of this code, ``+`` behind it where files differ from it; None outside a checkout."""
+    """The git revision of this code, with ``+`` if files differ from it; None outside a checkout."""
     package = Path(winnowkv.__file__).parent
 
-    def git(*words: str) -> str:
-        asked = ["git", "-C", str(package), *words]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # installed into another project's checkout, it is not tracked there
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # fails if this package is only installed inside another project's checkout
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -51,11 +53,11 @@ def machine() -> dict[str, Any]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, as well as the system knows it."""
+    """The processor's name, or its type if the system does not know the name."""
     try:
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
-        pass  # not Linux: platform knows
+        pass  # not Linux
     return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Several runs of ``winnow eval`` read as one: lines checked, equal measurements once, differences told."""
+"""Merge several runs of ``winnow eval``: lines are checked, equal measurements kept once, differences reported."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from winnowkv.errors import InputError
 from winnowkv.evaluate.report.store import parse_lines, read_config
 from winnowkv.evaluate.report.summary import Line, failed, section_of, setting_of
 
-ALWAYS = ("task", "row", "protocol", "policy", "budget", "score")
-NUMBERS = (
+REQUIRED_FIELDS = ("task", "row", "protocol", "policy", "budget", "score")
+NUMBER_FIELDS = (
     "prompt_tokens", "kept_entries", "kept_bytes", "full_bytes", "held_bytes", "prefill_s", "compress_s", "decode_s",
     "decode_tokens",
 )  # fmt: skip
-LABELS = ("command", "protocol", "model", "dtype")  # what separates sections needs no second word
+SECTION_FIELDS = (
+    "command",
+    "protocol",
+    "model",
+    "dtype",
+)  # differences in these make sections of their own, and are not reported again
 
 
 def merge(folders: Sequence[Path]) -> tuple[list[Line], dict[str, Any]]:
     """Lines of several result folders, each labelled with its model and dtype, and one config for all.
 
-    A measurement that several folders hold is taken from the last. The config has what all runs have in common,
+    A measurement that several folders hold is taken from the last. The config holds what all runs have in common,
     ``runs`` (each folder's own settings) and ``differs`` (field -> folder -> value).
 
     Raises
     ------
     InputError
-        For a folder without results of ``winnow eval``; a broken line, with file and line; one name for rows
-        of different data.
+        For a folder without results of ``winnow eval``; for a broken line, with file and line; if rows of
+        different data have the same name.
     """
     runs = {str(folder): _config(folder) for folder in folders}
     merged: dict[Hashable, Line] = {}
@@ -38,24 +43,24 @@ def merge(folders: Sequence[Path]) -> tuple[list[Line], dict[str, Any]]:
         for line in read_lines(Path(folder)):
             labelled = {"model": config.get("model"), "dtype": config.get("dtype"), **line}
             row = (line["task"], line["row"])
-            if "answers" in line:  # a row that failed early does not say them
+            if "answers" in line:  # missing in a row that failed early
                 origin, answers = expected.setdefault(row, (folder, line["answers"]))
                 if answers != line["answers"]:
                     raise InputError(
                         f"{origin} and {folder} hold different rows under one name ({row[0]}, row {row[1]}): "
-                        f"they were read from different data, so report them apart"
+                        f"they were read from different data, so report them separately"
                     )
             merged[(*section_of(labelled), *row, *setting_of(line))] = labelled
     names = dict.fromkeys(name for config in runs.values() for name in config)
     values = {name: {folder: config.get(name) for folder, config in runs.items()} for name in names}
     common = {name: found for name, (found, *others) in ((n, tuple(v.values())) for n, v in values.items())
               if all(other == found for other in others)}  # fmt: skip
-    differs = {name: values[name] for name in names if name not in common and name not in LABELS}
+    differs = {name: values[name] for name in names if name not in common and name not in SECTION_FIELDS}
     return list(merged.values()), {**common, "runs": runs, "differs": differs}
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """The checked lines of a result folder; half a line at the end, of a run that was killed, is left out."""
+    """The checked lines of a result folder; an incomplete last line, of a run that was killed, is left out."""
     file = folder / "results.jsonl"
     try:
         raw = file.read_bytes()
@@ -81,7 +86,7 @@ def _fault(line: Any) -> str | None:
     """What is wrong with a line, None for a good one."""
     if not isinstance(line, dict):
         return "not a JSON object"
-    for name in ALWAYS:
+    for name in REQUIRED_FIELDS:
         if name not in line:
             return f"field {name!r} is missing, so it is no line of winnow eval"
     if not _is_number(line["budget"]) and not str(line["budget"]).startswith("auto"):
@@ -90,7 +95,7 @@ def _fault(line: Any) -> str | None:
         return f"score {line['score']!r} is neither a number nor null"
     if failed(line):
         return None
-    for name in NUMBERS:
+    for name in NUMBER_FIELDS:
         if not _is_number(line.get(name)):
             return f"field {name!r} is missing or not a number"
     if not isinstance(line.get("prediction"), str):
@@ -107,8 +112,9 @@ def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give folders that winnow eval wrote")
     config = read_config(folder)
-    if config.get("command", "eval") != "eval":
-        raise InputError(f"{folder} holds results of winnow {config['command']}: give folders that winnow eval wrote")
+    if config.get("command") != "eval":
+        other = f" but of winnow {config['command']}" if "command" in config else ""
+        raise InputError(f"{folder} holds no results of winnow eval{other}: give folders that winnow eval wrote")
     try:
         machine = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("machine")
     except (OSError, ValueError, AttributeError):

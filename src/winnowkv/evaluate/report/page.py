@@ -1,4 +1,4 @@
-"""``report.html``: one page that holds all of a summary, opens without a network and reads without JavaScript."""
+"""``report.html``: one page with the whole summary that opens without a network and can be read without JavaScript."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from markupsafe import Markup, escape
 from winnowkv.errors import InputError
 from winnowkv.evaluate.report import charts
 from winnowkv.evaluate.report.store import replace_text
-from winnowkv.evaluate.report.summary import OVER_ROWS, OVER_TASKS, Line, asked_budget, budget_text, failed, machine_text
+from winnowkv.evaluate.report.summary import (
+    OVER_ROWS,
+    OVER_TASKS,
+    Line,
+    failed,
+    group_budget_text,
+    machine_text,
+    short_budget_text,
+)
 from winnowkv.report import MIB
 
-FAILURES = 50  # failed measurements listed; the rest is in results.jsonl
+MAX_FAILURES_LISTED = 50  # the rest is in results.jsonl
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 PROTOCOLS = {
     "official": "The question is part of the prompt that is compressed, as in the published tables.",
@@ -27,7 +35,7 @@ PROTOCOLS = {
 
 
 def write_page(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any], file: Path) -> None:
-    """Write the page of a summary and the lines it was made of. Raises InputError where the file cannot be written."""
+    """Write the page of a summary and the lines it was made of. Raises InputError if the file cannot be written."""
     text = render(summary, lines, config)
     try:
         replace_text(file, text)
@@ -36,7 +44,7 @@ def write_page(summary: dict[str, Any], lines: Sequence[Line], config: dict[str,
 
 
 def render(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any]) -> str:
-    """The page's HTML. Every text of a model, a prompt or a setting is escaped; only our own script may run in it."""
+    """The page's HTML. All texts of models, prompts and settings are escaped; only the package's script may run."""
     data = files("winnowkv.evaluate.report") / "data"
     script = (data / "report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -47,8 +55,8 @@ def render(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any
         "percent": lambda value: DASH if value is None else f"{100 * value:.3g}%",
         "mib": lambda value: DASH if value is None else f"{value / MIB:.1f}",
         "ms": lambda value: DASH if value is None else f"{value:.3g}",
-        "budget": budget_text,
-        "asked": asked_budget,
+        "budget": group_budget_text,
+        "asked": short_budget_text,
         "plain": plain,
         "breakable": lambda text: Markup(escape(text).replace(":", Markup(":<wbr>")).replace("/", Markup("/<wbr>"))),
     }
@@ -58,7 +66,7 @@ def render(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any
         rows=table_rows(summary["sections"]),
         several_models=len({(one["model"], one["dtype"]) for one in summary["sections"]}) > 1,
         facts=facts(summary),
-        failures=[(line, failed(line)) for line in lines if failed(line)][:FAILURES],
+        failures=[(line, failed(line)) for line in lines if failed(line)][:MAX_FAILURES_LISTED],
         failed_rows=sum(failed(line) is not None for line in lines),
         config=config,
         style=Markup((data / "report.css").read_text(encoding="utf-8")),
@@ -69,7 +77,7 @@ def render(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any
 
 
 def facts(summary: dict[str, Any]) -> dict[str, str]:
-    """What stands in the page's head, by name."""
+    """Facts at the top of the page, by name."""
     sections = summary["sections"]
     versions = " · ".join(f"{name} {', '.join(values)}" for name, values in summary["versions"].items())
     return {
@@ -83,7 +91,7 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def section(summary: dict[str, Any]) -> dict[str, Any]:
-    """A section with its charts; colours follow the policies' order."""
+    """A section with its charts; colours are given in the order of the policies."""
     policies = list(dict.fromkeys(group["policy"] for group in summary["groups"]))
     overall = [group for group in summary["groups"] if group["task"] == OVER_TASKS and group["score"] is not None]
     return {
@@ -100,26 +108,26 @@ def _scatter(groups: Sequence[dict[str, Any]], policies: Sequence[str], field: s
     series = []
     for policy in policies:
         mine = [group for group in groups if group["policy"] == policy and group[field]]
-        points = [charts.Point(group[field] / unit, *_hundredfold(group), f"{policy} at {budget_text(group)}: {_score(group)}, "
-                               f"{show(group[field] / unit)} {label}") for group in mine]  # fmt: skip
+        points = [charts.Point(group[field] / unit, *_hundredfold(group), f"{policy} at {group_budget_text(group)}: "
+                               f"{_score(group)}, {show(group[field] / unit)} {label}") for group in mine]  # fmt: skip
         series.append(charts.Series(policy, points))
     return charts.scatter(series, label, show) if any(one.points for one in series) else ""
 
 
 def _bars(summary: dict[str, Any], policies: Sequence[str]) -> list[dict[str, Any]]:
-    """One panel a budget; in it, one chart a task; in it, one bar a policy. What evicts nothing is in every panel."""
+    """One panel per budget with a chart per task and a bar per policy. A policy that evicts nothing is in every panel."""
     groups = [
         group for group in summary["groups"] if group["task"] not in (OVER_TASKS, OVER_ROWS) and group["score"] is not None
     ]
     if not groups:
         return []
     top = charts.ceiling([value for group in groups for value in _hundredfold(group) if value is not None])
-    budgets = dict.fromkeys(budget_text(group) for group in groups if not group["whole"]) or {"all": None}
+    budgets = dict.fromkeys(group_budget_text(group) for group in groups if not group["whole"]) or {"all": None}
     panels = []
     for budget in budgets:
         by_task: dict[str, list[Any]] = {}
         for group in groups:
-            if group["whole"] or budget_text(group) == budget:
+            if group["whole"] or group_budget_text(group) == budget:
                 drawn = Markup(charts.bar(*_hundredfold(group), top, policies.index(group["policy"])))
                 by_task.setdefault(group["task"], []).append((group, drawn, _score(group)))
         panels.append({"budget": budget, "tasks": by_task, "top": f"{top:g}"})
@@ -134,7 +142,7 @@ def table_rows(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interval(group: dict[str, Any]) -> str:
-    """A 95% interval in points of 100, a dash where none can be given."""
+    """A 95% interval in points of 100, a dash if there is none."""
     if group["low"] is None:
         return DASH
     return f"{100 * group['low']:.1f} to {100 * group['high']:.1f}".replace("-", MINUS)

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from winnowkv.budget import Asked, spoken
-from winnowkv.models.calibration import Profile
+from winnowkv.budget import Asked, budget_text
+from winnowkv.models.calibration import CalibrationProfile
 
-LABELS = {
+METRIC_LABELS = {
     "correct": "prompts answered", "found": "needles found", "rouge1_f1": "ROUGE-1 F1", "rouge1_recall": "ROUGE-1 recall",
 }  # fmt: skip
-WIDE = 15  # inches that a figure may be wide before panels go on in the next row
-NUMBERED = 8  # lengths up to which a panel shows its numbers too
+MAX_FIGURE_INCHES = 15  # width of a figure; further panels go in the next row
+MAX_NUMBERED_LENGTHS = 8  # a panel with more lengths shows colours only
 MARKERS = "osD^vP*XhpdH"
 DASHES = ("-", "--", ":")
 
 
-def head_map(profile: Profile, file: Path) -> None:
-    """Layer x head maps of both retrieval scores, and the layers' shares of the eviction error, as PNG."""
+def head_map(profile: CalibrationProfile, file: Path) -> None:
+    """Draw layer x head maps of both retrieval scores, and the layers' shares of the eviction error, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,15 +42,15 @@ def head_map(profile: Profile, file: Path) -> None:
 
 
 def needle_maps(groups: Sequence[dict[str, Any]], metric: str, file: Path) -> None:
-    """Length x depth heat maps of a metric, a panel for each policy and budget, as PNG; ``groups`` of a needle summary."""
+    """Draw length x depth heat maps of a metric, a panel for each policy and budget, as PNG; ``groups`` of a needle summary."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lengths, depths = sorted(distinct(groups, "length")), sorted({float(d) for g in groups for d in g["by_depth"][metric]})
-    cell = (0.42, 0.26) if len(lengths) <= NUMBERED else (0.22, 0.18)
+    cell = (0.42, 0.26) if len(lengths) <= MAX_NUMBERED_LENGTHS else (0.22, 0.18)
     width, height = max(cell[0] * len(lengths), 0.9) + 1.1, max(cell[1] * len(depths), 0.8) + 1.0
     sections = map_sections(groups)
-    columns = min(len(sections[0]), max(int(WIDE / width), 1))
+    columns = min(len(sections[0]), max(int(MAX_FIGURE_INCHES / width), 1))
     rows_each = math.ceil(len(sections[0]) / columns)
     figure = Figure(figsize=(max(width * columns + 1.2, 5), height * rows_each * len(sections) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -63,7 +63,7 @@ def needle_maps(groups: Sequence[dict[str, Any]], metric: str, file: Path) -> No
                 panel = panels[number * rows_each + place // columns][place % columns]
                 image = draw_map(panel, mine, metric, lengths, depths)
     bar = figure.colorbar(image, ax=panels, shrink=min(3 / figure.get_figheight(), 0.9), aspect=20)
-    bar.set_label(LABELS[metric], fontsize=8)
+    bar.set_label(METRIC_LABELS[metric], fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.supxlabel("prompt tokens", fontsize=8)
     figure.supylabel("depth", fontsize=8)
@@ -71,9 +71,10 @@ def needle_maps(groups: Sequence[dict[str, Any]], metric: str, file: Path) -> No
 
 
 def map_sections(groups: Sequence[dict[str, Any]]) -> list[list[list[dict[str, Any]]]]:
-    """The groups of each panel: a section for each budget, or for each policy where budgets are more.
+    """The groups of each panel: a section for each budget, or for each policy if there are more budgets than policies.
 
-    What evicts nothing is the same at every budget: it has a panel in the first section and an empty place in the others.
+    A policy that evicts nothing is the same at every budget: it has a panel in the first section and an empty place in
+    the others.
     """
     whole = distinct([g for g in groups if not g["evicts"]], "policy")
     evicting = [g for g in groups if g["evicts"]]
@@ -97,7 +98,7 @@ def draw_map(panel: Any, groups: Sequence[dict[str, Any]], metric: str, lengths:
     cells = [[scores.get((length, depth), math.nan) for length in lengths] for depth in depths]
     panel.set_axis_on()
     image = panel.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    for (length, depth), score in scores.items() if len(lengths) <= NUMBERED else ():
+    for (length, depth), score in scores.items() if len(lengths) <= MAX_NUMBERED_LENGTHS else ():
         at, color = (lengths.index(length), depths.index(depth)), "white" if score < 0.6 else "black"
         panel.text(*at, f"{100 * score:.0f}", ha="center", va="center", fontsize=7, color=color)
     panel.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths], rotation=45, fontsize=7)
@@ -109,9 +110,9 @@ def draw_map(panel: Any, groups: Sequence[dict[str, Any]], metric: str, lengths:
 
 
 def kept_lines(groups: Sequence[dict[str, Any]], metric: str, file: Path) -> None:
-    """A metric against the kept fraction of the cache's bytes, a line for each policy, a panel for each length, as PNG.
+    """Draw a metric against the kept fraction of the cache's bytes, a line for each policy, a panel for each length, as PNG.
 
-    What evicts nothing is a line across where it keeps all, and else (quantized) a point.
+    A policy that evicts nothing is a horizontal line if it keeps all bytes, else (quantized) a point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -139,12 +140,12 @@ def kept_lines(groups: Sequence[dict[str, Any]], metric: str, file: Path) -> Non
     handles = {text: line for panel in panels.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
     figure.supxlabel("kept of the cache's bytes", fontsize=9)
-    figure.supylabel(LABELS[metric], fontsize=9)
+    figure.supylabel(METRIC_LABELS[metric], fontsize=9)
     figure.savefig(file, dpi=120)
 
 
 def draw_line(panel: Any, groups: Sequence[dict[str, Any]], metric: str, number: int) -> None:
-    """One policy at one length; ``number`` gives its look."""
+    """Draw one policy at one length; ``number`` chooses colour, marker and dashes."""
     if not groups:
         return
     points = sorted({(g["kept_bytes"] / g["full_bytes"], g[metric]) for g in groups})
@@ -170,10 +171,10 @@ def same(one: Asked, other: Asked) -> bool:
 
 
 def budget_label(budget: Asked) -> str:
-    """A budget as people say it."""
-    return spoken(budget) + (" kept" if isinstance(budget, float) else "")
+    """A budget as text: ``12% kept``, ``128 entries``."""
+    return budget_text(budget) + (" kept" if isinstance(budget, float) else "")
 
 
 def tokens_label(tokens: int) -> str:
-    """A length, in thousands where that is exact to a tenth."""
+    """A length, in thousands if it is a multiple of 100."""
     return f"{tokens / 1000:g}k" if tokens >= 1000 and tokens % 100 == 0 else str(tokens)

@@ -1,4 +1,4 @@
-"""How sure a mean or a difference is: percentile bootstrap over rows, paired where two things answered the same rows."""
+"""Confidence intervals of means and of paired differences: percentile bootstrap over rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FEW = 30  # rows below which a percentile interval is known to be too narrow
-DRAWS = 2**22  # rows drawn at once: bounds the memory, whatever the number of rows
+FEW_ROWS = 30  # with fewer rows, a percentile interval is known to be too narrow
+DRAWS_AT_ONCE = 2**22  # bounds the memory for any number of rows
 
 Array = NDArray[np.float64]
 Scores = Sequence[float | None]
@@ -23,7 +23,7 @@ class Paired:
     Attributes
     ----------
     mean_difference: of ``b - a``, NaN without a row.
-    low, high: its 95% interval, NaN where a single row cannot tell.
+    low, high: its 95% interval, NaN if a stratum has a single row.
     wins, ties, losses: rows on which ``b`` is higher, equal, lower.
     rows: rows compared; excluded: rows that lack a number on either side.
     """
@@ -57,8 +57,8 @@ def mean_interval(
 ) -> tuple[float, float, float]:
     """The mean and its 95% percentile bootstrap interval; None and NaN are left out.
 
-    With ``strata`` (one label a value, such as the task) it is the mean of the strata's means, and rows are
-    drawn anew within each stratum. The interval is NaN where a stratum has a single row: it cannot tell.
+    With ``strata`` (one label per value, such as the task) it is the mean of the strata's means, and rows are
+    resampled within each stratum. The interval is NaN if a stratum has a single row.
     """
     groups = _groups(np.asarray(values, dtype=float), strata)
     if not groups:
@@ -73,8 +73,8 @@ def mean_interval(
 
 
 def small(rows: int) -> str | None:
-    """What to say of a set with so few rows; None where it is large enough."""
-    if rows >= FEW:
+    """A warning about a set with so few rows; None if it is large enough."""
+    if rows >= FEW_ROWS:
         return None
     if rows < 2:
         return f"only {rows} row{'' if rows == 1 else 's'}: no interval can be given"
@@ -94,7 +94,7 @@ def _groups(values: Array, strata: Strata) -> list[Array]:
 
 def _resampled_means(values: Array, resamples: int, draw: np.random.Generator) -> Array:
     count = len(values)
-    step = max(DRAWS // count, 1)
+    step = max(DRAWS_AT_ONCE // count, 1)
     parts = [values[draw.integers(count, size=(min(step, resamples - start), count))].mean(axis=1)
              for start in range(0, resamples, step)]  # fmt: skip
     return np.concatenate(parts)

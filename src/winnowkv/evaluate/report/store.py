@@ -1,4 +1,4 @@
-"""A folder of results that survives Ctrl-C and a full disk: one JSON line a finished measurement, flushed at once."""
+"""A folder of results that survives Ctrl-C and a full disk: one JSON line for each finished measurement, flushed at once."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class ResultStore:
 
     Parameters
     ----------
-    folder: made if it is not there.
-    config: what must be equal for lines to belong together (model, prompts, dtype, ...).
-    key: what identifies a line, so that none is computed twice.
+    folder: created if it does not exist.
+    config: what all lines of the folder have in common (model, prompts, dtype, ...).
+    key: gives the identity of a line, so that none is computed twice.
 
     Raises
     ------
     InputError
-        Where the folder cannot be written, is being written by another run, holds results of
-        other settings, or a line is broken.
+        If the folder cannot be written, is being written by another run or holds results of
+        other settings, or if a line is broken.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], key: Key) -> None:
@@ -41,7 +41,7 @@ class ResultStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock", timeout=0)
             self._lock.acquire()
-            self._settle_config(config)
+            self._check_config(config)
             self.lines = self._read()
             self._out = self.file.open("a", encoding="utf-8")
         except Timeout:
@@ -53,14 +53,12 @@ class ResultStore:
             raise
         self._done = {key(line) for line in self.lines}
 
-    def _settle_config(self, config: dict[str, Any]) -> None:
+    def _check_config(self, config: dict[str, Any]) -> None:
         file, text = self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         if not file.exists():
-            if (self.folder / "config.json").exists():
-                raise InputError(f"{self.folder} holds results of an older version: use another --out or remove the folder")
             replace_text(file, text)
             return
-        config = yaml.safe_load(text)  # tuples are lists there
+        config = yaml.safe_load(text)  # as it is read back: YAML has lists for tuples
         before = read_config(self.folder)
         for name in sorted({*config, *before}):
             if before.get(name) != config.get(name):
@@ -72,7 +70,7 @@ class ResultStore:
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.exists():
             return []
-        # Killed, or the disk full, in the middle of a line: that measurement is done again.
+        # A run that was killed, or a full disk, can leave half a line: that measurement is repeated.
         raw = self.file.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
@@ -84,7 +82,7 @@ class ResultStore:
         return key in self._done
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write a finished line through to the file. Raises InputError where the disk takes no more."""
+        """Write a finished line and flush it. Raises InputError if it cannot be written."""
         try:
             self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._out.flush()
@@ -97,17 +95,17 @@ class ResultStore:
         self._done.add(self._key(line))
 
     def close(self) -> None:
-        """Close the file and let other runs in."""
+        """Close the file and release the folder for other runs."""
         try:
             self._out.close()
         except OSError:
-            pass  # what add() could not write it has told; closing tries the same bytes again
+            pass  # add() has reported it; closing tries to write the same bytes again
         finally:
             self._lock.release()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run. Raises InputError where the folder holds none or they are broken."""
+    """The settings of a run. Raises InputError if the folder holds none or they are broken."""
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -118,7 +116,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def parse_lines(file: Path, text: str) -> list[dict[str, Any]]:
-    """Result lines. Raises InputError naming file and line where one is broken."""
+    """Parse result lines. Raises InputError that names file and line if one is broken."""
     lines = []
     # Not splitlines(): it also splits at separators that JSON leaves as they are inside a text.
     for number, line in enumerate(text.split("\n")[:-1], 1):
@@ -130,12 +128,12 @@ def parse_lines(file: Path, text: str) -> list[dict[str, Any]]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON as a whole: a reader sees the old file or the new one, never a part."""
     replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text whole or not at all."""
+    """Write a text file as a whole or not at all."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, file)

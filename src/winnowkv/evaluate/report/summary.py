@@ -1,6 +1,6 @@
-"""What the lines of an evaluation say: scores, bytes and times a setting, and every setting against the full cache.
+"""Summary of an evaluation: scores, bytes and times of each setting, and each setting compared with the full cache.
 
-Protocols, models and dtypes are sections of their own: nothing is averaged or paired across them.
+Every protocol, model and dtype is a section of its own: nothing is averaged or paired across sections.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from winnowkv.budget import Asked
 from winnowkv.evaluate.report.stats import mean_interval, paired, small
 
 Line = dict[str, Any]
-Answers = dict[tuple[str, Any], Line]  # of the full cache, by task and row
+FullAnswers = dict[tuple[str, Any], Line]  # lines of the full cache, by task and row
 OVER_TASKS = "mean over tasks"
 OVER_ROWS = "mean over rows"
 BASELINE = "full"
-WORST = 5  # regressions shown
-REASONS = 3  # of failures, each with a sentence of its own
+MAX_WORST_ROWS = 5  # largest losses shown in a section
+MAX_REASONS = 3  # failures with a note of their own, most frequent first
 
 
 def section_of(line: Line) -> tuple[str, str, str]:
@@ -35,25 +35,25 @@ def setting_of(line: Line) -> tuple[str, str, Asked]:
 
 
 def failed(line: Line) -> str | None:
-    """Why a line has no score, None where it has one."""
+    """Why a line has no score; None if it has one."""
     score = line["score"]
     if line.get("failed") is not None:
         return str(line["failed"])
     return "the score is not a number" if score is None or math.isnan(score) else None
 
 
-def budget_text(group: Line) -> str:
-    """A budget as one reads it: ``12%``, ``128`` entries, ``all`` where nothing was evicted."""
-    return "all" if group["whole"] else asked_budget(group["budget"])
+def group_budget_text(group: Line) -> str:
+    """A group's budget as text: ``12%``, ``128`` (entries), ``all`` if nothing was evicted."""
+    return "all" if group["whole"] else short_budget_text(group["budget"])
 
 
-def asked_budget(budget: Asked) -> str:
-    """A budget as it was asked."""
+def short_budget_text(budget: Asked) -> str:
+    """A budget as text: ``12%``, ``128`` (entries), ``auto:0.95``."""
     return f"{100 * budget:g}%" if isinstance(budget, float) else str(budget)
 
 
 def machine_text(machine: dict[str, Any] | None) -> str:
-    """A machine in one line."""
+    """A machine in one line of text."""
     if not machine:
         return "unknown machine"
     accelerator = machine.get("accelerator")
@@ -61,12 +61,12 @@ def machine_text(machine: dict[str, Any] | None) -> str:
 
 
 def summarize(lines: Sequence[Line], config: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``summary.json``, as plain JSON (what is not known is None).
+    """The content of ``summary.json``, ready for JSON; unknown values are None.
 
-    ``config`` names model, dtype and machine of lines that do not say theirs, as those of
-    :func:`winnowkv.evaluate.report.merge.merge` do. ``sections`` holds for each protocol, model and dtype its
-    ``groups``, a policy at a budget on a task or a mean over all, each with its comparison ``against_full``;
-    its ``worst`` regressions; and ``notes``, sentences that a reader must know.
+    ``config`` names model, dtype and machine of the run; lines of :func:`winnowkv.evaluate.report.merge.merge` name their
+    own model and dtype. ``sections`` holds for each protocol, model and dtype its ``groups`` (a policy at a budget on a
+    task, or the mean over all tasks or rows), each with its comparison ``against_full``; its ``worst`` regressions; and
+    ``notes``, sentences for the reader.
     """
     labelled = [{"model": config.get("model"), "dtype": config.get("dtype"), **line} for line in lines]
     sections = [_section(labelled, key) for key in dict.fromkeys(map(section_of, labelled))]
@@ -96,7 +96,7 @@ def _section(labelled: Sequence[Line], key: tuple[str, str, str]) -> dict[str, A
     }  # fmt: skip
 
 
-def _settings(lines: Sequence[Line], full: Answers) -> list[list[Line]]:
+def _settings(lines: Sequence[Line], full: FullAnswers) -> list[list[Line]]:
     """The lines of each setting. A policy that evicted nothing at any budget is one setting, each row once."""
     by_policy: dict[str, list[Line]] = {}
     for line in lines:
@@ -114,15 +114,15 @@ def _settings(lines: Sequence[Line], full: Answers) -> list[list[Line]]:
     return settings
 
 
-def _whole(lines: Sequence[Line], full: Answers) -> bool:
+def _whole(lines: Sequence[Line], full: FullAnswers) -> bool:
     finished = [line for line in lines if failed(line) is None]
     return bool(finished) and all(_kept_fraction(line, full) >= 1 for line in finished)
 
 
-def _kept_fraction(line: Line, full: Answers) -> float:
-    """Kept entries over those of the full cache, or over the prompt where the full cache was not run.
+def _kept_fraction(line: Line, full: FullAnswers) -> float:
+    """Kept entries over those of the full cache, or over the prompt's tokens if the full cache was not run.
 
-    With the context alone compressed the two differ: the question is part of the prompt, not of what is compressed.
+    The two differ in the protocol context-only: the question is part of the prompt, but not of what is compressed.
     """
     reference = full.get((line["task"], line["row"]))
     if reference is None or not same_prompt(line, reference):
@@ -130,8 +130,8 @@ def _kept_fraction(line: Line, full: Answers) -> float:
     return line["kept_entries"] / reference["kept_entries"]
 
 
-def _group(scope: str, rows: Sequence[Line], full: Answers) -> dict[str, Any]:
-    """One policy at one budget: on a task, or over all of them, where each task or each row weighs the same."""
+def _group(scope: str, rows: Sequence[Line], full: FullAnswers) -> dict[str, Any]:
+    """One policy at one budget: on a task, or over all tasks with equal weights for tasks or for rows."""
     finished = [line for line in rows if failed(line) is None]
     counts = Counter(line["task"] for line in finished)
     weights = [1 / counts[line["task"]] if scope == OVER_TASKS else 1.0 for line in finished]
@@ -157,8 +157,8 @@ def _group(scope: str, rows: Sequence[Line], full: Answers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _against_full(scope: str, rows: Sequence[Line], full: Answers) -> dict[str, Any] | None:
-    """The paired comparison with the full cache; None for the full cache itself and where it was not run."""
+def _against_full(scope: str, rows: Sequence[Line], full: FullAnswers) -> dict[str, Any] | None:
+    """The paired comparison with the full cache; None for the full cache itself and if it was not run."""
     references = [full.get((line["task"], line["row"])) for line in rows]
     if rows[0]["policy"] == BASELINE or not any(references):
         return None
@@ -170,14 +170,14 @@ def _against_full(scope: str, rows: Sequence[Line], full: Answers) -> dict[str, 
 
 
 def same_prompt(line: Line, other: Line) -> bool:
-    """Whether two lines of a row were asked the same: merged runs may differ in truncation or chat template."""
+    """Whether two lines of a row had the same prompt: merged runs may differ in truncation or chat template."""
     return all(line.get(name) == other.get(name) for name in ("prompt_tokens", "prompt_tail"))
 
 
-def worst(lines: Sequence[Line], full: Answers) -> list[dict[str, Any]]:
+def worst(lines: Sequence[Line], full: FullAnswers) -> list[dict[str, Any]]:
     """The rows on which a setting lost most against the full cache, largest loss first, each row once.
 
-    Of equal losses the one with most entries kept comes first: it is the least expected.
+    Of equal losses, the one with more kept entries comes first.
     """
     drops = []
     for line in lines:
@@ -196,7 +196,7 @@ def worst(lines: Sequence[Line], full: Answers) -> list[dict[str, Any]]:
             "whole": kept >= 1, "prediction": line["prediction"], "score": line["score"],
             "full_prediction": reference["prediction"], "full_score": reference["score"],
         }
-        for _, kept, line, reference in list(by_row.values())[:WORST]
+        for _, kept, line, reference in list(by_row.values())[:MAX_WORST_ROWS]
     ]  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def _tasks(lines: Sequence[Line], tasks: Sequence[str]) -> list[dict[str, Any]]:
     return [{"task": task, "rows": len(rows[task]), "small": small(len(rows[task]))} for task in tasks]
 
 
-def _section_notes(lines: Sequence[Line], settings: Sequence[Sequence[Line]], full: Answers) -> list[str]:
+def _section_notes(lines: Sequence[Line], settings: Sequence[Sequence[Line]], full: FullAnswers) -> list[str]:
     """Sentences on small sets, failures, truncation, and rows that some settings lack."""
     notes = []
     tasks = _tasks(lines, _distinct(line["task"] for line in lines))
@@ -216,9 +216,9 @@ def _section_notes(lines: Sequence[Line], settings: Sequence[Sequence[Line]], fu
     if not full:
         notes.append(f"Policy '{BASELINE}' has no finished row here, so nothing is compared with the uncompressed cache.")
     reasons = Counter(filter(None, map(failed, lines)))
-    for reason, count in reasons.most_common(REASONS):
+    for reason, count in reasons.most_common(MAX_REASONS):
         notes.append(f"{count} of {len(lines)} measurements failed and have no score: {reason.rstrip('.')}.")
-    if len(reasons) > REASONS:
+    if len(reasons) > MAX_REASONS:
         notes.append(f"{sum(reasons.values())} measurements failed in all, for {len(reasons)} reasons.")
     cut = {(line["task"], line["row"]): line["truncated_tokens"] for line in lines if line.get("truncated_tokens")}
     if cut:
@@ -228,7 +228,9 @@ def _section_notes(lines: Sequence[Line], settings: Sequence[Sequence[Line]], fu
         )
     answered = {setting_of(rows[0]): sum(failed(line) is None for line in rows) for rows in settings}
     most = max(answered.values())
-    short = [f"{policy} at {asked_budget(budget)} ({count})" for (policy, _, budget), count in answered.items() if count < most]
+    short = [
+        f"{policy} at {short_budget_text(budget)} ({count})" for (policy, _, budget), count in answered.items() if count < most
+    ]
     if short:
         notes.append(
             f"Not every setting answered all {most} rows, so trust the differences more than the means: {', '.join(short)}."
@@ -251,15 +253,15 @@ def _page_notes(sections: Sequence[dict[str, Any]], versions: dict[str, list[Any
         f"Results of several versions of {name}: {', '.join(values)}." for name, values in versions.items() if len(values) > 1
     ]
     for name, values in config.get("differs", {}).items():
-        told = [f"{machine_text(value) if name == 'machine' else value} ({folder})" for folder, value in values.items()]
-        notes.append(f"The runs differ in {name}: {', '.join(told)}.")
+        shown = [f"{machine_text(value) if name == 'machine' else value} ({folder})" for folder, value in values.items()]
+        notes.append(f"The runs differ in {name}: {', '.join(shown)}.")
     if "machine" in config.get("differs", {}):
         notes.append("Times of different machines are not comparable.")
     return notes
 
 
 def _pace(lines: Sequence[Line], seconds: str, tokens: str) -> float | None:
-    """Median milliseconds a token."""
+    """Median milliseconds per token."""
     paces = [1000 * line[seconds] / line[tokens] for line in lines if line[tokens]]
     return median(paces) if paces else None
 

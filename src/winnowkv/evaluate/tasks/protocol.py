@@ -1,13 +1,13 @@
-"""From a row to token ids: which part of the prompt is compressed, what is cut off, and where the chat template stands.
+"""From a row to token ids: which part of the prompt is compressed, what is cut out, and where the chat template goes.
 
 ``official``: LongBench's own protocol. The whole prompt, question included, is read before it is
-compressed. Of a prompt that is too long the first and the last half of the limit stay, cut before
-the chat template is put around it; few-shot and code tasks get no template
+compressed. A prompt that is too long keeps its first and its last tokens, half of the limit each; it is
+cut before the chat template is put around it; few-shot and code tasks get no template
 (:attr:`EvalTask.chat`).
 
-``context-only``: the same token ids, cut the same way, but only what stands before the question is
-compressed, so that nothing can be kept because of it. A token that covers the end of the context
-and the beginning of the question counts as question.
+``context-only``: the same token ids, cut the same way, but only the text before the question is
+compressed, so that the question cannot decide what is kept. A token that covers the end of the context
+and the beginning of the question counts as part of the question.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from winnowkv.prompt.chat import template_ends
 
 PROTOCOLS = ("official", "context-only")
 
-Spans = list[tuple[int, int]]  # of each token, the characters it covers
+Spans = list[tuple[int, int]]  # for each token, the range of characters that it covers
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EncodedRow:
     ----------
     ids: token ids of the whole prompt, chat template included.
     context_end: how many of them are compressed; the rest is read afterwards.
-    truncated: tokens that the limit took away.
+    truncated: tokens that were cut out because of the limit.
     text: what ``ids`` encode; context: the part of it that is compressed.
     """
 
@@ -44,16 +44,16 @@ class EncodedRow:
 
 
 def encode_row(row: Row, task: EvalTask, tokenizer: Any, protocol: str, limit: int | None, chat: bool) -> EncodedRow:
-    """The token ids of a row's prompt by protocol.
+    """Encode a row's prompt by the rules of a protocol.
 
     Parameters
     ----------
-    limit: most tokens of the prompt, chat template included: what the model has positions for, less
-        ``task.max_new_tokens``. None: no limit.
-    chat: put prompts into the chat template, where the task's official protocol does.
+    limit: most tokens of the prompt, chat template included: the model's positions less ``task.max_new_tokens``.
+        None: no limit.
+    chat: put prompts into the chat template, if the task's official protocol does.
 
-    Raises InputError for an unknown protocol, a limit that holds no prompt, a tokenizer without chat
-    template or one that cannot say which characters its tokens cover.
+    Raises InputError for an unknown protocol, a limit too small for any prompt, a tokenizer without
+    a chat template, or one that does not report which characters its tokens cover.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r} is unknown: it is one of {', '.join(PROTOCOLS)}")
@@ -67,8 +67,8 @@ def encode_row(row: Row, task: EvalTask, tokenizer: Any, protocol: str, limit: i
         room = limit - max(whole - len(raw), 0)
         while len(ids) > limit:
             if room < 2:
-                raise InputError(f"a limit of {limit} tokens holds no prompt of {task.name}: raise it")
-            # Where the halves meet, tokens form anew: the count may differ from the room by one or two.
+                raise InputError(f"a limit of {limit} tokens is too small for a prompt of {task.name}: raise it")
+            # The tokens around the cut are formed anew, so the count may differ from the room by one or two.
             prompt, question = halves(row.prompt, raw, room, len(row.before + row.context))
             ids, spans = tokenize(tokenizer, head + prompt + tail, special=not templated)
             room -= len(ids) - limit
@@ -81,23 +81,25 @@ def encode_row(row: Row, task: EvalTask, tokenizer: Any, protocol: str, limit: i
 
 
 def halves(prompt: str, spans: Spans, room: int, question: int) -> tuple[str, int]:
-    """The text of a prompt's first and last ``room // 2`` tokens, and where ``question``, a place in it, is then."""
+    """The text of a prompt's first and last ``room // 2`` tokens, and the new place of the character ``question``."""
     first = spans[room // 2 - 1][1]
     last = max(spans[len(spans) - room // 2][0], first)
     return prompt[:first] + prompt[last:], min(question, first) + max(question - last, 0)
 
 
 def middle_out(ids: list[int], limit: int) -> list[int]:
-    """Token ids without their middle, where there are more than ``limit``, at least 1: its first and last half stay."""
+    """The first and last half of the token ids if they are more than ``limit`` (at least 1), else all of them."""
     if len(ids) <= limit:
         return ids
     return ids[: limit - limit // 2] + ids[len(ids) - limit // 2 :]
 
 
 def tokenize(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], Spans]:
-    """Token ids of a text and the characters that each covers; ``special``: with what the tokenizer puts in front."""
+    """Token ids of a text and the characters that each covers; ``special``: with the tokenizer's own special tokens."""
     try:
         encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     except NotImplementedError:
-        raise InputError(f"{type(tokenizer).__name__} cannot say which characters its tokens cover: use a fast one") from None
+        raise InputError(
+            f"{type(tokenizer).__name__} cannot say which characters its tokens cover: use a fast tokenizer"
+        ) from None
     return encoded["input_ids"], encoded["offset_mapping"]

@@ -1,19 +1,19 @@
-"""Recipes: one YAML file a headline claim, with the protocol and the models that it was made for.
+"""Recipes: one YAML file for each headline claim, with the protocol and the models that it was made for.
 
 ::
 
     claim: ...                      # what the paper says
     source: WindowKV, arXiv 2503.17922
     command: eval                   # or needle
-    note: ...                       # where this differs from the paper; optional
-    tasks: [longbench]              # and the other settings of the command, see EVAL and NEEDLE
+    note: ...                       # how this differs from the paper; optional
+    tasks: [longbench]              # and the command's other settings, see EVAL_KEYS and NEEDLE_KEYS
     models:
       - name: Qwen/Qwen2.5-1.5B-Instruct
-        layers: 28                  # and the other facts of its config, so that a plan needs no hub
-        max_context: 31500          # a setting that this model has otherwise; optional
+        layers: 28                  # and the other sizes of its config, so that --dry-run needs no hub
+        max_context: 31500          # a setting that differs for this model; optional
 
-A recipe is read and checked as a whole before anything runs: keys, values, tasks, policies, budgets,
-and contexts against the models' positions.
+A whole recipe is checked before anything runs: its keys, values, tasks, policies and budgets, and its
+contexts against the models' positions.
 """
 
 from __future__ import annotations
@@ -26,49 +26,54 @@ from typing import Any
 
 import transformers
 import yaml
+from transformers import PreTrainedConfig
 
 from winnowkv.budget import Budget
-from winnowkv.errors import InputError, WinnowError
+from winnowkv.errors import InputError, UnsupportedModelError, WinnowError
 from winnowkv.evaluate.needle.needle import METRICS
-from winnowkv.evaluate.needle.prompts import FIELDS, Needle
+from winnowkv.evaluate.needle.prompts import NEEDLE_FIELDS, Needle
 from winnowkv.evaluate.settings import settings
 from winnowkv.evaluate.tasks.run import Evaluation
 from winnowkv.memory.plan import LayerShape
+from winnowkv.memory.shape import read_shape
 from winnowkv.models.load import EMBEDDED
-from winnowkv.policies import Prompt, policy as make_policy
+from winnowkv.policies import PromptInfo, policy as make_policy
 from winnowkv.prompt.task import TaskProfile
 
-Is = tuple[Callable[[Any], bool], str]
-NUMBER_BYTES = 2  # of a key's or value's number in a plan: bfloat16
+Check = tuple[Callable[[Any], bool], str]  # a test of a value, and the words for what passes it
+PLANNED_BYTES = 2  # a number of a key or value, in the sizes of --dry-run: bfloat16
 
 
 def _list_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and bool(value) and all(isinstance(part, kind) for part in value)
 
 
-TEXT: Is = (lambda value: isinstance(value, str) and bool(value.strip()), "a text")
-TEXTS: Is = (_list_of(str), "a list of texts")
-NUMBERS: Is = (_list_of((int, float)), "a list of numbers")
-COUNTS: Is = (_list_of(int), "a list of whole numbers")
-COUNT: Is = (lambda value: type(value) is int and value > 0, "a whole number above 0")
-COUNT_OR_NONE: Is = (lambda value: value is None or COUNT[0](value), "a whole number above 0, or null")
-TRUTH_OR_NONE: Is = (lambda value: value is None or isinstance(value, bool), "true, false or null")
-MAPPINGS: Is = (_list_of(dict), "a list of mappings")
+TEXT: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "a text")
+TEXTS: Check = (_list_of(str), "a list of texts")
+NUMBERS: Check = (_list_of((int, float)), "a list of numbers")
+COUNTS: Check = (_list_of(int), "a list of whole numbers")
+COUNT: Check = (lambda value: type(value) is int and value > 0, "a whole number above 0")
+COUNT_OR_NONE: Check = (lambda value: value is None or COUNT[0](value), "a whole number above 0, or null")
+BOOL_OR_NONE: Check = (lambda value: value is None or isinstance(value, bool), "true, false or null")
+MAPPINGS: Check = (_list_of(dict), "a list of mappings")
 
-HEAD: Mapping[str, Is] = {"claim": TEXT, "source": TEXT, "command": TEXT, "models": MAPPINGS}
-NOTE: Mapping[str, Is] = {"note": TEXT}
-BOTH: Mapping[str, Is] = {"policies": TEXTS, "budgets": NUMBERS, "chat": TRUTH_OR_NONE}
-EVAL: Mapping[str, Is] = {**BOTH, "tasks": TEXTS, "protocol": TEXT, "max_context": COUNT_OR_NONE}
-NEEDLE: Mapping[str, Is] = {
-    **BOTH, "lengths": COUNTS, "depths": NUMBERS, "needles": MAPPINGS, "haystack": TEXT, "metric": TEXT,
+HEAD_KEYS: Mapping[str, Check] = {"claim": TEXT, "source": TEXT, "command": TEXT, "models": MAPPINGS}
+NOTE_KEYS: Mapping[str, Check] = {"note": TEXT}
+SHARED_KEYS: Mapping[str, Check] = {"policies": TEXTS, "budgets": NUMBERS, "chat": BOOL_OR_NONE}
+EVAL_KEYS: Mapping[str, Check] = {**SHARED_KEYS, "tasks": TEXTS, "protocol": TEXT, "max_context": COUNT_OR_NONE}
+NEEDLE_KEYS: Mapping[str, Check] = {
+    **SHARED_KEYS, "lengths": COUNTS, "depths": NUMBERS, "needles": MAPPINGS, "haystack": TEXT, "metric": TEXT,
     "max_new_tokens": COUNT,
 }  # fmt: skip
-COMMANDS = {"eval": EVAL, "needle": NEEDLE}
+COMMANDS = {"eval": EVAL_KEYS, "needle": NEEDLE_KEYS}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan must know of a model's config."""
+    """The sizes that a plan reads of a model's config; the layers are taken to be alike.
+
+    ``positions`` is 0 if the model's config does not say.
+    """
 
     layers: int
     heads: int
@@ -77,32 +82,30 @@ class Facts:
     positions: int
 
     @classmethod
-    def of(cls, config: Any) -> Facts:
-        """Read them from a transformers config."""
-        text = config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        return cls(text.num_hidden_layers, heads, kv_heads, size, text.max_position_embeddings)
+    def of(cls, config: PreTrainedConfig) -> Facts:
+        """Read them from a run of the config's model without weights. Raises UnsupportedModelError if it has no such run."""
+        shape = read_shape(config, PLANNED_BYTES)
+        layer = shape.layers[0]
+        return cls(len(shape.layers), shape.model_info.heads, layer.kv_heads, layer.key_size, shape.positions or 0)
 
     def kv_bytes(self, entries: int) -> int:
         """Bytes of keys and values of that many entries per layer and KV head."""
         layer = LayerShape(self.kv_heads, self.head_size, self.head_size)
-        return self.layers * layer.kv_bytes(entries, NUMBER_BYTES)
+        return self.layers * layer.kv_bytes(entries, PLANNED_BYTES)
 
 
 SMOLLM2_135M = Facts(layers=30, heads=9, kv_heads=3, head_size=64, positions=8192)
-MODEL: Mapping[str, Is] = {"name": TEXT, **NOTE, **{field.name: COUNT for field in fields(Facts)}}
+MODEL_KEYS: Mapping[str, Check] = {"name": TEXT, **NOTE_KEYS, **{field.name: COUNT for field in fields(Facts)}}
 
 
 def least(*limits: int | None) -> int | None:
-    """The smallest of the limits that there are."""
+    """The smallest of the limits that are not None; None if all are."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One model's part of a recipe: ``asked`` are the command's settings, ``facts`` None where the recipe has none."""
+    """One model's part of a recipe: ``asked`` are the command's settings, ``facts`` None if the model is not described."""
 
     command: str
     model: str
@@ -111,7 +114,7 @@ class Plan:
     note: str | None = None
 
     def evaluation(self, **more: Any) -> Evaluation:
-        """What ``winnow eval`` is to measure; ``more`` adds what recipes leave open, and wins where it is not None."""
+        """What ``winnow eval`` is to measure; values of ``more`` that are not None add to the recipe's, or replace them."""
         asked = {name: tuple(value) if isinstance(value, list) else value for name, value in self.asked.items()}
         return Evaluation(model=self.model, **{**asked, **{name: value for name, value in more.items() if value is not None}})
 
@@ -127,7 +130,7 @@ class Plan:
         return [Needle(**row) for row in self.asked["needles"]]
 
     def context(self, most: int | None = None) -> int | None:
-        """Tokens of the longest prompt; None where neither the recipe nor the model's facts say."""
+        """Tokens of the longest prompt; None if neither the recipe nor the model's facts say."""
         if self.command == "needle":
             return max(self.lengths(most), default=None)
         return least(most or self.asked.get("max_context"), self.facts.positions if self.facts else None)
@@ -140,7 +143,7 @@ class Plan:
         return [{"budget": name, "entries": n, "bytes": self.facts.kv_bytes(n)} for name, n in entries.items()]
 
     def check(self) -> None:
-        """Complain about everything that can be seen without model and rows. Raises a WinnowError that names it."""
+        """Check everything that needs neither model nor rows. Raises a WinnowError that names what is wrong."""
         if self.command == "eval":
             self.evaluation().check()
         else:
@@ -153,11 +156,10 @@ class Plan:
         if context is None:
             return
         for spec in self.asked["policies"]:
-            made = make_policy(spec).for_task(TaskProfile.of("localization"))
+            made = make_policy(spec)
             for budget in self.asked["budgets"]:
                 entries = Budget.of(budget).entries(context)
-                if made.evicts and entries < context:
-                    made.check(Prompt(tokens=context, layers=1, budget=entries))
+                made.check_prompt(PromptInfo(context, 1, entries, TaskProfile.of("localization")))
 
     def _check_needles(self) -> None:
         for depth in self.asked["depths"]:
@@ -166,19 +168,19 @@ class Plan:
         if self.asked["metric"] not in METRICS:
             raise InputError(f"metric {self.asked['metric']!r} is unknown: it is one of {', '.join(METRICS)}")
         for row in self.asked["needles"]:
-            if sorted(row) != sorted(FIELDS) or not all(isinstance(text, str) for text in row.values()):
-                raise InputError(f"a needle is a mapping of the texts {', '.join(FIELDS)}, not {row}")
+            if sorted(row) != sorted(NEEDLE_FIELDS) or not all(isinstance(text, str) for text in row.values()):
+                raise InputError(f"a needle is a mapping of the texts {', '.join(NEEDLE_FIELDS)}, not {row}")
 
     def compare(self, *, offline: bool) -> bool:
-        """Whether the facts were compared with the model's own config, where it can be had: False where not.
+        """Compare the facts with the model's own config; False if there is none, or if its model cannot be read.
 
-        ``offline`` looks at folders and at what the hub's cache holds only. Raises InputError for a difference.
+        ``offline`` looks only at folders and at the hub's cache. Raises InputError for a difference.
         """
         if self.facts is None or self.model == EMBEDDED:
             return False
         try:
             theirs = Facts.of(transformers.AutoConfig.from_pretrained(self.model, local_files_only=offline))
-        except (OSError, ValueError):  # not there, or of an architecture that this transformers does not know
+        except (OSError, ValueError, UnsupportedModelError):  # not there, or not known to this transformers, or not served
             return False
         for name, value in asdict(self.facts).items():
             if getattr(theirs, name) != value:
@@ -190,7 +192,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A claim, and how it is measured: one plan a model, ``defaults`` for any other."""
+    """A claim, and how it is measured: one plan for each model, ``defaults`` for any other."""
 
     file: Path
     claim: str
@@ -201,7 +203,7 @@ class Recipe:
     plans: tuple[Plan, ...]
 
     def chosen(self, model: str | None) -> tuple[Plan, ...]:
-        """All plans, or that of one model; one that the recipe does not list gets the settings it has for all."""
+        """All plans, or that of one model; a model that the recipe does not list gets the recipe's defaults."""
         if model is None:
             return self.plans
         known = {plan.model: plan for plan in self.plans}
@@ -209,12 +211,12 @@ class Recipe:
 
 
 def facts_of(model: str) -> Facts | None:
-    """What is known of a model that no recipe describes."""
+    """The facts of a model that no recipe describes, None if they are not known here."""
     return SMOLLM2_135M if model == EMBEDDED else None
 
 
 def read_recipe(file: Path) -> Recipe:
-    """Read and check a recipe. Raises InputError with the file, and the nearest name for an unknown one."""
+    """Read and check a recipe. Raises InputError that names the file, and the nearest known name for an unknown one."""
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -234,12 +236,14 @@ def _recipe(file: Path, raw: Any) -> Recipe:
     if command not in COMMANDS:
         raise InputError(f"command {command!r} is unknown: it is one of {', '.join(COMMANDS)}")
     keys = COMMANDS[command]
-    checked(raw, {**HEAD, **NOTE, **keys}, required=(*HEAD, *keys), what="")
+    checked(raw, {**HEAD_KEYS, **NOTE_KEYS, **keys}, required=(*HEAD_KEYS, *keys), what="")
     defaults = {name: raw[name] for name in keys}
     plans = []
     for entry in raw["models"]:
         name = entry.get("name")
-        checked(entry, {**MODEL, **keys}, required=[key for key in MODEL if key not in NOTE], what=f"model {name}: ")
+        checked(
+            entry, {**MODEL_KEYS, **keys}, required=[key for key in MODEL_KEYS if key not in NOTE_KEYS], what=f"model {name}: "
+        )
         facts = Facts(**{field.name: entry[field.name] for field in fields(Facts)})
         own = {key: value for key, value in entry.items() if key in keys}
         plan = Plan(command, name, facts, {**defaults, **own}, entry.get("note"))
@@ -248,7 +252,7 @@ def _recipe(file: Path, raw: Any) -> Recipe:
     return Recipe(file, raw["claim"], raw["source"], command, raw.get("note"), defaults, tuple(plans))
 
 
-def checked(found: Mapping[Any, Any], keys: Mapping[str, Is], required: Any, what: str) -> None:
+def checked(found: Mapping[Any, Any], keys: Mapping[str, Check], required: Any, what: str) -> None:
     """Raise InputError for a key that is unknown (with the nearest) or missing, and for a value of another kind."""
     for key, value in found.items():
         if key not in keys:

@@ -1,4 +1,4 @@
-"""JSONL files of users and of data sets: one object a line, errors by file and line."""
+"""Read JSONL files of users and of data sets: one object per line, errors that name file and line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from winnowkv.errors import InputError
 
 
 def json_rows(source: Any, what: str, hint: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file (a path, or a file of the package), each with the words that name its place.
+    """The objects of a JSONL file (a path, or a file of the package), each with its place in words for error messages.
 
-    ``what`` says what a row is; ``hint`` goes behind an error that more words would help with.
-    Raises InputError with file and line for a row that is no object, and for a file without rows.
+    ``what`` says what a row is; ``hint`` is appended to errors about the whole file.
+    Raises InputError with file and line for a row that is no JSON object, and for a file without rows.
     """
     try:
         text = source.read_text(encoding="utf-8")

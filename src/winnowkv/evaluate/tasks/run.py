@@ -1,7 +1,7 @@
-"""``winnow eval``: tasks x policies x budgets, a line a row and setting, in one process or as the part of many.
+"""``winnow eval``: tasks x policies x budgets, one result line for each row and setting.
 
-A :class:`Worker` holds a model and answers rows; :func:`run` feeds it what a result folder
-lacks. ``scale/`` feeds many workers the same way.
+A :class:`Worker` holds a model and answers rows; :func:`run` gives it the rows that a result folder
+lacks. ``scale/`` does the same with many workers.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from winnowkv.models.info import end_tokens, prompt_limit
 from winnowkv.models.load import dtype_name, load
 from winnowkv.prompt.chat import uses_chat
 from winnowkv.prompt.classifier import task_profile
-from winnowkv.prompt.structure import read_layout
+from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
 
-TAIL = 600  # characters of a prompt's end that stand in a result line
+TAIL_CHARACTERS = 600  # of a prompt's end, in a result line
 Advance = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to measure. Everything is plain data, so that it travels to other processes.
+    """What to measure: plain data only, so that it can be sent to other processes.
 
     Parameters
     ----------
-    tasks, policies, budgets: as they were asked (``longbench``, ``snapkv:observe=16``, ``0.12``).
+    tasks, policies, budgets: as the user wrote them (``longbench``, ``snapkv:observe=16``, ``0.12``).
     protocol: ``official`` or ``context-only``.
     max_context: most prompt tokens; longer prompts are truncated by protocol. None: the model's limit.
-    batch: rows of a task whose answers are decoded together; that many full caches are held at once.
-    limit: most rows a task; drawn with ``seed`` where that is not 0, else the first.
-    data: folder of local rows; None reads them from the hub.
+    batch: rows of a task whose answers are decoded together; as many full caches are held at once.
+    limit: most rows of each task; the first ones, or drawn with ``seed`` if that is not 0.
+    data: folder of local rows; None reads rows from the hub.
     """
 
     tasks: tuple[str, ...]
@@ -74,7 +74,7 @@ class Evaluation:
     batch: int = 1
 
     def check(self) -> None:
-        """Complain about everything that can be seen without model and rows. Raises a WinnowError that names it."""
+        """Check everything that needs neither model nor rows. Raises a WinnowError that names what is wrong."""
         if self.protocol not in PROTOCOLS:
             raise InputError(f"protocol {self.protocol!r} is unknown: it is one of {', '.join(PROTOCOLS)}")
         for name, least in (("limit", 1), ("max_context", 64), ("batch", 1)):
@@ -110,7 +110,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Read:
-    """A row that was read: its prompt, the prefill's seconds, and what every setting kept."""
+    """A row after its prefill: the prompt, the prefill's seconds, and what every setting kept."""
 
     row: Row
     encoded: EncodedRow
@@ -119,14 +119,14 @@ class Read:
 
 
 def identity(line: dict[str, Any]) -> Hashable:
-    """What tells two result lines apart."""
+    """The identity of a result line: lines of one measurement have the same."""
     return (line["task"], line["row"], line["protocol"], *Setting(line["policy"], line["budget"]).key)
 
 
 class Worker:
-    """One model that answers rows. ``loaded`` is a model and its tokenizer, where they are there already.
+    """One model that answers rows. ``loaded`` is a model and its tokenizer, if they are loaded already.
 
-    Raises ProfileError at once, and not in every row, where a policy lacks its calibration profile.
+    Raises ProfileError here, before the first row, if a policy lacks its calibration profile.
     """
 
     def __init__(self, asked: Evaluation, loaded: tuple[Any, Any] | None = None) -> None:
@@ -141,18 +141,18 @@ class Worker:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What lines must have in common to stand in one result folder."""
+        """What all lines of one result folder must have in common."""
         return {
             "command": "eval", "model": self.asked.model, "dtype": dtype_name(self.model.dtype),
             "chat": self.chat, "protocol": self.asked.protocol, "max_context": self.limit(0),
         }  # fmt: skip
 
     def limit(self, new_tokens: int) -> int | None:
-        """Most prompt tokens, so that ``new_tokens`` still have positions."""
+        """Most prompt tokens that leave positions for ``new_tokens``; None without a limit."""
         return prompt_limit(self.model, new_tokens, self.asked.max_context)
 
     def answer(self, shard: Sequence[Work]) -> list[dict[str, Any]]:
-        """Result lines of some rows of one task, one for each setting. What goes wrong with a row stands in its lines."""
+        """Result lines of some rows of one task, one for each setting. A row that fails has the reason in its lines."""
         task, lines, read = self.tasks[shard[0].task], [], []
         for work in shard:
             try:
@@ -164,7 +164,7 @@ class Worker:
             answers = iter(decode_together(self.model, kept, task.max_new_tokens, self.ends(task)))
         except (WinnowError, torch.OutOfMemoryError) as error:
             if len(shard) > 1:
-                del read, kept  # the memory of the batch, before its rows are tried one by one
+                del read, kept  # frees the batch's memory before its rows are tried one by one
                 return [line for work in shard for line in self.answer([work])]
             return self.failed(shard[0], error)
         for row in read:
@@ -172,17 +172,17 @@ class Worker:
         return [{**line, **self.frame} for line in lines]
 
     def read(self, task: EvalTask, work: Work) -> Read:
-        """Read a row's prompt once, and keep of it what each setting keeps."""
+        """Read a row's prompt once, and compress it by each setting."""
         limit = self.limit(task.max_new_tokens)
         encoded = encode_row(work.row, task, self.tokenizer, self.asked.protocol, limit, self.chat)
         context, question = encoded.ids[: encoded.context_end], tuple(encoded.ids[encoded.context_end :])
-        # What is compressed before the question is known is classified without it, too.
+        # A text that is compressed without its question is classified without it, too.
         profile = task_profile(encoded.context)
-        if not question:  # a text without its question has no layout to go by
-            profile = replace(profile, layout=read_layout(self.tokenizer, context))
+        if not question:  # the structure describes where the question is, and this text has none
+            profile = replace(profile, structure=read_structure(self.tokenizer, context))
         made = policies_for(work.settings, self.model, profile)
-        recorded, logits, seconds = read_prompt(self.model, context, made)
-        kept = [replace(one, logits=logits, question=question) for one in replay(recorded, work.settings, made)]
+        recorded, logits, seconds = read_prompt(self.model, context, made.values(), profile)
+        kept = [replace(one, logits=logits, question=question) for one in replay(recorded, work.settings, made, profile)]
         return Read(work.row, encoded, seconds, kept)
 
     def failed(self, work: Work, error: Exception) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ class Worker:
         line = {
             "task": task.name, "row": read.row.id, "protocol": self.asked.protocol, **asdict(kept.setting),
             "answers": list(read.row.answers), "metric": task.metric, "score": None, "failed": kept.failed,
-            "prompt_tail": read.encoded.text[-TAIL:], "prompt_tokens": len(read.encoded.ids),
+            "prompt_tail": read.encoded.text[-TAIL_CHARACTERS:], "prompt_tokens": len(read.encoded.ids),
             "truncated_tokens": read.encoded.truncated,
         }  # fmt: skip
         if kept.cache is None or answer is None:
@@ -215,11 +215,11 @@ class Worker:
         return {**line, "prediction": prediction, "score": task.score(read.row, prediction)}
 
     def text(self, tokens: Sequence[int]) -> str:
-        """An answer's tokens as text, without what ended it."""
+        """An answer's tokens as text, without stop tokens."""
         return self.tokenizer.decode([t for t in tokens if t not in self.stop], skip_special_tokens=True)
 
     def ends(self, task: EvalTask) -> Callable[[list[int]], bool]:
-        """When an answer is complete: at a stop token, or where the task says that more text changes nothing."""
+        """A test of whether an answer is complete: at a stop token, or if the task says that more text changes nothing."""
 
         def done(tokens: list[int]) -> bool:
             return tokens[-1] in self.stop or (task.ends_early and task.complete(self.text(tokens)))
@@ -228,7 +228,7 @@ class Worker:
 
 
 def missing(store: ResultStore, asked: Evaluation, rows: Sequence[tuple[EvalTask, Row]]) -> list[Work]:
-    """Rows that the store lacks, with the settings that it lacks of each."""
+    """Rows that the store lacks, each with the settings that it lacks."""
     every, work = settings(asked.policies, asked.budgets), []
     for task, row in rows:
         frame = {"task": task.name, "row": row.id, "protocol": asked.protocol}
@@ -239,7 +239,7 @@ def missing(store: ResultStore, asked: Evaluation, rows: Sequence[tuple[EvalTask
 
 
 def shards(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
-    """Consecutive rows of one task, ``size`` at the most."""
+    """Groups of consecutive rows of one task, at most ``size`` each."""
     for _, group in groupby(work, key=lambda one: one.task):
         rows = list(group)
         yield from (rows[begin : begin + size] for begin in range(0, len(rows), size))
@@ -252,7 +252,7 @@ def failed_lines(work: Work, protocol: str, reason: str, frame: dict[str, Any]) 
 
 
 def run(worker: Worker, store: ResultStore, work: Sequence[Work], advance: Advance) -> None:
-    """Answer every row of ``work`` and store its lines; ``advance`` is told of every line."""
+    """Answer every row of ``work`` and store its lines; ``advance`` is called after every line."""
     for shard in shards(work, worker.asked.batch):
         for line in worker.answer(shard):
             store.add(line)
@@ -260,7 +260,7 @@ def run(worker: Worker, store: ResultStore, work: Sequence[Work], advance: Advan
 
 
 def write_summary(store: ResultStore, config: dict[str, Any], asked: Evaluation) -> dict[str, Any]:
-    """``summary.json`` and ``report.html`` of what is finished; returns the summary."""
+    """Write ``summary.json`` and ``report.html`` of the finished lines; returns the summary."""
     about = {**config, "asked": asdict(asked), "machine": machine(), "versions": versions(), "git": revision()}
     summary = summarize(store.lines, about)
     write_json(store.folder / "summary.json", summary)

@@ -1,8 +1,8 @@
-"""Evaluation tasks: rows, prompts, answer clean-up and scores, from lm-evaluation-harness wherever it defines them.
+"""Evaluation tasks: their rows, prompts, answer clean-up and scores, taken from lm-evaluation-harness if it defines them.
 
 A prompt is ``before + context + after``: the context is what may be compressed before the
-question, which stands in ``after``, is known. LongBench's and BABILong's prompts and metrics
-are read from the installed lm-eval and corrected only where they depart from the authors'
+question is known, and the question is in ``after``. LongBench's and BABILong's prompts and metrics
+are read from the installed lm-eval; what departs from the authors' is corrected
 (:data:`CORRECTIONS`, :func:`code_similarity`, :attr:`EvalTask.first_line`); RULER's metric is
 lm-eval's too; LongEval, which lm-eval does not have, is scored as its authors do.
 """
@@ -34,7 +34,7 @@ LOCALIZATION = (
 AGGREGATION = ("gov_report", "qmsum", "multi_news", "trec", "samsum", "passage_count", "lcc", "repobench-p")
 FIRST_LINE = ("trec", "triviaqa", "samsum")
 CODE = ("lcc", "repobench-p")
-# Ends of prompts that lm-eval 0.4.13 has otherwise than LongBench's dataset2prompt.json: wrong, right.
+# Ends of prompts in lm-eval 0.4.13 that differ from LongBench's dataset2prompt.json: wrong, right.
 CORRECTIONS: Mapping[str, tuple[str, str]] = {
     "triviaqa": (f"{CONTEXT}\n{QUESTION}", f"{CONTEXT}\n\n{QUESTION}"),  # the blank line before the question is lost
     "samsum": (f"{CONTEXT}\n{QUESTION}", f"{CONTEXT}\n\n{QUESTION}"),  # as triviaqa
@@ -44,7 +44,7 @@ CORRECTIONS: Mapping[str, tuple[str, str]] = {
     "repobench-p": ("line of code:", "line of code:\n"),  # as lcc
 }
 
-IS: Mapping[str, Callable[[Any], bool]] = {
+FIELD_TESTS: Mapping[str, Callable[[Any], bool]] = {
     "a text that is not empty": lambda value: isinstance(value, str) and bool(value.strip()),
     "a text": lambda value: isinstance(value, str),
     "a list of texts": lambda value: isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value),
@@ -72,18 +72,18 @@ class Row:
 
 @dataclass(frozen=True)
 class EvalTask(ABC):
-    """A data set, how it is asked and how an answer is scored.
+    """A data set, the prompts made of it, and how an answer is scored.
 
     Parameters
     ----------
-    name: as in results; file: its rows, below the data folder.
-    kind: what the task asks of the context, for policies that score by task.
-    metric: name of the score, which lies in 0..1.
+    name: its name in results; file: its rows, relative to the data folder.
+    kind: localization or aggregation, for policies that score by task.
+    metric: name of the score, which is between 0 and 1.
     max_new_tokens: most tokens of an answer.
     chat: whether the official protocol puts the prompt into the chat template.
-    first_line: whether only an answer's first line counts, empty lines in front of it left out. lm-eval
-        stops at the first newline instead, which loses every answer that begins with one.
-    fields: what a row must hold, in the words of :data:`IS`; aliases: other names of fields, read where a field is absent.
+    first_line: whether only an answer's first line that is not empty counts. lm-eval stops at the first newline
+        instead, which loses every answer that begins with one.
+    fields: what a row must hold, in the words of :data:`FIELD_TESTS`; aliases: other names, read if a field is absent.
     """
 
     name: str
@@ -97,9 +97,9 @@ class EvalTask(ABC):
     aliases: ClassVar[Mapping[str, str]] = {}
 
     def rows(self, data: Path | None, limit: int | None = None) -> list[Row]:
-        """The first ``limit`` rows (None: all) from a data folder, or from the hub where ``data`` is None.
+        """The first ``limit`` rows (None: all) from a data folder, or from the hub if ``data`` is None.
 
-        Raises InputError with file and line for a broken row, and where there are no rows to be had.
+        Raises InputError with file and line for a broken row, and if no rows can be read.
         """
         docs = list(self.hub() if data is None else json_rows(data / self.file, self.name, "; --data is the folder above"))
         for where, doc in docs:
@@ -111,20 +111,20 @@ class EvalTask(ABC):
         for field, wanted in self.fields.items():
             alias = self.aliases.get(field, field)
             doc.setdefault(field, doc.get(alias))
-            if not IS[wanted](doc[field]):
+            if not FIELD_TESTS[wanted](doc[field]):
                 raise InputError(f"{where}: field {alias!r} is missing or not {wanted}")
 
     def ordered(self, docs: list[Doc]) -> list[Doc]:
-        """The order of the rows, of which a limit takes the first: that of the file."""
+        """The rows in the order in which a limit takes them: that of the file."""
         return docs
 
     def hub(self) -> Iterator[tuple[str, Doc]]:
-        """Rows from the hub, each with the words that name its place."""
+        """Rows from the hub, each with its place in words for error messages."""
         raise InputError(f"task {self.name} has no data set on the hub: give --data a folder that holds {self.file}")
 
     @abstractmethod
     def row(self, number: int, doc: Doc) -> Row:
-        """The row's prompt, cut at its context."""
+        """The row's prompt, split into what is before, in and after its context."""
 
     @abstractmethod
     def judge(self, doc: Doc, answer: str) -> float:
@@ -136,7 +136,7 @@ class EvalTask(ABC):
 
     @property
     def ends_early(self) -> bool:
-        """Whether :meth:`complete` is worth asking after every token."""
+        """Whether :meth:`complete` has to be called after every token."""
         return self.first_line
 
     def complete(self, prediction: str) -> bool:
@@ -172,9 +172,9 @@ class LongBench(EvalTask):
         )
 
     def check(self, doc: Doc, where: str) -> None:
-        """As :meth:`EvalTask.check`; where classes are told apart the row must name them."""
+        """As :meth:`EvalTask.check`; a row of a classification task must also name the classes."""
         super().check(doc, where)
-        if self.metric == "classification_score" and not IS["a list of texts"](doc.get("all_classes")):
+        if self.metric == "classification_score" and not FIELD_TESTS["a list of texts"](doc.get("all_classes")):
             raise InputError(f"{where}: field 'all_classes' is missing or not a list of texts")
 
     def hub(self) -> Iterator[tuple[str, Doc]]:
@@ -194,17 +194,17 @@ class LongBench(EvalTask):
 
 
 def corrected(dataset: str, template: str) -> str:
-    """lm-eval's prompt template as LongBench's authors have it. Raises InputError for one that cannot be read."""
+    """lm-eval's prompt template, corrected to that of LongBench's authors. Raises InputError for one that cannot be read."""
     wrong, right = CORRECTIONS.get(dataset, ("", ""))
     if template.endswith(wrong):
         template = template.removesuffix(wrong) + right
     if template.count(CONTEXT) != 1 or "{{" in template.replace(CONTEXT, "").replace(QUESTION, ""):
-        raise InputError(f"longbench_{dataset}: this lm-eval writes its prompt in a way that is not known here: {INSTALL}")
+        raise InputError(f"longbench_{dataset}: the prompt template of this lm-eval version cannot be read: {INSTALL}")
     return template
 
 
 def code_similarity(doc: Doc, results: list[str]) -> dict[str, float]:
-    """Edit similarity of the first line that is no comment, as LongBench has it: lm-eval's passes over blank lines as well."""
+    """Edit similarity of the first line that is no comment, as in LongBench: lm-eval's skips blank lines as well."""
     from fuzzywuzzy import fuzz
 
     lines = results[0].lstrip("\n").split("\n")
@@ -228,7 +228,7 @@ class Babilong(EvalTask):
         return cls(f"babilong_{length}", f"babilong/babilong_{length}.jsonl", "localization", "acc", tokens)
 
     def ordered(self, docs: list[Doc]) -> list[Doc]:
-        """The kinds of question in turn: files hold one kind after the other, and a limit would see the first only."""
+        """The kinds of question in turn: files hold one kind after the other, and a limit would take only the first kind."""
         return sorted(docs, key=lambda doc: doc["index"])
 
     def hub(self) -> Iterator[tuple[str, Doc]]:
@@ -257,7 +257,7 @@ class Babilong(EvalTask):
 
 @dataclass(frozen=True)
 class Ruler(EvalTask):
-    """A RULER task (arXiv 2404.06654) of rows made before. No chat template: the prompt itself begins the answer."""
+    """A RULER task (arXiv 2404.06654) with rows from a file. No chat template: the prompt itself begins the answer."""
 
     fields: ClassVar = {"input": "a text that is not empty", "outputs": "a list of texts"}
 
@@ -268,7 +268,7 @@ class Ruler(EvalTask):
         return cls(f"ruler_{stem}", f"ruler/{stem}.jsonl", "localization", "string_match_all", tokens, chat=False)
 
     def row(self, number: int, doc: Doc) -> Row:
-        """The question is the last line."""
+        """The row's prompt; its last line is the question."""
         context, after = last_line(doc["input"])
         return Row(self.name, str(doc.get("index", number)), "", context, after, tuple(doc["outputs"]), doc)
 
@@ -291,12 +291,12 @@ class LongEval(EvalTask):
         return cls(f"longeval_{stem}", f"longeval/{stem}.jsonl", "localization", "first_number", 100)
 
     def row(self, number: int, doc: Doc) -> Row:
-        """The question is the last line."""
+        """The row's prompt; its last line is the question."""
         context, after = last_line(doc["prompt"])
         return Row(self.name, str(number), "", context, after, (str(doc["expected_number"]),), doc)
 
     def judge(self, doc: Doc, answer: str) -> float:
-        """1 where the first number is the expected one."""
+        """1 if the answer's first number is the expected one, else 0."""
         found = re.search(r"\d+", answer)
         return float(found is not None and int(found[0]) == doc["expected_number"])
 
@@ -306,7 +306,7 @@ class LongEval(EvalTask):
         return True
 
     def complete(self, prediction: str) -> bool:
-        """Behind the first number nothing counts."""
+        """Whether a number has ended: nothing after the first number counts."""
         return re.search(r"\d\D", prediction) is not None
 
 
@@ -322,7 +322,7 @@ MAKERS = {name: maker for makers in GROUPS.values() for name, maker in makers.it
 def find_tasks(names: Sequence[str]) -> list[EvalTask]:
     """Tasks by name, each once; a group's name (``longbench``) gives all of its tasks.
 
-    Raises InputError for an unknown name, with the nearest one, and where lm-eval is missing.
+    Raises InputError for an unknown name, with the nearest known one, and if lm-eval is missing.
     """
     found: dict[str, Callable[[], EvalTask]] = {}
     for name in names:
@@ -339,7 +339,7 @@ def find_tasks(names: Sequence[str]) -> list[EvalTask]:
 
 @cache
 def definition(path: str, *, functions: bool = True) -> Doc:
-    """A task definition of the installed lm-eval. Raises InputError where it, or what its metric needs, is missing."""
+    """A task definition of the installed lm-eval. Raises InputError if it, or a package that its metric needs, is missing."""
     try:
         import lm_eval.tasks
         from lm_eval.tasks._yaml_loader import load_yaml
@@ -352,7 +352,7 @@ def definition(path: str, *, functions: bool = True) -> Doc:
 
 
 def from_hub(path: str, name: str, split: str) -> Iterator[tuple[str, Doc]]:
-    """Rows of a data set on the hub, each with the words that name its place. Raises InputError where it cannot be had."""
+    """Rows of a data set on the hub, each with its place in words. Raises InputError if it cannot be loaded."""
     from datasets import load_dataset
 
     try:
@@ -365,11 +365,11 @@ def from_hub(path: str, name: str, split: str) -> Iterator[tuple[str, Doc]]:
 
 
 def last_line(prompt: str) -> tuple[str, str]:
-    """A prompt cut before its last line break."""
+    """A prompt split before its last line break."""
     cut = max(prompt.rstrip().rfind("\n"), 0)
     return prompt[:cut], prompt[cut:]
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another package says, in a line."""
+    """The first line of another package's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,7 @@ const body = document.querySelector("#table tbody");
 const heads = [...document.querySelectorAll("#table thead th")];
 const filters = [...document.querySelectorAll(".controls select")];
 
-// Shows the rows that fit every filter, and says how many those are.
+// Shows the rows that match every filter, and their number.
 function show() {
   let count = 0;
   for (const row of body.rows) {

@@ -1,4 +1,4 @@
-"""What ``budget="auto"`` expects of a policy, fitted to an audit of the user's own prompts."""
+"""Curves for ``budget="auto"``: the agreement expected at a kept attention mass, fitted to an audit of the user's prompts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from winnowkv.budget import Asked
 from winnowkv.errors import InputError
-from winnowkv.models.calibration import Profile, find_profile
+from winnowkv.models.calibration import CalibrationProfile, find_profile
 from winnowkv.models.curve import Curve, fit_curve
-from winnowkv.models.info import Fingerprint
+from winnowkv.models.info import ModelInfo
 from winnowkv.policies import policy as make_policy
 
-LEAST = 8  # prompts below which a curve says nothing of the next one
+MIN_CURVE_PROMPTS = 8  # with fewer, a curve does not predict the next prompt
 Line = dict[str, Any]
 
 
 def check_curves(policies: Sequence[str], budgets: Sequence[Asked]) -> None:
-    """Raise InputError where an audit of these settings can give no curve, or two for one name."""
+    """Raise InputError if an audit of these settings gives no curve, or two for one policy name."""
     evicting = [spec for spec in policies if make_policy(spec).evicts]
     names = [spec.split(":")[0] for spec in evicting]
     if not names:
@@ -35,29 +35,31 @@ def check_curves(policies: Sequence[str], budgets: Sequence[Asked]) -> None:
 
 
 def curves_of(lines: Sequence[Line]) -> dict[str, Curve]:
-    """By policy the curve through an audit's lines. Raises InputError where there are too few prompts."""
+    """For each policy, the curve fitted to an audit's lines. Raises InputError if there are too few prompts."""
     curves = {}
     for spec in dict.fromkeys(line["policy"] for line in lines if make_policy(line["policy"]).evicts):
         mine = [line for line in lines if line["policy"] == spec and line["failed"] is None and line["compared_tokens"]]
         prompts = {line["prompt"] for line in mine}
-        if len(prompts) < LEAST:
-            raise InputError(f"--curves: {spec} was compared on {len(prompts)} prompts, a curve takes at least {LEAST}")
+        if len(prompts) < MIN_CURVE_PROMPTS:
+            raise InputError(
+                f"--curves: {spec} was compared on {len(prompts)} prompts, a curve takes at least {MIN_CURVE_PROMPTS}"
+            )
         name = spec.split(":")[0]
         curves[name] = fit_curve([(line["kept_mass"], line["agreement"]) for line in mine], len(prompts))
     return curves
 
 
-def write_curves(path: Path, model: PreTrainedModel, lines: Sequence[Line], expected: Sequence[Line]) -> Profile:
-    """The model's profile with the curves of an audit, written to ``path``; curves of other policies stay in it.
+def write_curves(path: Path, model: PreTrainedModel, lines: Sequence[Line], expected: Sequence[Line]) -> CalibrationProfile:
+    """Write the model's profile with the curves of an audit to ``path``; curves of other policies stay in it.
 
     The profile is the one that ``path`` holds already, else the one that a policy of the audit names, else the package's.
-    Raises ProfileError where there is none of this model, InputError where there are too few prompts.
+    Raises ProfileError if this model has none, InputError if there are too few prompts.
     """
     asked = {(line["prompt"], line["policy"], line["budget"]) for line in expected}
     mine = [line for line in lines if (line["prompt"], line["policy"], line["budget"]) in asked]
-    fingerprint = Fingerprint.of(model)
+    info = ModelInfo.of(model)
     named = [getattr(make_policy(line["policy"]), "profile", None) for line in expected]
-    profile = find_profile(str(path) if path.exists() else next(filter(None, named), None), fingerprint)
+    profile = find_profile(str(path) if path.exists() else next(filter(None, named), None), info)
     made = replace(profile, curves={**profile.curves, **curves_of(mine)})
     made.write(path)
     return made

@@ -1,0 +1,59 @@
+"""DefensiveKV: tokens by the worst that their loss could cost, not by the mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.adakv import AdaptiveHeads
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import Allocator, LayerStates, Parts, PromptInfo, Scorer
+from winnowkv.scoring.attention import worst_case_attention
+from winnowkv.scoring.values import projected_norms
+from winnowkv.types import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefensiveKV(TokenPolicy):
+    """The most attention that a query of the window pays, at least the mean over tokens, times ``|W_O v|`` (arXiv 2510.13334).
+
+    The norm counts as a KV head's share of all heads' at the same token, as in the authors' code. All heads of a layer
+    share its budget by one top-k. Departure from the authors' code: it keeps the tokens that hold 90% of
+    the attention before values count; here values count for all.
+    """
+
+    name: ClassVar[str] = "defensivekv"
+    source: ClassVar[str] = "DefensiveKV, arXiv 2510.13334, section 4"
+    scope: ClassVar[str] = "tokens per KV head by attention and values, budgets over the heads of a layer"
+    per_head: ClassVar[bool] = True
+    own_selector: ClassVar[bool] = True
+    needs_projection: ClassVar[bool] = True
+
+    observe: int = 32
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("observe", "kernel"):
+            self.require(option, minimum=1, odd=option == "kernel")
+
+    def parts(self, model: ModelInfo, prompt: PromptInfo) -> Parts:
+        """The worst case scores, one top-k over all heads selects."""
+        scorer = DefensiveScorer(prompt.tokens, self.observe, kernel=self.kernel)
+        return Parts(scorer, Allocator(prompt), AdaptiveHeads(prompt.tokens, self.observe, self.sinks, floor=0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefensiveScorer(Scorer):
+    """Maximum over window and group, bounded from below by its mean, times the head's share of the projected values' norms."""
+
+    kernel: int
+
+    def score(self, states: LayerStates) -> Scores:
+        """``[1, Hkv, C]``."""
+        assert states.projection is not None
+        context = self.tokens - self.window
+        worst = worst_case_attention(states.queries, states.keys, states.scale, context, self.kernel)
+        norms = projected_norms(states.values, states.projection)[..., :context]
+        return worst * (norms / norms.sum(1, keepdim=True).clamp(min=1e-30))

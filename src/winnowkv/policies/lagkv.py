@@ -1,0 +1,58 @@
+"""LagKV: tokens whose keys and values stand out from those of the partition that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from winnowkv.models.info import ModelInfo
+from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.parts import LayerStates, PromptInfo, QueryFreeScorer, Scorer
+from winnowkv.scoring.values import lagged_spread
+from winnowkv.types import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class LagKV(TokenPolicy):
+    """Spread of a token's channels, scaled to the range of the next ``lag`` tokens (arXiv 2504.04704).
+
+    Tokens compete within their partition; the last one and what does not fill one stay. Departure: if the budget does
+    not hold these, the latest of them stay.
+    """
+
+    name: ClassVar[str] = "lagkv"
+    source: ClassVar[str] = "LagKV, arXiv 2504.04704, section 3"
+    scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
+
+    sinks: int = 4
+    lag: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("lag", minimum=1)
+
+    def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
+        """By keys and values."""
+        return LagScorer(prompt.tokens, self.observe, sinks=self.sinks, lag=self.lag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LagScorer(QueryFreeScorer):
+    """Rank within a partition of ``lag`` tokens, counted after the ``sinks``; no query is read."""
+
+    sinks: int
+    lag: int
+
+    def score(self, states: LayerStates) -> Scores:
+        """Below 1 for what competes, 1 and more for what follows the last partition that has a next one, ``[1, Hkv, C]``."""
+        parts = max((self.tokens - self.sinks) // self.lag - 1, 0)
+        begin, end = self.sinks, self.sinks + parts * self.lag
+        scores = states.keys.new_ones(1, states.kv_heads, self.tokens, dtype=torch.float32)
+        scores[..., end:] += torch.arange(self.tokens - end, device=scores.device) / max(self.tokens - end, 1)
+        if parts:
+            shares = lagged_spread(states.keys[:, :, begin : end + self.lag], self.lag)
+            shares = shares + lagged_spread(states.values[:, :, begin : end + self.lag], self.lag)
+            scores[..., begin:end] = (shares.argsort(-1).argsort(-1) / self.lag).flatten(2)
+        return scores[..., : self.tokens - self.window]
