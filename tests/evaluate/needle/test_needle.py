@@ -264,10 +264,10 @@ def test_wrappers_stand_in_a_list_with_other_policies(llama, tmp_path):
 
 
 def test_a_profile_goes_to_the_policy_that_a_wrapper_changes():
-    asked = "adakv:floor=0:of=headkv:observe=8,chunkkv:of=snapkv,compresskv,adakv:of=headkv:profile=mine"
+    asked = "adakv:floor=0:of=compresskv:observe=8,chunkkv:of=snapkv,compresskv,adakv:of=compresskv:profile=mine"
     assert asked_policies(asked, factorial=False, profile="P") == [
-        "adakv:floor=0:of=headkv:observe=8:profile=P", "chunkkv:of=snapkv", "compresskv:profile=P",
-        "adakv:of=headkv:profile=mine",
+        "adakv:floor=0:of=compresskv:observe=8:profile=P", "chunkkv:of=snapkv", "compresskv:profile=P",
+        "adakv:of=compresskv:profile=mine",
     ]  # fmt: skip
 
 
