@@ -57,10 +57,14 @@ class ChunkSizes:
 
 
 def cut(compression: Compression, prompt: PromptInfo, chunk: int, ceiling: int | float | None) -> ChunkSizes:
-    """Chunks that a policy can be served with. Raises InputError for a chunk or a ceiling that is none, or too small."""
+    """Chunks that a policy can be served with.
+
+    Raises InputError for a chunk or a ceiling that is none, or too small, BudgetError for a budget below what always stays.
+    """
     policy, tokens = compression.policy, prompt.tokens
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < SMALLEST_CHUNK:
         raise InputError(f"chunk={chunk!r} is too small: give at least {SMALLEST_CHUNK} tokens, or leave it out")
+    policy.check_prompt(prompt)
     window = policy.parts(compression.model, prompt).selector.window
     if chunk < min(window, tokens):
         raise InputError(

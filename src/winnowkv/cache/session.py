@@ -117,7 +117,6 @@ class PrefillSession:
             raise CacheError(
                 "record= needs all entries of the prompt: leave the ceiling out, or make the cache without record="
             )
-        asked.selection(chunked.remaining_prompt())  # complain now
         for layer in self.layers:
             layer.room = sizes.most
         self._chunked = chunked
