@@ -1,9 +1,10 @@
-"""Eviction policies, one file each."""
+"""Eviction policies, one file each, and what a policy of one's own is made of."""
 
-from winnowkv.policies.base import BoundPolicy, Policy
-from winnowkv.policies.parts import LayerStates, PromptInfo
+from winnowkv.policies.base import BoundPolicy, Policy, TokenPolicy
+from winnowkv.policies.parts import Allocator, LayerStates, Parts, PromptInfo, QueryFreeScorer, Scorer, Selector
 from winnowkv.policies.registry import Tasks, names, policy, policy_class, split_policies
 
 __all__ = [
-    "BoundPolicy", "LayerStates", "Policy", "PromptInfo", "Tasks", "names", "policy", "policy_class", "split_policies",
+    "Allocator", "BoundPolicy", "LayerStates", "Parts", "Policy", "PromptInfo", "QueryFreeScorer", "Scorer", "Selector", "Tasks",
+    "TokenPolicy", "names", "policy", "policy_class", "split_policies",
 ]  # fmt: skip

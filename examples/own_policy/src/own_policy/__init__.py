@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from winnowkv.models.info import ModelInfo
-from winnowkv.policies.base import TokenPolicy
-from winnowkv.policies.parts import LayerStates, PromptInfo, QueryFreeScorer, Scorer
+from winnowkv.policies import LayerStates, PromptInfo, QueryFreeScorer, Scorer, TokenPolicy
 from winnowkv.types import Scores
 
 
