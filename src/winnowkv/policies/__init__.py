@@ -5,6 +5,6 @@ from winnowkv.policies.parts import Allocator, LayerStates, Parts, PromptInfo, Q
 from winnowkv.policies.registry import Tasks, names, policy, policy_class, split_policies
 
 __all__ = [
-    "Allocator", "BoundPolicy", "LayerStates", "Parts", "Policy", "PromptInfo", "QueryFreeScorer", "Scorer", "Selector", "Tasks",
-    "TokenPolicy", "names", "policy", "policy_class", "split_policies",
+    "Allocator", "BoundPolicy", "LayerStates", "Parts", "Policy", "PromptInfo", "QueryFreeScorer", "Scorer", "Selector",
+    "Tasks", "TokenPolicy", "names", "policy", "policy_class", "split_policies",
 ]  # fmt: skip
