@@ -100,6 +100,7 @@ class ChunkedPrompt:
     ----------
     read: tokens read with the current chunk.
     held: text positions of what every layer holds with the current chunk, ascending.
+    selection: what stays of the prompt, or of what a ceiling left of it; final once the last chunk is begun.
     """
 
     def __init__(self, compression: Compression, prompt: PromptInfo, sizes: ChunkSizes) -> None:
@@ -111,9 +112,10 @@ class ChunkedPrompt:
         self._queries: list[Queries | None] = [None] * prompt.layers
         self._scores: Scores | None = None
         # Bound to what the policy will choose from at the end: it says whose queries are wanted.
-        self._bound = compression.selection(self.remaining_prompt()).bound
-        self._wanted, scorer = self._bound.query_positions(), self._bound.parts.scorer
-        self._keeps_all = not scorer.nearby_queries and self._bound.query_span() > sizes.chunk
+        self.selection = compression.selection(self.remaining_prompt())
+        bound = self.selection.bound
+        self._wanted = bound.query_positions()
+        self._keeps_all = not bound.parts.scorer.nearby_queries and bound.query_span() > sizes.chunk
         self._begin(sizes.lengths[0])
 
     def _begin(self, tokens: int) -> None:
@@ -124,8 +126,8 @@ class ChunkedPrompt:
             self._kept = torch.isin(self._known, self._wanted).nonzero()[:, 0]
             return
         if self.last:  # what is left is known now, and with it where its question and sentences are
-            self._bound = self._compression.selection(self.remaining_prompt()).bound
-            self._wanted = self._bound.query_positions()
+            self.selection = self._compression.selection(self.remaining_prompt())
+            self._wanted = self.selection.bound.query_positions()
         sampled = torch.linspace(0, self.read - 1, min(self._eviction.samples, self.read)).long()
         kept = torch.cat([sampled, self.held]) if self._keeps_all else sampled
         self._kept = nearest(self._known, kept).unique()
@@ -146,7 +148,7 @@ class ChunkedPrompt:
         Returns the queries that the policy wants once the chunk is the last, None before.
         """
         if self.last:
-            return self._asked(layer, queries, self._bound.parts.scorer, self._wanted)
+            return self._asked(layer, queries, self.selection.bound.parts.scorer, self._wanted)
         if self.drops:
             scorer = self._eviction.scorer(len(self.held))
             asked = self._asked(layer, queries, scorer, scorer.query_positions())

@@ -194,7 +194,7 @@ class PrefillSession:
     def _new_selections(self) -> list[PromptSelection | AutoSelection]:
         asked, layer = self.compression, self.layers[0]
         if self._chunked is not None:
-            return [asked.selection(self._chunked.remaining_prompt())]
+            return [self._chunked.selection]
         lengths = [layer.prompt - pad for pad in layer.pads]
         tasks = asked.each_task(len(lengths))
         prompts = [asked.prompt(n, len(self.layers), task) for n, task in zip(lengths, tasks, strict=True)]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.compose import Wrapper
-from winnowkv.policies.parts import Parts, PromptInfo, Selector
+from winnowkv.policies.compose import SelectorWrapper
+from winnowkv.policies.parts import Selector
 from winnowkv.scoring.allocate import apportion, global_top_k
 from winnowkv.scoring.select import ragged_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, Indices, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaKV(Wrapper):
+class AdaKV(SelectorWrapper):
     """One top-k over all heads of a layer, a floor for each head (arXiv 2407.11550, section 4).
 
     A head's part of the winners is its part of the budget; ``floor`` of the mean is safe for every head (the paper's alpha).
@@ -25,18 +25,16 @@ class AdaKV(Wrapper):
     source: ClassVar[str] = "Ada-KV, arXiv 2407.11550, section 4"
     scope: ClassVar[str] = "tokens per KV head, budgets over the heads of a layer by this prompt's scores; of any policy"
     per_head: ClassVar[bool] = True
-    own_selector: ClassVar[bool] = True
 
     floor: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("floor", minimum=0, maximum=1)
-        self.require_exchangeable_selector()
 
-    def wrap(self, inner: Parts, prompt: PromptInfo) -> Parts:
-        """Its selector."""
-        now = inner.selector
-        return replace(inner, selector=AdaptiveHeads(now.tokens, now.window, now.sinks, inner=now, floor=self.floor))
+    def selector_over(self, inner: Selector) -> Selector:
+        """The same sinks and recent tokens, other context tokens."""
+        return AdaptiveHeads(inner.tokens, inner.window, inner.sinks, inner=inner, floor=self.floor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.compose import Wrapper
-from winnowkv.policies.parts import Parts, PromptInfo, Selector
+from winnowkv.policies.compose import SelectorWrapper
+from winnowkv.policies.parts import Selector
 from winnowkv.scoring.select import top_windows, with_recent, with_sinks
 from winnowkv.scoring.spans import window_reduce
 from winnowkv.types import Entries, Indices, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkKV(Wrapper):
+class ChunkKV(SelectorWrapper):
     """The best chunks of ``chunk`` tokens by the sum of their scores, for each head of the inner scorer (arXiv 2502.00299).
 
     Departures from the paper: the last chunk, which would pass the budget, gives its best tokens, so that the budget is met to
@@ -24,18 +24,16 @@ class ChunkKV(Wrapper):
     source: ClassVar[str] = "ChunkKV, arXiv 2502.00299, section 3"
     scope: ClassVar[str] = "chunks of consecutive tokens, heads and budgets as the inner policy"
     keeps_spans: ClassVar[bool] = True
-    own_selector: ClassVar[bool] = True
 
     chunk: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("chunk", minimum=1)
-        self.require_exchangeable_selector()
 
-    def wrap(self, inner: Parts, prompt: PromptInfo) -> Parts:
-        """Its selector."""
-        now = inner.selector
-        return replace(inner, selector=Chunks(now.tokens, now.window, now.sinks, inner=now, chunk=self.chunk))
+    def selector_over(self, inner: Selector) -> Selector:
+        """The same sinks and recent tokens, other context tokens."""
+        return Chunks(inner.tokens, inner.window, inner.sinks, inner=inner, chunk=self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from winnowkv.errors import PolicyError
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.base import Policy
 from winnowkv.policies.decode_eviction import DecodeEviction
-from winnowkv.policies.parts import ChunkEviction, Parts, PromptInfo, Scorer
+from winnowkv.policies.parts import ChunkEviction, Parts, PromptInfo, Scorer, Selector
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.types import Quantization, Queries
@@ -43,14 +43,6 @@ class Wrapper(Policy, ABC):
     per_head = from_inner("per_head")
     keeps_spans = from_inner("keeps_spans")
     own_selector = from_inner("own_selector")
-
-    def require_exchangeable_selector(self) -> None:
-        """Raise PolicyError if the inner policy is about its selector, which this wrapper would take away from it."""
-        if self.of.own_selector:
-            raise PolicyError(
-                f"{self.name}: of={self.of.spec!r} selects tokens in a way of its own, which {self.name} would replace: "
-                f"wrap a policy that scores tokens, such as {self.name}:of=snapkv"
-            )
 
     @property
     def spec(self) -> str:
@@ -92,6 +84,31 @@ class Wrapper(Policy, ABC):
     def decode_eviction(self) -> DecodeEviction:
         """As the inner policy."""
         return self.of.decode_eviction()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorWrapper(Wrapper):
+    """A wrapper that selects tokens in its own way, by the inner policy's scores and budgets.
+
+    Raises PolicyError for an inner policy that is about its selector, since that would be taken away from it.
+    """
+
+    own_selector: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.of.own_selector:
+            raise PolicyError(
+                f"{self.name}: of={self.of.spec!r} selects tokens in a way of its own, which {self.name} would replace: "
+                f"wrap a policy that scores tokens, such as {self.name}:of=snapkv"
+            )
+
+    def wrap(self, inner: Parts, prompt: PromptInfo) -> Parts:
+        """Its selector."""
+        return replace(inner, selector=self.selector_over(inner.selector))
+
+    @abstractmethod
+    def selector_over(self, inner: Selector) -> Selector:
+        """The selector that takes the place of the inner policy's, and keeps its sinks and recent tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
