@@ -261,6 +261,10 @@ def test_requests_that_cannot_be_planned_are_refused() -> None:
     little = need(LLAMA, policy, Budget(0.12), 267, TaskProfile()).peak + 2000
     assert plan(LLAMA, 1000, 1, little).fit("snapkv", policy, 0.12).largest_context == 267
     assert plan(LLAMA, 1000, 1, little - 1).fit("snapkv", policy, 0.12).largest_context == 0
+    # Nor with still less memory, though prompts within the window would be kept whole.
+    within = need(LLAMA, policy, Budget(0.12), 20, TaskProfile()).peak + 2000
+    assert plan(LLAMA, 1000, 1, within).fit("snapkv", policy, 0.12).largest_context == 0
+    assert plan(LLAMA, 20, 1, within).fit("snapkv", policy, 0.12).largest_context == 20
 
 
 @pytest.mark.slow

@@ -213,9 +213,19 @@ class MemoryPlan:
         def at(tokens: int) -> Need:
             return need(self.shape, policy, budget, tokens, task or TaskProfile())
 
+        def only_within_window(tokens: int) -> bool:
+            """Whether so few tokens are kept whole as observation window, and longer prompts are too short for their budget."""
+            window = policy.observation_window(PromptInfo(tokens, 1, tokens, task or TaskProfile()))
+            try:
+                at(max(window, tokens) + 1)
+            except BudgetError:
+                return tokens <= window
+            return False
+
         one = at(self.context)
         limit = self.shape.positions or max(self.memory, self.context)  # a token takes more than a byte
         needed = one.of_batch(self.batch)
+        most = largest_context(lambda tokens: at(tokens).of_batch(self.batch) <= free, self.context, limit)
         return Fit(
             policy=spec,
             budget=asked,
@@ -227,5 +237,5 @@ class MemoryPlan:
             needed_bytes=self.weights + needed,
             fits=needed <= free,
             largest_batch=one.largest_batch(free),
-            largest_context=largest_context(lambda tokens: at(tokens).of_batch(self.batch) <= free, self.context, limit),
+            largest_context=0 if most < self.context and only_within_window(most) else most,
         )
