@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from winnowkv.attention.hooks import Routing, acquire, check_model, release
+from winnowkv.attention.routing import Routing, acquire, check_model, generate_call, release
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
@@ -31,15 +33,17 @@ CLASSIFIED_TOKENS = 1024  # tokens of a prompt's end that surely hold the 256 wo
 class Run:
     """One ``compress`` block: its settings and the reports of the prompts that went through it."""
 
-    def __init__(self, policy: str | Policy, budget: Budget, task: Tasks, decode_budget: int | None, keep_scores: bool) -> None:
-        self.policy = policy
-        self.budget = budget
-        self.task = task
-        self.decode_budget = decode_budget
+    def __init__(
+        self, model: PreTrainedModel, policy: Policy, settings: dict[str, Any], task: Tasks, tokenizer: Any, keep_scores: bool
+    ) -> None:
+        self.model, self.policy, self.task, self.tokenizer = model, policy, task, tokenizer
         self.keep_scores = keep_scores
-        self.owner = threading.get_ident()
         self.reports: list[Report] = []
+        self._settings = settings
         self._cache: CompactCache | None = None
+        self._caches: weakref.WeakSet[CompactCache] = weakref.WeakSet()
+        self._warned: set[str] = set()
+        self._open = True
 
     @property
     def report(self) -> Report:
@@ -48,11 +52,6 @@ class Run:
             raise CacheError("nothing was generated in this compress block yet, so there is no report")
         return self.reports[-1]
 
-    def began(self, cache: CompactCache) -> None:
-        """A prompt gets this cache. It is held only if its scores are kept, so that they can be asked for."""
-        self.reports.append(cache.report)
-        self._cache = cache if self.keep_scores else None
-
     def explain(self, layer: int, token: int, row: int = 0) -> list[Explanation]:
         """:meth:`CompactCache.explain` of the latest prompt. Raises CacheError without ``keep_scores=True``."""
         if not self.keep_scores:
@@ -60,6 +59,47 @@ class Run:
         if self._cache is None:
             raise CacheError("explain() needs a prompt, and none was read in this compress block yet: read one first")
         return self._cache.explain(layer, token, row)
+
+    @contextmanager
+    def in_thread(self) -> Iterator[Run]:
+        """Serve the thread that enters this, too, until it leaves again.
+
+        A block serves the thread that opened it. A helper thread, such as one that generates while another prints a stream,
+        enters this. Raises CacheError once the block has ended.
+
+        Examples
+        --------
+        >>> def work():                                              # doctest: +SKIP
+        ...     with run.in_thread():
+        ...         model.generate(**inputs, streamer=streamer)
+        """
+        if not self._open:
+            raise CacheError("this compress block has ended: open one in this thread")
+        with _serving(self):
+            yield self
+
+    def new_cache(self, ids: Tensor | None, mask: Tensor | None) -> CompactCache:
+        """The cache of a prompt. Raises InputError if it has to be read back and is not given as ids."""
+        tasks, policy = self.task, self.policy
+        if self.tokenizer is not None and (policy.uses_structure or (self.task is None and policy.uses_task)):
+            tasks = read_tasks(self.tokenizer, ids, mask, self.task, policy)
+        cache = CompactCache(self.model, task=tasks, keep_scores=self.keep_scores, hold=False, **self._settings)
+        self.reports.append(cache.report)
+        self._caches.add(cache)
+        self._cache = cache if self.keep_scores else None  # held only so that scores can be asked for
+        return cache
+
+    def end(self) -> None:
+        """The block has ended: nothing of this thread holds the model, passes that failed in the middle neither."""
+        self._open = False
+        for cache in self._caches:
+            cache.let_go()
+
+    def warn(self, message: str) -> None:
+        """Warn of something once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
 
 @contextmanager
@@ -73,12 +113,14 @@ def compress(
     keep_scores: bool = False,
     tokenizer: Any = None,
 ) -> Iterator[Run]:
-    """Compress the KV cache of everything the model reads inside the block.
+    """Compress the KV cache of everything that this thread lets the model read inside the block.
 
-    Each prompt gets a :class:`CompactCache` of its own in place of the model's default
-    cache; a cache that the caller passes is left alone. On leaving, also by an exception,
-    the model is as it was. Blocks nest (the innermost wins) and threads may each open
-    their own on one model; a helper thread that opened none uses the only block there is.
+    Each prompt gets a :class:`CompactCache` of its own in place of the model's default cache; a cache that the caller passes
+    is left alone. On leaving, also by an exception, the model is as it was. Blocks nest (the innermost counts). A block serves
+    the thread that opened it: other threads may open their own on the same model or enter :meth:`Run.in_thread`, and what they
+    read without is computed as ever, with a warning that it is not compressed.
+
+    ``generate(num_return_sequences=n)`` and beam search read each prompt once.
 
     Parameters
     ----------
@@ -96,6 +138,9 @@ def compress(
     ------
     PolicyError, BudgetError, UnsupportedModelError
         Before anything is touched, or when a prompt's length shows that the budget is too small.
+    InputError
+        For a ``generate`` that could not be compressed: with ``use_cache=False``, another ``cache_implementation``, or
+        ``prefill_chunk_size``.
 
     Examples
     --------
@@ -103,45 +148,83 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=64)
     >>> print(run.report)                                            # doctest: +SKIP
     """
-    run = Run(policy, Budget.of(budget), task, decode_budget, keep_scores)
     check_model(model)
     check_decode_budget(decode_budget)
+    read = Budget.of(budget)
     classified = tokenizer is not None and task is None
     # Complain now, not in the middle of a forward pass.
-    made = Compression.of(model, policy, run.budget, task, task_is_known=not classified).policy
-    routing = acquire(model)
+    made = Compression.of(model, policy, read, task, task_is_known=not classified).policy
+    settings: dict[str, Any] = {"policy": policy, "budget": read, "decode_budget": decode_budget}
+    run = Run(model, made, settings, task, tokenizer, keep_scores)
+    try:
+        with _serving(run):
+            yield run
+    finally:
+        run.end()
 
-    def give_cache(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # In this order: a thread that passes a cache of its own need not have a block.
-        if not _wants_cache(module, args, kwargs) or _chosen(routing) is not run:
+
+class _Block:
+    """A compress block as one thread has it open."""
+
+    def __init__(self, run: Run, routing: Routing) -> None:
+        self.run, self.routing, self.thread = run, routing, threading.get_ident()
+        self._repeats = 1  # of each row of the prompt that is read now
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Block:
+        """This block: a copied model has its hooks, which do nothing there."""
+        return self
+
+    def give_cache(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a forward pass: a prompt gets its cache."""
+        if module is not self.run.model or not _starts_prompt(args, kwargs):
             return None
-        tasks = run.task
-        if (classified and made.uses_task) or (tokenizer is not None and made.uses_structure):
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            tasks = read_tasks(tokenizer, ids, kwargs.get("attention_mask"), run.task, made)
-        options: dict[str, Any] = {"decode_budget": run.decode_budget, "keep_scores": run.keep_scores}
-        cache = CompactCache(model, run.policy, run.budget, task=tasks, hold=False, **options)
-        run.began(cache)
+        mine = [block for block in self.routing.blocks if block.thread == threading.get_ident()]
+        if not mine:
+            self.run.warn(
+                "a prompt is read without compression: the compress block on this model was opened by another thread; open one "
+                "in this thread, too, or enter run.in_thread()"
+            )
+        if not mine or mine[-1] is not self or not _can_compress(self.run, kwargs):
+            return None
+        args, kwargs, repeats = each_once(module, args, kwargs)
+        cache = self.run.new_cache(_ids(args, kwargs), kwargs.get("attention_mask"))
+        given = kwargs.get("past_key_values")
+        if given is not None and any(getattr(layer, "record_past", False) for layer in given.layers):
+            cache.activate_past_recording()  # assisted decoding will take tokens back
+        self._repeats = repeats
         return args, {**kwargs, "past_key_values": cache}
 
-    def check(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def check(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After a forward pass: the model must have used the cache; rows that were read once are put side by side."""
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, CompactCache):
-            cache.check_used()
+        if not isinstance(cache, CompactCache):
+            return None
+        cache.check_used()
+        mine = self.thread == threading.get_ident() and module is self.run.model
+        repeats, self._repeats = (self._repeats, 1) if mine else (1, self._repeats)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+            output.logits = output.logits.repeat_interleave(repeats, 0)
+        return None
 
-    # The inner of two nested blocks registers later and must be asked first.
+
+@contextmanager
+def _serving(run: Run) -> Iterator[None]:
+    """Let a run serve this thread."""
+    model, routing = run.model, acquire(run.model)
+    block = _Block(run, routing)
     hooks = [
-        model.register_forward_pre_hook(give_cache, with_kwargs=True, prepend=True),
-        model.register_forward_hook(check, with_kwargs=True),
+        model.register_forward_pre_hook(block.give_cache, with_kwargs=True, prepend=True),
+        model.register_forward_hook(block.check, with_kwargs=True),
     ]
-    routing.runs.append(run)
+    routing.blocks.append(block)
     try:
-        yield run
+        yield
     finally:
-        routing.runs.remove(run)
+        routing.blocks.remove(block)
         for hook in hooks:
             hook.remove()
-        release(model)
+        release(routing)
 
 
 def read_tasks(tokenizer: Any, ids: Tensor | None, mask: Tensor | None, given: Tasks, policy: Policy) -> list[TaskProfile]:
@@ -167,21 +250,52 @@ def _classify(tokenizer: Any, row: Tensor) -> TaskProfile:
     return task_profile(tokenizer.decode(ends, skip_special_tokens=True))
 
 
-def _chosen(routing: Routing) -> Run | None:
-    mine = [run for run in routing.runs if run.owner == threading.get_ident()]
-    if mine:
-        return mine[-1]
-    if len({run.owner for run in routing.runs}) > 1:
-        raise CacheError(
-            "several threads have compress blocks open on this model and this thread has none: "
-            "open one here, or pass past_key_values=CompactCache(...)"
-        )
-    return routing.runs[-1] if routing.runs else None  # None: the block was closed while a helper thread asked
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return kwargs.get("input_ids", args[0] if args else None)
 
 
-def _wants_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this forward pass starts a prompt with the framework's default cache."""
-    if kwargs.get("use_cache", getattr(model.config, "use_cache", True)) is False:
-        return False
+def _starts_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this forward pass reads a prompt into a cache that is not ours: the default one, none, or another kind."""
     given = kwargs.get("past_key_values")
-    return given is None or (type(given) is DynamicCache and given.get_seq_length() == 0)
+    ours = hasattr(given, "valid_entries")  # compact caches and slots
+    return given is None or (not ours and given.get_seq_length() == 0)
+
+
+def _can_compress(run: Run, kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt can be given a cache of ours. If not, it is refused if ``generate`` was asked for it, else warned of."""
+    call, given = generate_call(run.model), kwargs.get("past_key_values")
+    config: Any = run.model.config
+    if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
+        if call is not None:
+            raise InputError("use_cache=False: without a cache nothing can be compressed; leave it out, or leave the block")
+        run.warn("a prompt is read without compression: use_cache is False; leave it out to compress")
+        return False
+    named = None if call is None else call.options("cache_implementation")
+    if named not in (None, "dynamic", "dynamic_full"):
+        raise InputError(
+            f"cache_implementation={named!r} makes a cache that nothing compresses: leave it out, or leave the block"
+        )
+    if given is not None and type(given) is not DynamicCache:
+        run.warn(f"a prompt is read without compression: a {type(given).__name__} was passed for it; leave past_key_values out")
+        return False
+    return True
+
+
+def each_once(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """The inputs of a forward pass in which ``generate`` repeats every row, each row once, and how often it is repeated."""
+    call, ids = generate_call(model), kwargs.get("input_ids")
+    if call is None or ids is None or args or kwargs.get("output_hidden_states"):
+        return args, kwargs, 1
+    repeats = max(call.options("num_return_sequences") or 1, call.options("num_beams") or 1)
+    rows = {
+        name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.ndim and len(value) == len(ids)
+    }
+    known = set(rows) <= {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+    if repeats == 1 or len(ids) % repeats or not known or ids.shape[1] == len(ids):  # cache_position may have as many numbers
+        return args, kwargs, 1
+    once = {name: value[::repeats] for name, value in rows.items()}
+    if any(not torch.equal(value.repeat_interleave(repeats, 0), rows[name]) for name, value in once.items()):
+        return args, kwargs, 1
+    return args, {**kwargs, **once}, repeats

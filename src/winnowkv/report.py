@@ -26,7 +26,7 @@ class Report:
         after and without eviction; padding is in neither. Quantized entries count as they are stored,
         with scales and zero points; ``full_bytes`` is always in the model's precision.
     held_bytes: storage that keys and values really occupied at the end of prefill (rows of a
-        batch, and heads, are padded to the longest of the layer).
+        batch, and heads, are padded to the longest of the layer); ``cache.held_bytes`` says what it is now.
     peak_bytes: the most storage that keys and values occupied at any layer of prefill, which quantizes at its end.
     prefill_seconds: from the first layer's keys to the end of the last layer, compression included.
     compress_seconds: the part of it spent on scoring, eviction and quantization (on CUDA by the device's clock).

@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 import winnowkv as wk
 from support.batch import padded
 from support.models import PROMPT, prompt
-from winnowkv.attention.hooks import COMPACT_OFFSET, AttentionCache, Observer, acquire, release, tag_keys, winnow_attention
+from winnowkv.attention.hooks import COMPACT_OFFSET, AttentionCache, Observer, tag_keys, winnow_attention
+from winnowkv.attention.routing import acquire, release
 from winnowkv.attention.sdpa import attend
 from winnowkv.engine.slots import Slots
 
@@ -138,7 +139,7 @@ def test_a_third_kind_of_cache_is_served_by_a_routed_model(model: PreTrainedMode
     seen: list[tuple[int, int]] = []
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
-        acquire(model)
+        routing = acquire(model)
         try:
             cache = Third((lambda layer, queries: seen.append((layer, queries.shape[2]))) if watched else None, model.config)
             logits = [
@@ -151,7 +152,7 @@ def test_a_third_kind_of_cache_is_served_by_a_routed_model(model: PreTrainedMode
                 for part in (slice(0, 60), slice(60, 71), slice(71, PROMPT))
             ]
         finally:
-            release(model)
+            release(routing)
     torch.testing.assert_close(torch.cat(logits, 1)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
     layers = range(model.config.num_hidden_layers)
     assert seen == ([(layer, tokens) for tokens in (60, 11, 1) for layer in layers] if watched else [])

@@ -121,7 +121,7 @@ def test_caches_that_slots_cannot_hold_are_refused(llama: PreTrainedModel) -> No
 
 def test_the_model_is_restored(llama: PreTrainedModel) -> None:
     slots = Slots(llama)
-    assert llama.config._attn_implementation == "winnow"
+    assert llama.config._attn_implementation == "winnow_sdpa"
     del slots
     assert llama.config._attn_implementation == "sdpa"
 

@@ -8,9 +8,10 @@ What stays is decided by a :class:`~winnowkv.cache.session.PrefillSession`, not 
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from winnowkv.attention.hooks import BYPASSED, Observer, acquire, check_model, is_routed, release, tag_keys
+from winnowkv.attention.hooks import BYPASSED, Observer, tag_keys
 from winnowkv.attention.projection import projection_weights
+from winnowkv.attention.routing import Hold, check_model, generate_call
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.compression import Compression
 from winnowkv.cache.explain import Choices, Explanation
@@ -27,7 +29,7 @@ from winnowkv.cache.generated import check_decode_budget
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.reports import new_report, report_decode
 from winnowkv.cache.session import PrefillSession, Recording
-from winnowkv.errors import CacheError, UnsupportedModelError
+from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Tasks
 from winnowkv.report import Report
 from winnowkv.types import Padding, Projection, Valid
@@ -91,9 +93,32 @@ class CompactCache(Cache):
         self._record = record
         self._model = weakref.ref(model)
         self._forget()
+        self._set_hold(hold)
+
+    def _set_hold(self, hold: bool) -> None:
+        """Hold the model's routing while this cache lives, or only during its forward passes."""
+        self._hold, self._holds_on = Hold(), hold
+        weakref.finalize(self, self._hold.give_back).atexit = False
         if hold:
-            acquire(model)
-            weakref.finalize(self, release, model).atexit = False
+            self._hold.take(self.model)
+
+    def let_go(self) -> None:
+        """Give the hold of a pass back that this thread began and that failed, if the cache holds the model for passes only."""
+        if not self._holds_on:
+            self._hold.give_back(threading.get_ident())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactCache:
+        """A cache of its own, which may outlive this one."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update({name: deepcopy(value, memo) for name, value in vars(self).items() if name != "_hold"})
+        copied._set_hold(self._holds_on)
+        return copied
+
+    def __getstate__(self) -> Any:
+        """Raise CacheError: a cache belongs to a model, which pickle would take along."""
+        raise CacheError(
+            "a compact cache cannot be pickled: save it with wk.save_cache(cache, model, path), or use copy.deepcopy"
+        )
 
     def _forget(self) -> None:
         self.report = new_report(self.compression)
@@ -103,7 +128,8 @@ class CompactCache(Cache):
         self.recording = Recording(self._record) if self._record else None
         self._choices: Choices | None = None
         self._unobserved: int | None = None  # the layer whose keys went out and whose queries did not come back yet
-        self._resumed = 0.0
+        self._resumed = 0.0  # when the first token after the prompt came
+        self._read_before: int | None = 0  # tokens after the prompt that a report of an earlier process counted
 
     def reset(self) -> None:
         """Forget the prompt and what came after it; the next one is compressed afresh, with a report of its own."""
@@ -116,7 +142,7 @@ class CompactCache(Cache):
 
     def resume(self, report: Report) -> None:
         """Take this cache for one whose prompt is read already, as a snapshot does; its layers are filled after."""
-        self.report, self.session = report, None
+        self.report, self.session, self._read_before = report, None, None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -160,18 +186,40 @@ class CompactCache(Cache):
             return states
         self.check_observed()
         if self._numbers[layer_idx] == 0:
-            if self.session is None:
-                self._resumed = self._resumed or time.perf_counter()
-            else:
-                self.session.begin()
+            self._begin_pass()
         compact: Any = self.layers[layer_idx]
         keys, values = compact.update(key_states, value_states)
         self._unobserved = layer_idx
         return tag_keys(keys, self, layer_idx), values
 
+    def _begin_pass(self) -> None:
+        """The first compressed layer gets new tokens. Raises CacheError if an earlier pass ended in the middle."""
+        layers = self.compact_layers
+        whole = len({layer.seen for layer in layers}) == 1
+        if self.session is not None:
+            whole = whole and (not layers[0].seen or self.session.in_chunks)
+        if not whole:
+            raise CacheError(
+                "a forward pass into this cache failed, some layers have its tokens and some have not: reset() the cache, or "
+                "make a new one, and read the prompt again"
+            )
+        if self.session is None:
+            if self._read_before is None:
+                self._read_before = layers[0].seen - layers[0].prompt
+            self._resumed = self._resumed or time.perf_counter()
+            return
+        self.session.begin()
+        call = generate_call(self.model)
+        chunk = None if call is None else call.options("prefill_chunk_size")
+        if chunk is not None and call is not None and (call.prompt_tokens or chunk + 1) > chunk:
+            raise InputError(
+                f"prefill_chunk_size={chunk} would compress the first chunk alone: leave it out, or read the prompt with "
+                f"wk.prefill(model, ids, cache, chunk={chunk}) and let generate() go on from there"
+            )
+
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Physical length and our mark. Raises CacheError if the compress block of this cache has ended."""
-        if not is_routed(self._model()):
+        if not self._hold.take(self.model, route=False):
             raise CacheError(
                 "this cache was made in a compress block that has ended: go on inside the block, "
                 "or pass a cache of your own, past_key_values=CompactCache(model, ...)"
@@ -179,12 +227,12 @@ class CompactCache(Cache):
         return super().get_mask_sizes(*args, **kwargs)
 
     def crop(self, tokens: int) -> None:
-        """Take generated tokens back. Negative: that many; positive: down to that length.
+        """Take generated tokens back. Negative: that many; positive: down to that length; 0: nothing.
 
         Raises CacheError, with nothing taken back, for tokens of the prompt, and if a layer's sliding
         window has lost what would have to come back into it.
         """
-        back = -tokens if tokens < 0 else self.get_seq_length() - tokens
+        back = -tokens if tokens <= 0 else self.get_seq_length() - tokens
         if back <= 0 or not self.get_seq_length():
             return
         for layer in self.sliding_layers:
@@ -197,6 +245,7 @@ class CompactCache(Cache):
         may_refuse_first: list[Any] = sorted(self.layers, key=lambda layer: not isinstance(layer, CompactLayer))
         for one in may_refuse_first:
             one.crop(-back)
+        self._count_decoded(self.report.decode_seconds)
 
     def begin_chunks(self, tokens: int, chunk: int, ceiling: int | float | None = None) -> list[int]:
         """Get ready to read one prompt of ``tokens`` in chunks; returns their lengths. After each comes :meth:`end_chunk`.
@@ -231,8 +280,18 @@ class CompactCache(Cache):
         layer: Any = self.layers[layer_idx]
         self._unobserved = None
         if padding is not None:
+            if self._numbers[layer_idx] == 0:
+                self._check_past(layer, padding, added)
             layer.mark(padding, added)
         return None if layer.valid is None else layer.valid[..., : layer.length]
+
+    def _check_past(self, layer: CompactLayer, padding: Padding, added: int) -> None:
+        try:
+            layer.check_past(padding, added)
+        except InputError:
+            if self.session is None and not self.sliding_layers:
+                layer.crop(-added)  # no other layer has the tokens yet: the cache can go on
+            raise
 
     def observer(self, layer_idx: int) -> Observer:
         """Every layer's queries are wanted: to score the prompt, later to hold the decode budget."""
@@ -247,11 +306,19 @@ class CompactCache(Cache):
                 self.recording.take(number, queries, scale)
             if self.session.observe(number, queries, scale):
                 self._settle()
-            return
-        layer.trim(queries, scale)
+        else:
+            layer.trim(queries, scale)
         if number == len(self._numbers) - 1:
-            tokens = self.report.decode_tokens + queries.shape[2]
-            report_decode(self.report, tokens, layer.generated, time.perf_counter() - self._resumed)
+            if not self._holds_on:
+                self._hold.give_back()
+            self._count_decoded(time.perf_counter() - self._resumed if self._resumed else 0.0)
+
+    def _count_decoded(self, seconds: float) -> None:
+        """Say in the report what was read after the prompt."""
+        layer = self.compact_layers[-1]
+        if self.session is None:
+            tokens = layer.seen - layer.prompt - (self._read_before or 0)
+            report_decode(self.report, max(tokens, 0), layer.generated, seconds)
 
     def _settle(self) -> None:
         """The prompt is read: from here on the cache only holds."""

@@ -34,11 +34,14 @@ class CompactLayer(CacheLayerMixin):
     With a ``decode_budget`` the entries after the prompt's are evicted in blocks by ``decode_eviction``: ``dropped``
     counts those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
 
+    ``hidden``: tokens that an attention mask hid when they came, ``[B, seen]``; None as long as none was.
+
     While one prompt is read in chunks, ``room`` is how many entries it will hold at most: the buffers have that size
     from the first chunk on and are never copied. 0 else.
     """
 
     is_sliding = False
+    is_croppable = True
     keys: Tensor
     values: Tensor
 
@@ -54,6 +57,7 @@ class CompactLayer(CacheLayerMixin):
         self.is_initialized = False
         self.length = self.seen = self.prompt = self.dropped = self.room = 0
         self.queries: Tensor | None = None
+        self.hidden: Tensor | None = None
         self.pads: list[int] = []
         self.valid: Tensor | None = None
         self.positions: list[Tensor | None] = []
@@ -90,6 +94,8 @@ class CompactLayer(CacheLayerMixin):
         if self.valid is not None:
             self.valid[..., self.length : self.length + added] = True
         self.length, self.seen = self.length + added, self.seen + added
+        if self.hidden is not None:
+            self.hidden = torch.nn.functional.pad(self.hidden, (0, added))
         if self.room:
             self._extend_prompt()
         return self.entries_in_use()
@@ -135,7 +141,8 @@ class CompactLayer(CacheLayerMixin):
 
     def mark(self, padding: Padding, added: int) -> None:
         """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
-        newest = padding[:, -added:].to(self.keys.device, torch.bool)
+        padding = padding.to(self.keys.device, torch.bool)
+        newest = padding[:, -added:]
         if self.valid is None:
             capacity = self.frozen + self.keys.shape[2]
             self.valid = torch.ones(newest.shape[0], 1, capacity, dtype=torch.bool, device=self.keys.device)
@@ -147,6 +154,23 @@ class CompactLayer(CacheLayerMixin):
             if not lengths.all():
                 raise InputError("a row of the batch is padding only: every prompt needs at least one token")
             self.pads = [added - n for n in lengths.tolist()]
+
+    def check_past(self, padding: Padding, added: int) -> None:
+        """Raise InputError if a mask hides tokens that it did not hide when they came: their entries cannot be taken out."""
+        mask = ~padding.to(self.keys.device, torch.bool)
+        before = self.seen - added
+        known = self.hidden
+        if known is None:
+            pads = torch.tensor(self.pads, device=mask.device)[:, None]
+            known = torch.arange(self.seen, device=mask.device) < pads
+        late = (mask & ~known)[:, :before]
+        if bool(late.any()):
+            row, token = late.nonzero()[0].tolist()
+            raise InputError(
+                f"attention_mask hides token {token} of row {row}, which the cache has read already: a compact cache cannot "
+                "hide it afterwards; leave the mask as it was when the token came, or read the prompt again"
+            )
+        self.hidden = torch.cat([known[:, :before], mask[:, before:]], 1)
 
     def keep(self, positions: list[Tensor | None], *, dense: bool = False) -> None:
         """Evict all prompt entries but these: per row ``[H, n]`` prompt positions, ascending; None keeps the row whole.
@@ -296,6 +320,7 @@ class CompactLayer(CacheLayerMixin):
         indices = indices.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
         self.valid = None if self.valid is None else self.valid.index_select(0, indices)
+        self.hidden = None if self.hidden is None else self.hidden.index_select(0, indices)
         self.queries = None if self.queries is None else self.queries.index_select(0, indices)
         self.quantized = tuple(part.select(indices) for part in self.quantized)
         rows = indices.tolist()
@@ -303,7 +328,7 @@ class CompactLayer(CacheLayerMixin):
 
     def crop(self, tokens: int) -> None:
         """Generated tokens can be taken back, evicted entries cannot. Negative: that many; positive: down to that length."""
-        back = -tokens if tokens < 0 else self.seen - tokens
+        back = -tokens if tokens <= 0 else self.seen - tokens
         if back <= 0 or not self.is_initialized:
             return
         if back > self.seen - self.prompt:
@@ -319,3 +344,4 @@ class CompactLayer(CacheLayerMixin):
             )
         self.length, self.seen = self.length - back, self.seen - back
         self.queries = None if self.queries is None else self.queries[:, :, :-back]
+        self.hidden = None if self.hidden is None else self.hidden[:, :-back]

@@ -138,6 +138,11 @@ class PrefillSession:
         return None if self._chunked is None or self._chunked.sizes.exact else self._chunked.held
 
     @property
+    def in_chunks(self) -> bool:
+        """Whether the prompt comes in chunks."""
+        return self._chunked is not None
+
+    @property
     def between_chunks(self) -> bool:
         """Whether all layers have read the chunks so far, and more will come."""
         chunked = self._chunked

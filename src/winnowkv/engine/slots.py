@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from winnowkv.attention.hooks import Observer, acquire, release, tag_keys
+from winnowkv.attention.hooks import Observer, tag_keys
+from winnowkv.attention.routing import acquire, release_later
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
@@ -58,8 +59,7 @@ class Slots(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, *, compile: bool = False, like: CompactCache | None = None) -> None:
-        acquire(model)
-        weakref.finalize(self, release, model).atexit = False
+        weakref.finalize(self, release_later, acquire(model)).atexit = False
         if like is None:  # config fields differ from model to model
             like = CompactCache(model, "full", 1)
             prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), like)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,9 +62,17 @@ def read_rotation(model: Any) -> Rotation | None:
             continue
         # Models whose sliding layers turn otherwise name the frequencies by the kind of layer.
         found = getattr(module, "full_attention_inv_freq", getattr(module, "inv_freq", None))
-        half = getattr(sys.modules[type(module).__module__], "rotate_half", None)
+        half = _quarter_turn(sys.modules[type(module).__module__])
         if found is None or half is None or found.is_meta or isinstance(found, FakeTensor):  # no values to read
             return None
         interleaved = half(torch.arange(4.0)).tolist() == [-1, 0, -3, 2]
         return Rotation(tuple(found.float().tolist()), interleaved)
     return None
+
+
+def _quarter_turn(file: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a model's file turns all pairs of dimensions by 90 degrees with; gpt-oss has only a turn by any angle."""
+    if hasattr(file, "rotate_half"):
+        return file.rotate_half
+    turn = getattr(file, "_apply_rotary_emb", None)
+    return None if turn is None else lambda states: turn(states, torch.zeros(2), torch.ones(2))

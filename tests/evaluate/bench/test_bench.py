@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.models import PROMPT, hybrid, prompt
 from support.tokenizers import Letters
-from winnowkv.attention.hooks import is_routed
+from winnowkv.attention.routing import is_routed
 from winnowkv.evaluate.bench import (
     bench as runner,
     caches as bench_caches,

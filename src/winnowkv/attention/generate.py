@@ -1,0 +1,169 @@
+"""What ``generate`` was asked for, where a forward pass cannot see it, and drafts of assisted decoding kept out of prompts."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from winnowkv.errors import InputError
+
+DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options that make generate() use drafts
+BY_TOKEN = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "token_type_ids",
+)  # inputs whose last axis is tokens
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """One call of ``generate``.
+
+    Attributes
+    ----------
+    prompt_tokens: of each row, padding included; None if it is not given as ids.
+    options: generation options of the call; those of its generation config and of the model's where it names none.
+    """
+
+    prompt_tokens: int | None
+    options: Callable[[str], Any]
+
+    @property
+    def assisted(self) -> bool:
+        """Whether an assistant drafts tokens, so that the first forward pass reads the prompt and a draft."""
+        return any(self.options(name) is not None for name in DRAFTING)
+
+
+class WatchedGenerate:
+    """Stands for a routed model's ``generate``: notes what was asked for while it runs, by thread."""
+
+    def __init__(self, model: PreTrainedModel, calls: dict[int, GenerateCall]) -> None:
+        self.earlier = vars(model).get("generate")  # of somebody else who stands for it
+        self._model, self._calls = weakref.ref(model), calls
+        own: Any = model.generate
+        self.__signature__ = inspect.signature(own)
+        self.__doc__, self.__name__ = own.__doc__, "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``."""
+        thread, model = threading.get_ident(), self._model()
+        assert model is not None
+        kind: Any = type(model)
+        generate = self.earlier or partial(kind.generate, model)
+        outer = self._calls.get(thread)
+        call = read_call(model, args, kwargs)
+        check_unread(call, kwargs)
+        self._calls[thread] = call
+        try:
+            with drafts_apart(model, call):
+                return generate(*args, **kwargs)
+        finally:
+            if outer is None:
+                del self._calls[thread]
+            else:
+                self._calls[thread] = outer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model gets its own ``generate`` back."""
+        model = self._model()
+        kind: Any = type(model)
+        return types.MethodType(kind.generate, memo.get(id(model), model))
+
+
+def watch_generate(model: PreTrainedModel, calls: dict[int, GenerateCall]) -> None:
+    """Note the calls of a model's ``generate`` until :func:`stop_watching`."""
+    model.generate = WatchedGenerate(model, calls)  # type: ignore[assignment]
+
+
+def stop_watching(model: PreTrainedModel) -> None:
+    """Put a model's ``generate`` back."""
+    watched: Any = vars(model).pop("generate")
+    if watched.earlier is not None:
+        model.generate = watched.earlier
+
+
+def check_unread(call: GenerateCall, kwargs: dict[str, Any]) -> None:
+    """Raise InputError if a cache of ours has read all tokens already, which transformers would then read once more."""
+    cache: Any = kwargs.get("past_key_values")
+    mask, tokens = kwargs.get("attention_mask"), call.prompt_tokens
+    if not hasattr(cache, "valid_entries") or tokens is None:
+        return
+    whole = mask is None or mask.shape[-1] == tokens  # with a longer mask the ids are the new ones alone
+    if whole and 0 < tokens <= (seen := cache.get_seq_length()):
+        raise InputError(
+            f"the cache has read {seen} tokens already and generate() was given {tokens}: give all tokens so far and at least "
+            "one more, such as torch.cat([ids, logits.argmax(-1, keepdim=True)], 1) after wk.prefill()"
+        )
+
+
+@contextmanager
+def drafts_apart(model: PreTrainedModel, call: GenerateCall) -> Iterator[None]:
+    """In assisted decoding: let the model read the prompt by itself, so that what stays of it does not depend on a draft.
+
+    transformers reads prompt and first draft in one forward pass. Here that is two, and their logits are put together.
+    """
+    if not call.assisted or call.prompt_tokens is None:
+        yield
+        return
+    thread, prompt, last = threading.get_ident(), call.prompt_tokens, []
+
+    def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache: Any = kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids")
+        if threading.get_ident() != thread or not hasattr(cache, "valid_entries") or ids is None or ids.shape[1] <= prompt:
+            return None
+        if cache.get_seq_length():
+            return None
+        if kwargs.get("output_hidden_states"):
+            raise InputError("this assistant needs the model's hidden states, which a compact cache's first pass does not give")
+        last.append(module(**{**parts(kwargs, slice(prompt)), "logits_to_keep": 1}).logits[:, -1:])
+        rest = parts(kwargs, slice(prompt, None))
+        if kwargs.get("attention_mask") is not None:
+            rest["attention_mask"] = kwargs["attention_mask"]
+        if kwargs.get("logits_to_keep"):
+            rest["logits_to_keep"] = kwargs["logits_to_keep"] - 1
+        return args, rest
+
+    def join(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() == thread and last and kwargs["input_ids"].shape[1] != prompt:
+            output.logits = torch.cat([last.pop(), output.logits], 1)
+
+    hooks = [
+        model.register_forward_pre_hook(read_prompt, with_kwargs=True),
+        model.register_forward_hook(join, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parts(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
+    """Inputs of a forward pass for some of its tokens."""
+    cut = {name: inputs[name][..., tokens] for name in BY_TOKEN if inputs.get(name) is not None}
+    return {**inputs, **cut}
+
+
+def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerateCall:
+    """What a call asks for, before transformers has looked at it."""
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+
+    def option(name: str) -> Any:
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in (given, model.generation_config)))
+        return next((value for value in values if value is not None), None)
+
+    return GenerateCall(None if ids is None else ids.shape[-1], option)
