@@ -174,8 +174,10 @@ class _Block:
         """This block: a copied model has its hooks, which do nothing there."""
         return self
 
-    def give_cache(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def give_cache(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Before a forward pass: a prompt gets its cache."""
+        if kwargs is None:  # torch's way to call a hook that another thread has just removed
+            return None
         if module is not self.run.model or not _starts_prompt(args, kwargs):
             return None
         mine = [block for block in self.routing.blocks if block.thread == threading.get_ident()]
@@ -194,8 +196,10 @@ class _Block:
         self._repeats = repeats
         return args, {**kwargs, "past_key_values": cache}
 
-    def check(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def check(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
         """After a forward pass: the model must have used the cache; rows that were read once are put side by side."""
+        if output is None:  # removed by another thread, as above
+            return None
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, CompactCache):
             return None

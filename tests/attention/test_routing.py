@@ -36,12 +36,14 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # Locks
 
 HANG = """
-import gc, sys, threading, time
+import gc, sys
 sys.path.insert(0, "tests")
 import winnowkv as wk
 from support.models import PROMPT, prompt, tiny_model
+from transformers import AttentionInterface
 
 one, other = tiny_model("llama"), tiny_model("llama")
+gc.disable()
 
 def keep_a_cache_in_a_cycle():
     try:
@@ -49,21 +51,24 @@ def keep_a_cache_in_a_cycle():
     except wk.BudgetError as error:
         error.itself = error
 
-# Collecting garbage every few objects puts the finalizers of those caches into every part of acquire() and release().
-gc.set_threshold(3)
-for _ in range(150):
-    keep_a_cache_in_a_cycle()
-    with wk.compress(other, "snapkv:observe=8", 20):
-        pass
-gc.set_threshold(700)
-gc.collect()
-print([model.config._attn_implementation for model in (one, other)])
+register = AttentionInterface.register
+
+def collect_and_register(*args):
+    gc.collect()  # as any allocation may: here the lock is held, and the cache's finalizer runs
+    return register(*args)
+
+AttentionInterface.register = collect_and_register
+keep_a_cache_in_a_cycle()
+assert one.config._attn_implementation.startswith("winnow")
+with wk.compress(other, "snapkv:observe=8", 20):
+    assert one.config._attn_implementation == "sdpa"
+print("done")
 """
 
 
 def test_garbage_collected_while_a_model_is_routed_does_not_wait_for_itself() -> None:
-    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split("\n")[0] == "['sdpa', 'sdpa']"
+    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "done\n"
 
 
 def test_what_is_given_back_while_the_lock_is_taken_is_taken_off_afterwards(llama: PreTrainedModel) -> None:

@@ -119,10 +119,13 @@ def drafts_apart(model: PreTrainedModel, call: GenerateCall) -> Iterator[None]:
         return
     thread, prompt, last = threading.get_ident(), call.prompt_tokens, []
 
-    def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A pass of another thread may call these without kwargs while they are removed: torch looks those up apart.
+    def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if threading.get_ident() != thread or kwargs is None:
+            return None
         cache: Any = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids")
-        if threading.get_ident() != thread or not hasattr(cache, "valid_entries") or ids is None or ids.shape[1] <= prompt:
+        if not hasattr(cache, "valid_entries") or ids is None or ids.shape[1] <= prompt:
             return None
         if cache.get_seq_length():
             return None
@@ -136,7 +139,7 @@ def drafts_apart(model: PreTrainedModel, call: GenerateCall) -> Iterator[None]:
             rest["logits_to_keep"] = kwargs["logits_to_keep"] - 1
         return args, rest
 
-    def join(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def join(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
         if threading.get_ident() == thread and last and kwargs["input_ids"].shape[1] != prompt:
             output.logits = torch.cat([last.pop(), output.logits], 1)
 
