@@ -93,7 +93,11 @@ def rows_of(name: str, about: dict[str, Any]) -> list[tuple[str, str]]:
     if name == "laws":
         return [("examples of each of four laws", about["variables"]["WINNOW_EXAMPLES"])]
     if name == "parsers":
-        return [(kind, ", ".join(f"{count} {what}" for what, count in each.items())) for kind, each in found["counts"].items()]
+        kinds = {
+            kind: {what: count for what, count in each.items() if isinstance(count, int)}
+            for kind, each in found["kinds"].items()
+        }
+        return [(kind, ", ".join(f"{count} {what}" for what, count in each.items())) for kind, each in kinds.items()]
     counted = found.get("counts", found)
     return [(key.replace("_", " "), str(value)) for key, value in counted.items() if isinstance(value, int | float)]
 

@@ -1,4 +1,4 @@
-"""A race of threads on one model: whatever the others do, each gets what it would get alone, and the model comes back as it was.
+"""A race of threads on one model: each gets what it would get alone, and the model comes back as it was.
 
 Some threads read as ever, some in compress blocks of their own, some into caches of their own, some enter the block of another
 thread, some give up in the middle of a forward pass, and one collects garbage all the time. Everything is compared with what

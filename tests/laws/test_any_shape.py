@@ -1,4 +1,4 @@
-"""Laws 1 to 4 over drawn shapes: lengths of 1 to 300 tokens, any budget, float32, bfloat16 and float16, batches, turns and chunks.
+"""Laws 1 to 4 over drawn shapes: lengths of 1 to 300 tokens, any budget, four dtypes, batches, turns and chunks.
 
 ``WINNOW_EXAMPLES`` draws more than the usual few; ``make soak`` does.
 """
