@@ -146,7 +146,7 @@ def test_rows_that_cannot_be_answered_fail_and_the_run_continues(winnow, options
     assert {(line["policy"], line["budget"]) for line in failed} == {("snapkv:observe=8", 5)}
     assert len(failed) == ROWS
     words = " ".join(out.split())
-    assert "snapkv:observe=8 at 5 (0)" in words
+    assert f"snapkv:observe=8 lacks {ROWS} (snapkv: a budget of 5 entries" in words
     assert "is below sinks + window" in words
 
 

@@ -5,7 +5,8 @@ import json
 import re
 import sys
 
-from support.results import CONFIG, evaluation, line, write_run
+from support.results import CONFIG, broken, evaluation, line, write_run
+from winnowkv.cli.eval import show as show_evaluation
 from winnowkv.cli.report import show
 from winnowkv.evaluate.report.summary import summarize
 
@@ -41,3 +42,21 @@ def test_names_with_brackets_are_shown_as_they_are(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", stream)
     show(summarize([line("full"), line("mine:x=[bold]", 0.2)], CONFIG), tmp_path)
     assert "mine:x=[bold]" in stream.getvalue().replace("\n", "")
+
+
+def test_a_mean_says_over_how_many_rows_it_is_and_who_lacks_the_others(winnow, monkeypatch, tmp_path):
+    lines = [line(policy, 0.5, row=str(row)) for policy in ("full", "cake") for row in range(4)]
+    lines += [line("snapkv", 0.5, row=str(row)) for row in range(3)] + [broken("out of memory", row="3")]
+    code, out, err = winnow("report", write_run(tmp_path / "run", lines), "--out", tmp_path / "page.html")
+    assert (code, err) == (0, "")
+    assert "mean over tasks (3 of 4 rows)" in out
+    said = "Means at 12% are over the 3 of 4 rows that all policies answered: snapkv lacks 1 (out of memory)."
+    assert said in " ".join(out.split())
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "3 of 4" in page
+    assert said in page
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    show_evaluation(summarize(lines, CONFIG), tmp_path)
+    assert "3 of 4" in stream.getvalue()
+    assert said in " ".join(stream.getvalue().split())

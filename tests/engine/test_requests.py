@@ -90,15 +90,40 @@ def test_prompts_that_cannot_be_read_are_refused(llama: PreTrainedModel) -> None
         with pytest.raises(wk.InputError, match=message):
             engine.submit(given)  # type: ignore[arg-type]
     with pytest.raises(wk.BudgetError, match="below sinks"):
-        Engine(llama, word_tokenizer(), "snapkv:observe=8", 0.1).submit(ids(20))
+        Engine(llama, word_tokenizer(), "snapkv:observe=8", 5).submit(ids(20))
     assert engine.waiting == 0
     with pytest.raises(wk.InputError, match=r"give \[prompt\]"):
         engine.generate("w1 w2")
     with pytest.raises(wk.InputError, match="2 samplings for 1 prompts"):
         engine.generate([[1]], [Sampling(), Sampling()])
-    with pytest.raises(wk.InputError, match="is empty"):
-        engine.generate([ids(30), []])
-    assert engine.waiting == 0  # the first was not read
+    assert engine.waiting == 0
+
+
+def test_a_refused_prompt_is_answered_with_its_error_and_the_others_as_alone(llama: PreTrainedModel) -> None:
+    engine, how = Engine(llama, word_tokenizer(), **SNAP), Sampling(max_new_tokens=5)
+    given = [ids(30), [], ids(1020), [1, 200], ids(40, 1)]
+    done = engine.generate(given, how)
+    assert [one.finish_reason for one in done] == ["length", "error", "error", "error", "length"]
+    for one, prompt_ids, says in zip(
+        done[1:4], given[1:4], ("is empty", "1024 positions", "token 200 is unknown"), strict=True
+    ):
+        assert isinstance(one.error, wk.InputError)
+        with pytest.raises(wk.InputError, match=says) as refused:
+            engine.submit(prompt_ids, how)
+        assert str(refused.value) == str(one.error)
+        assert (one.tokens, one.text, one.prompt_tokens, one.queue_seconds) == ([], "", 0, None)
+    assert [done[0].tokens, done[4].tokens] == [alone(llama, ids(30), 5, **SNAP), alone(llama, ids(40, 1), 5, **SNAP)]
+    # A budget in entries that some prompts cannot have, more bytes than there are, more choices than rows.
+    small = Engine(llama, word_tokenizer(), "snapkv:observe=8", 5, kv_memory="32KiB", max_rows=2)
+    budget, memory, rows, fine = small.generate(
+        [ids(20), ids(5), ids(5), ids(5)],
+        [how, Sampling(max_new_tokens=900), Sampling(max_new_tokens=2, n=3, seed=1), Sampling(max_new_tokens=2)],
+    )
+    assert isinstance(budget.error, wk.BudgetError)
+    assert "kv_memory is 32768" in str(memory.error)
+    assert "n=3 choices decode together, and max_rows is 2: give Engine(max_rows=3), or a lower n" in str(rows.error)
+    assert [(one.index, one.finish_reason) for one in rows.choices] == [(n, "error") for n in range(3)]
+    assert (fine.finish_reason, small.held_bytes, small.waiting) == ("length", 0, 0)
 
 
 def test_prompts_as_text_messages_and_tokens(llama: PreTrainedModel) -> None:

@@ -209,7 +209,7 @@ def test_every_policy_is_exact_for_any_prompt_and_budget(
     drive(plan, seed, constant)
     if entries >= tokens or tokens <= plan.bound.policy.observation_window(plan.bound.prompt):
         assert all(kept is None for kept in plan.kept)
-        assert (plan.note is not None) == (entries < tokens)
+        assert (bool(plan.notes)) == (entries < tokens)
         return
     assert entries >= least
     assert sum(entries_of(kept, tokens) for kept in plan.kept) == entries * layers

@@ -257,14 +257,13 @@ def test_requests_that_cannot_be_planned_are_refused() -> None:
         plan(LLAMA, 1000, 1, 2**20).fit("snapkv", policy, 20)
     # A prompt no longer than the window is kept whole, as in prefill.
     assert plan(LLAMA, 30, 1, 2**20).fit("snapkv", policy, 20).kept_bytes == LLAMA.full_bytes(30)
-    # Prompts of 12% below the window's 32 entries cannot be: none is proposed where only they would fit.
-    little = need(LLAMA, policy, Budget(0.12), 267, TaskProfile()).peak + 2000
-    assert plan(LLAMA, 1000, 1, little).fit("snapkv", policy, 0.12).largest_context == 267
-    assert plan(LLAMA, 1000, 1, little - 1).fit("snapkv", policy, 0.12).largest_context == 0
-    # Nor with still less memory, though prompts within the window would be kept whole.
-    within = need(LLAMA, policy, Budget(0.12), 20, TaskProfile()).peak + 2000
-    assert plan(LLAMA, 1000, 1, within).fit("snapkv", policy, 0.12).largest_context == 0
-    assert plan(LLAMA, 20, 1, within).fit("snapkv", policy, 0.12).largest_context == 20
+    # Of prompts of which 12% are below the window's 32 entries, 32 are kept: shorter ones take less.
+    for tokens in (267, 200, 20):
+        just = need(LLAMA, policy, Budget(0.12), tokens, TaskProfile()).peak + 2000
+        assert plan(LLAMA, 1000, 1, just).fit("snapkv", policy, 0.12).largest_context == tokens
+        assert plan(LLAMA, 1000, 1, just - 1).fit("snapkv", policy, 0.12).largest_context == tokens - 1
+    # With 20 entries nothing longer than the window can be planned.
+    assert plan(LLAMA, 30, 1, 2**20).fit("snapkv", policy, 20).largest_context == 32
 
 
 @pytest.mark.slow

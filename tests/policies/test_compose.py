@@ -173,9 +173,9 @@ def test_the_inner_policy_checks_model_and_budget() -> None:
 
 def test_the_inner_policy_says_what_the_user_should_know() -> None:
     prompt = wk.PromptInfo(PROMPT, 4, 40)
-    assert policy("adakv:of=winnow").bind(MODEL, prompt).note == policy("winnow").bind(MODEL, prompt).note is not None
+    assert policy("adakv:of=winnow").bind(MODEL, prompt).notes == policy("winnow").bind(MODEL, prompt).notes != ()
     short = replace(prompt, tokens=8, budget=4)
-    assert "observation window of 8" in (policy("adakv:of=snapkv:observe=8").bind(MODEL, short).note or "")
+    assert "observation window of 8" in policy("adakv:of=snapkv:observe=8").bind(MODEL, short).notes[0]
 
 
 @pytest.mark.parametrize("inner", ["snapkv:observe=4", "h2o", "expected:samples=16", "winnow:observe=4:samples=16", "tova"])

@@ -328,13 +328,13 @@ def test_a_prompt_within_budget_or_window_is_kept_whole(evicting: Case) -> None:
     if window > 1:  # D8: the published DynamicKV crashes here
         selection = keep(made, window, 4, window - 1, task=evicting.task)
         assert selection.kept == [None] * 4
-        assert f"the prompt of {window} tokens" in selection.note
+        assert f"the prompt of {window} tokens" in selection.notes[0]
 
 
 def test_full_keeps_everything_at_any_budget() -> None:
     selection = keep("full", 50, 3, 1)
     assert selection.kept == [None] * 3
-    assert selection.note is None
+    assert selection.notes == ()
 
 
 def test_the_same_prompt_keeps_the_same_and_the_global_generator_is_not_touched(evicting: Case) -> None:

@@ -238,7 +238,7 @@ def test_without_a_known_question_the_policy_is_expected() -> None:
             mine, theirs = (wk.policy(each).bind(shape(4), prompt) for each in (spec, same))
             assert mine.parts == theirs.parts
             assert mine.parts.scorer.rotation == shape(4).rotation
-            assert mine.note is None
+            assert mine.notes == ()
             assert mine.evicts
             assert mine.policy.quantize == theirs.policy.quantize
 

@@ -120,7 +120,7 @@ def test_guessed_heads_are_compared_over_all_layers() -> None:
     """Heads of the first layers alone are noise, and a sentence that went with them does not come back: all is held."""
     guessing = bound(asked(300, 12, 36, TaskProfile()), observe=8, samples=16)
     assert peak_of(guessing) == guessing.parts.allocator.peak_entries() / (12 * 300) == 1.0
-    assert "holds the whole prompt's cache" in (guessing.note or "")
+    assert "holds the whole prompt's cache" in guessing.notes[0]
     scattered = bound(asked(300, 12, 36, TaskProfile("aggregation")), observe=8, samples=16)
     assert peak_of(scattered) < 0.35
 

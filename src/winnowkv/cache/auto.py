@@ -26,14 +26,14 @@ class AutoSelection:
 
     Attributes
     ----------
-    bound, kept, scores, common, note: as of :class:`PromptSelection`.
+    bound, kept, scores, common, notes: as of :class:`PromptSelection`.
     """
 
     def __init__(self, policy: Policy, model: ModelInfo, prompt: PromptInfo, curve: Curve, target: float) -> None:
         self._least = max(policy.minimum_budget(prompt), policy.sinks + policy.observation_window(prompt))
         self._policy, self._prompt = policy, prompt
         self.bound = policy.bind(model, replace(prompt, budget=min(self._least, prompt.tokens)))
-        self.note = self.bound.parts.hint
+        self.notes = self.bound.notes
         self.kept: Sequence[Indices | None] = []
         self.scores: list[Scores] = []
         self.common: Indices | None = None
@@ -59,7 +59,7 @@ class AutoSelection:
                 least = entries
         self._evidence.clear()
         if best is None:
-            self.note = f"auto: no budget below the whole prompt is expected to give {self._target:.0%}: everything is kept"
+            self.notes = (f"auto: no budget below the whole prompt is expected to give {self._target:.0%}: everything is kept",)
             return {}
         self.bound, self.kept, self.scores, self.common, self._mass = (
             best.bound, best.kept, best.scores, best.common, best.kept_mass(),

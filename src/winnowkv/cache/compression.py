@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from winnowkv.budget import Budget
 from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.quantized import quanto
 from winnowkv.cache.selection import PromptSelection
-from winnowkv.errors import InputError
+from winnowkv.errors import InputError, WinnowError
 from winnowkv.models.calibration import find_profile
 from winnowkv.models.curve import Curve
 from winnowkv.models.info import ModelInfo
@@ -20,6 +21,17 @@ from winnowkv.policies import Policy, PromptInfo, Tasks, policy as make_policy
 from winnowkv.policies.chunk_eviction import ExpectedSpans
 from winnowkv.policies.parts import ChunkEviction
 from winnowkv.prompt.task import TaskProfile
+
+
+@contextmanager
+def naming_row(row: int, rows: int) -> Iterator[None]:
+    """An error that one prompt of a batch causes says which one it is; rows count from 0."""
+    try:
+        yield
+    except WinnowError as error:
+        if rows == 1:
+            raise
+        raise type(error)(f"row {row} of a batch of {rows}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class Compression:
 
     def prompt(self, tokens: int, layers: int, task: TaskProfile) -> PromptInfo:
         """What the policy knows of a prompt of so many tokens, of which so many layers are compressed."""
-        return PromptInfo(tokens, layers, self.budget.entries(tokens), task)
+        return self.policy.prompt_info(self.budget, tokens, layers, task)
 
     def chunk_eviction(self) -> ChunkEviction:
         """What goes between the chunks of a long prompt: the policy's own rule, or the default."""

@@ -46,7 +46,7 @@ def report_prefill(
     report.prefill_seconds, report.compress_seconds = seconds, compress_seconds
     if all(isinstance(one, AutoSelection) or one.scores or not one.bound.evicts for one in selections):
         report.kept_mass = [selection.kept_mass() for selection in selections]
-    said = {note for note in (*(selection.note for selection in selections), *notes) if note}
+    said = {note for note in (*(note for one in selections for note in one.notes), *notes) if note}
     report.notes = sorted(said)
 
 

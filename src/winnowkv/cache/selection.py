@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from winnowkv.errors import PolicyError
+from winnowkv.errors import InputError, PolicyError
 from winnowkv.policies import BoundPolicy, LayerStates
 from winnowkv.types import Entries, HeadScores, Indices, Scores
 
@@ -29,17 +30,18 @@ class PromptSelection:
     kept: per layer read, the positions that stay, ``[1, H, n]``; None if everything stays.
     scores: per layer read, the importance scores ``[1, H, C]``; empty if nothing is evicted, and at the end unless kept.
     common: what all layers keep together, ``[1, 1, n]``, None if nothing is shared.
-    note: what the user should know, or None.
+    notes: what the user should know, in sentences.
     """
 
     def __init__(self, bound: BoundPolicy, *, keep_scores: bool = False) -> None:
-        self.bound, self.note = bound, bound.note
+        self.bound, self.notes = bound, bound.notes
         self.kept: list[Indices | None] = []
         self.scores: list[Scores] = []
         self.common: Indices | None = None
         self._keep_scores = keep_scores
         self._limits: list[Entries] = []  # what each layer read so far may hold
         self._votes: list[HeadScores] = []
+        self._sums: dict[int, Tensor] = {}  # by layer, of what its parts said: finite if every score of it is
         self._prefill_limits: list[Entries] = []
         if bound.evicts:
             self._prefill_limits = [min(limit, bound.prompt.tokens) for limit in bound.parts.allocator.prefill_limits()]
@@ -55,9 +57,37 @@ class PromptSelection:
         return self.take(*evidence(self.bound, states))
 
     def take(self, scores: Scores | None, votes: HeadScores | None) -> dict[int, Indices]:
-        """:meth:`observe` if the next layer's :func:`evidence` is known already."""
-        parts, prompt = self.bound.parts, self.bound.prompt
+        """:meth:`observe` if the next layer's :func:`evidence` is known already.
+
+        Raises InputError, at the last layer or where a part fails over them, if a layer's scores are not finite numbers.
+        """
         layer = len(self.kept)
+        said = [part.sum(dtype=torch.float32) for part in (scores, votes) if part is not None]
+        if said:
+            self._sums[layer] = torch.stack(said).sum()
+        try:
+            changed = self._take(layer, scores, votes)
+        except Exception:
+            self._check_finite()  # what a part could not work with is the better answer
+            raise
+        if layer == self.bound.prompt.layers - 1:  # once a prompt: the host waits for an accelerator here
+            self._check_finite()
+        return changed
+
+    def _check_finite(self) -> None:
+        if not self._sums:
+            return
+        sums = list(self._sums.values())
+        finite = torch.stack([each.to(sums[0].device) for each in sums]).isfinite().tolist()
+        if not all(finite):
+            raise InputError(
+                f"{self.bound.policy.name}: the importance scores of layer {list(self._sums)[finite.index(False)]} are not "
+                "finite numbers, because the model's own numbers overflow or its weights are broken: load the model in "
+                "bfloat16 or float32"
+            )
+
+    def _take(self, layer: int, scores: Scores | None, votes: HeadScores | None) -> dict[int, Indices]:
+        parts, prompt = self.bound.parts, self.bound.prompt
         self.kept.append(None)
         self.scores.append(self.scores[parts.scorer.leader(layer)] if scores is None else scores)
         if votes is not None:

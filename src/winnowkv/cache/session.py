@@ -13,7 +13,7 @@ from torch import Tensor
 
 from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.chunked import ChunkedPrompt, cut
-from winnowkv.cache.compression import Compression
+from winnowkv.cache.compression import Compression, naming_row
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.reports import report_prefill
 from winnowkv.cache.selection import PromptSelection
@@ -155,7 +155,8 @@ class PrefillSession:
         self._note_peak()
         changed: set[int] = set()
         for row, selection in enumerate(self.selections):
-            changed.update(selection.observe(self._states(number, row, queries, scale)))
+            with naming_row(row, len(self.selections)):
+                changed.update(selection.observe(self._states(number, row, queries, scale)))
         dense = len(self.selections) == 1 and not self.compression.policy.per_head
         for index in changed:
             kept = [selection.kept[index] for selection in self.selections]
@@ -202,8 +203,11 @@ class PrefillSession:
             return [self._chunked.selection]
         lengths = [layer.prompt - pad for pad in layer.pads]
         tasks = asked.each_task(len(lengths))
-        prompts = [asked.prompt(n, len(self.layers), task) for n, task in zip(lengths, tasks, strict=True)]
-        return [asked.selection(prompt) for prompt in prompts]
+        made = []
+        for row, (tokens, task) in enumerate(zip(lengths, tasks, strict=True)):
+            with naming_row(row, len(lengths)):
+                made.append(asked.selection(asked.prompt(tokens, len(self.layers), task)))
+        return made
 
     def _note_peak(self) -> None:
         self.report.peak_bytes = max(self.report.peak_bytes, sum(layer.held_bytes for layer in self.layers))

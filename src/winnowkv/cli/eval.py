@@ -316,7 +316,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     from rich.table import Table
 
     from winnowkv.cli.report import between, points
-    from winnowkv.evaluate.report.summary import OVER_ROWS, group_budget_text
+    from winnowkv.evaluate.report.summary import OVER_ROWS, group_budget_text, rows_text
     from winnowkv.report import MIB
 
     console = table_console(150)
@@ -335,7 +335,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
                 escape(group["task"]),
                 escape(group["policy"]),
                 group_budget_text(group),
-                str(group["rows"]),
+                rows_text(group),
                 points(group["score"]),
                 between(group),
                 points(pair["mean_difference"], "+"),

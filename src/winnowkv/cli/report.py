@@ -48,7 +48,10 @@ def show(summary: dict[str, Any], page: Path) -> None:
 
     console = table_console()
     for section in summary["sections"]:
-        rows = sum(task["rows"] for task in section["tasks"])
+        counts = sorted({group["rows"] for group in section["groups"] if group["task"] == OVER_TASKS})
+        rows = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        every = sum(task["rows"] for task in section["tasks"])
+        rows += f" of {every}" if counts[0] < every else ""
         table = Table(
             title=escape(f"{section['protocol']}: {section['model']} in {section['dtype']}, {OVER_TASKS} ({rows} rows)"),
             box=box.SIMPLE_HEAD,

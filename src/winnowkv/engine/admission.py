@@ -51,30 +51,38 @@ class Admission:
                 peak = prefill_bytes(self._shape, chunks.most, self._chunk)
         return Claim(peak, self.equal_entries(kept), sampling.max_new_tokens - 1)
 
+    def kept_entries(self, tokens: int, task: TaskProfile) -> list[int]:
+        """What each compressed layer keeps of a prompt of ``tokens`` without chunks, equally many."""
+        policy, layers = self._compression.policy, len(self._shape.compressed)
+        prompt = self._compression.prompt(tokens, layers, task)
+        return self.equal_entries(prompt.budget if policy.evicts_from(prompt) else tokens)
+
     def equal_entries(self, entries: int) -> list[int]:
         """That many entries in each compressed layer."""
         return [entries] * len(self._shape.compressed)
 
     def check_alone(self, claim: Claim, tokens: int, sampling: Sampling, slots: Slots) -> None:
         """Raise InputError if a request does not fit even into empty slots."""
-        least = max(claim.peak, slots.bytes_alone(claim.entries, claim.room))
+        least = max(claim.peak, slots.bytes_alone(claim.entries, claim.room, sampling.n))
         if self.kv_memory is not None and least > self.kv_memory:
             raise self.too_small(least, tokens, sampling)
 
     def too_small(self, least: int, tokens: int, sampling: Sampling) -> InputError:
         """The error of a request that needs ``least`` bytes and can never fit."""
+        times, fewer = (f" for each of n={sampling.n} choices", ", or a lower n") if sampling.n > 1 else ("", "")
         return InputError(
-            f"a prompt of {tokens} tokens with {sampling.max_new_tokens} new ones needs {least} bytes of keys and values, "
-            f"kv_memory is {self.kv_memory}: give kv_memory={least} or more, a smaller budget, or lower max_new_tokens"
+            f"a prompt of {tokens} tokens with {sampling.max_new_tokens} new ones{times} needs {least} bytes of keys and "
+            f"values, kv_memory is {self.kv_memory}: give kv_memory={least} or more, a smaller budget, or lower "
+            f"max_new_tokens{fewer}"
         )
 
     def can_read(self, claim: Claim, held: int) -> bool:
         """Whether a prompt can be read while ``held`` bytes are taken."""
         return self.kv_memory is None or held + claim.peak <= self.kv_memory
 
-    def can_place(self, entries: Sequence[int], room: int, slots: Slots) -> bool:
-        """Whether the slots can take one more row, with ``entries`` of each compressed layer and ``room`` for new tokens."""
-        return self.kv_memory is None or slots.bytes_with(entries, room) <= self.kv_memory
+    def can_place(self, entries: Sequence[int], room: int, slots: Slots, rows: int) -> bool:
+        """Whether the slots can take more rows, each with ``entries`` of each compressed layer and ``room`` for new tokens."""
+        return self.kv_memory is None or slots.bytes_with(entries, room, rows) <= self.kv_memory
 
 
 def prefill_bytes(shape: Shape, entries: int, chunk: int) -> int:

@@ -7,8 +7,10 @@ its draws and its text. Which requests wait and which run is decided by :class:`
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from winnowkv.cache.compression import Compression
 from winnowkv.cache.reading import prefill
 from winnowkv.cache.reports import new_report
 from winnowkv.engine.admission import Admission
-from winnowkv.engine.request import Completion, Event, Request
+from winnowkv.engine.request import Completion, Event, Request, Row
 from winnowkv.engine.sampling import Sampling, check_whole, choose
 from winnowkv.engine.scheduler import Scheduler
 from winnowkv.engine.slots import Slots
@@ -48,7 +50,7 @@ class Engine:
     tokenizer: reads prompts and writes text; policies that score by task or structure decode prompts with it.
     kv_memory: most bytes of keys and values, as a number or ``"512MiB"``; None for no limit. The copy of a layer that
         exists while its buffers grow or shrink comes on top, one layer at a time.
-    max_rows: most requests that decode together.
+    max_rows: most choices (of all requests) that decode together.
     prefill_chunk, prefill_ceiling: read prompts in chunks (:func:`winnowkv.cache.reading.prefill`).
     compile: compiled decode steps (:class:`Slots`); :meth:`warm_up` compiles them before the first request.
     task: of all prompts that are submitted without one; None classifies each prompt, if the policy asks for a task.
@@ -122,12 +124,15 @@ class Engine:
 
     def warm_up(self, prompt_tokens: int, new_tokens: int = 128) -> float:
         """Compile the steps of up to ``max_rows`` prompts of that length, as many as fit; returns the seconds it took."""
-        entries, room = self._admission.equal_entries(self.budget.entries(prompt_tokens)), new_tokens - 1
+        entries = self._admission.kept_entries(prompt_tokens, TaskProfile.of(self._task or "localization"))
+        room = new_tokens - 1
         rows = self.max_rows
         if self.kv_memory is not None:
             most = max(self.kv_memory // self._slots.bytes_alone(entries, room), 1)
             rows = max(size for size in self._slots.graph_rows(min(rows, most)) if size <= most)
         with self._scheduler.turn():
+            if self._scheduler.broken:
+                self._scheduler.replace(Slots(self.model, compile=self._compile))
             return self._slots.warm_up(rows, entries[0], room)
 
     def submit(self, prompt: AnyPrompt, sampling: Sampling = GREEDY, *, task: TaskProfile | str | None = None) -> Request:
@@ -136,15 +141,20 @@ class Engine:
         Raises
         ------
         InputError
-            For a prompt that is empty, too long, or can never fit into ``kv_memory``.
+            For a prompt that is empty, too long, or can never fit into ``kv_memory``; for more choices than ``max_rows``.
         BudgetError
-            If the budget of a prompt of this length cannot hold sinks and recent window.
+            If a budget in entries cannot hold sinks and recent window of a prompt of this length.
         """
         return self._submit(prompt, sampling, task, None)
 
     def _submit(
         self, prompt: AnyPrompt, sampling: Sampling, task: TaskProfile | str | None, inbox: deque[Event] | None
     ) -> Request:
+        if sampling.n > self.max_rows:
+            raise InputError(
+                f"n={sampling.n} choices decode together, and max_rows is {self.max_rows}: give Engine(max_rows={sampling.n}), "
+                "or a lower n"
+            )
         ids = self._read_prompt(prompt, sampling)
         given = self._task if task is None else task
         (profile,) = read_tasks(self.tokenizer, torch.tensor([ids]), None, given, self._compression.policy)
@@ -155,21 +165,30 @@ class Engine:
         self._scheduler.add(request)
         return request
 
-    def cancel(self, request: Request) -> None:
-        """End a request now. Its row is free at once, or as soon as the forward pass that is running ends."""
-        self._scheduler.cancel(request)
+    def cancel(self, request: Request, index: int | None = None) -> None:
+        """End a request or one choice now. Its row is free at once, or as soon as the forward pass that is running ends."""
+        if index is not None and not 0 <= index < len(request.choices):
+            raise InputError(f"choice {index} is not there: the request has choices 0 to {len(request.choices) - 1}")
+        self._scheduler.cancel(request, index)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Read the first waiting prompt if it fits, then do one decode step of all active requests; returns their events.
 
         An error that one prompt causes (a :class:`WinnowError` while it is read) ends that request alone, and its last
-        event holds it. Any other error is raised, and ends all requests that were in the forward pass.
+        event holds it. Any other error is raised, and ends all requests that were in the forward pass; their memory is
+        free, and the next step goes on with the others.
         """
         with self._scheduler.turn():
+            if self._scheduler.broken:
+                self._scheduler.replace(Slots(self.model, compile=self._compile))
             events = self._prefill(self._scheduler.next_prompt())
-            events += self._scheduler.place()
-            events += self._decode(self._scheduler.rows())
+            try:
+                events += self._scheduler.place()
+                events += self._decode(self._scheduler.rows())
+            except BaseException as error:
+                self._recover(error)
+                raise
             return events
 
     def generate(
@@ -179,40 +198,48 @@ class Engine:
         *,
         task: TaskProfile | str | None = None,
     ) -> list[Completion]:
-        """Answer prompts and return the completions in their order; one sampling for all, or one for each.
+        """Answer prompts and return a completion for each, in their order; one sampling for all, or one for each.
 
-        No prompt is read before all were accepted (:meth:`submit`). An exception, Ctrl-C included, cancels what is left.
+        A prompt that :meth:`submit` refuses is answered by a completion with the error, as is one that fails while it is read
+        (``finish_reason="error"``): the others do not suffer. With ``n`` above 1 a completion is that of choice 0, and its
+        ``choices`` are all. An exception, Ctrl-C included, cancels what is left.
         """
         if isinstance(prompts, str):
             raise InputError("generate() takes a list of prompts: give [prompt]")
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(prompts):
             raise InputError(f"{len(each)} samplings for {len(prompts)} prompts: give one for each, or one")
-        requests: list[Request] = []
+        asked: list[Request | Completion] = []
         try:
             for prompt, how in zip(prompts, each, strict=True):
-                requests.append(self.submit(prompt, how, task=task))
-            while any(request.completion is None for request in requests):
+                try:
+                    asked.append(self.submit(prompt, how, task=task))
+                except WinnowError as error:
+                    asked.append(self._refused(how, error))
+            while any(one.completion is None for one in asked if isinstance(one, Request)):
                 self.step()
         except BaseException:
-            for request in requests:
-                self.cancel(request)
+            for one in asked:
+                if isinstance(one, Request):
+                    self.cancel(one)
             raise
-        return [request.completion for request in requests if request.completion is not None]
+        ended = [one.completion if isinstance(one, Request) else one for one in asked]
+        return [one for one in ended if one is not None]
 
     def stream(
         self, prompt: AnyPrompt, sampling: Sampling = GREEDY, *, task: TaskProfile | str | None = None
     ) -> Iterator[Event]:
-        """The events of one prompt as they come, the last one with its completion; closing the iterator cancels."""
+        """The events of one prompt as they come, the last one of each choice with its completion; closing it cancels."""
         inbox: deque[Event] = deque()
-        request = self._submit(prompt, sampling, task, inbox)
+        request, going = self._submit(prompt, sampling, task, inbox), sampling.n
         try:
-            while True:
+            while going:
                 while inbox:
-                    yield (event := inbox.popleft())
-                    if event.finished is not None:
-                        return
-                self.step()
+                    event = inbox.popleft()
+                    going -= event.finished is not None
+                    yield event
+                if going:
+                    self.step()
         finally:
             self.cancel(request)
 
@@ -221,36 +248,52 @@ class Engine:
         if request is None:
             return []
         request.started = time.perf_counter()
+        cache: CompactCache | None = None
         try:
             cache = CompactCache(self.model, self._compression.policy, self.budget, task=request.task, hold=False)
             cache.report.policy = self.policy  # as it was asked: looking it up again takes longer than a decode step
             request.report = cache.report
             self._scheduler.begin(request, cache)
-            chosen = choose(self._prompt_logits(request, cache), [request.sampler])
+            logits, rows = self._prompt_logits(request, cache), request.rows
+            chosen = choose(logits.expand(len(rows), -1), [row.sampler for row in rows]) if rows else []
         except BaseException as error:
+            cache = None  # else the error, which has a way to this frame, would keep it
+            free_frames(error)
             events = self._scheduler.fail_prompt(request, error)
             if isinstance(error, WinnowError):
                 return events
             raise
-        return self._scheduler.postprocess([request], chosen)
+        return self._scheduler.postprocess(rows, chosen)
 
     def _prompt_logits(self, request: Request, cache: CompactCache) -> Tensor:
         """Logits of the first new token, ``[1, vocabulary]``."""
         ids = torch.tensor([request.prompt], device=self.model.device)
         return prefill(self.model, ids, cache, chunk=self._chunk, ceiling=self._ceiling)
 
-    def _decode(self, rows: list[Request]) -> list[Event]:
+    def _decode(self, rows: list[Row]) -> list[Event]:
         """One forward pass of all rows."""
         if not rows:
             return []
+        return self._scheduler.postprocess(rows, advance(self._slots, [row.sampler for row in rows]))
+
+    def _recover(self, error: BaseException) -> None:
+        """Free all rows after an error: some layers may have the new tokens and some not, so that none can go on.
+
+        If there is no memory for new slots either, the next step tries again.
+        """
+        free_frames(error)
+        self._scheduler.fail_rows(error)
         try:
-            chosen = advance(self._slots, [request.sampler for request in rows])
-        except BaseException as error:
-            # Some layers may have the new tokens and some not: no row can go on from there.
-            self._scheduler.fail_rows(error)
-            self._scheduler.slots = Slots(self.model, compile=self._compile)
-            raise
-        return self._scheduler.postprocess(rows, chosen)
+            self._scheduler.replace(Slots(self.model, compile=self._compile))
+        except Exception as second:
+            free_frames(second)
+            second.__context__, error.__context__ = error.__context__, second
+
+    def _refused(self, sampling: Sampling, error: WinnowError) -> Completion:
+        """The answer to a prompt that was not accepted."""
+        free_frames(error)
+        ended = Completion(0, [], "", "error", None, new_report(self._compression), None, None, error)
+        return replace(ended, others=tuple(replace(ended, index=index) for index in range(1, sampling.n)))
 
     def _read_prompt(self, prompt: AnyPrompt, sampling: Sampling) -> list[int]:
         """Token ids, checked against the model."""
@@ -267,3 +310,12 @@ class Engine:
                 f"{position_limit(self.model)} positions: shorten it or lower max_new_tokens"
             )
         return ids
+
+
+def free_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, such as keys and values: a completion keeps its error for long."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

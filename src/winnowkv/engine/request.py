@@ -1,11 +1,12 @@
-"""One request of an engine, from its prompt to its completion, token by token."""
+"""One request of an engine, from its prompt to its completion, token by token; it has one choice or several."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,18 +23,20 @@ NOT_FINITE = "the model's largest logit is not a finite number: load it in bfloa
 
 @dataclass(frozen=True)
 class Completion:
-    """How a request ended.
+    """How a choice ended; of a request with several, its first one, from which ``choices`` leads to all.
 
     Attributes
     ----------
+    prompt_tokens: of the prompt; 0 if it was refused.
     tokens: all that were chosen, the end token and those of a stop string included.
     text: of the tokens, without the end token and the stop string.
     finish_reason: ``stop`` after an end token or a stop string, ``length`` after ``max_new_tokens``, ``cancelled``, or
         ``error`` (see ``error``).
     logprobs: of each token, if they were asked for.
-    report: what was kept of the prompt.
+    report: what was kept of the prompt; a choice's own for what came after it.
     queue_seconds, first_token_seconds: from submission until the engine began to read the prompt, and until the first
         token was chosen; None if the request ended before.
+    index: which of the ``n`` choices this is, from 0. others: the choices after this one, of a whole request's completion.
     """
 
     prompt_tokens: int
@@ -45,14 +48,21 @@ class Completion:
     queue_seconds: float | None
     first_token_seconds: float | None
     error: BaseException | None = None
+    index: int = 0
+    others: tuple[Completion, ...] = field(default=(), repr=False)
+
+    @property
+    def choices(self) -> tuple[Completion, ...]:
+        """Every choice of the request, ``n`` of them, in order; this one is the first."""
+        return self, *self.others
 
 
 @dataclass(frozen=True)
 class Event:
     """A new token of a request, or its end, or both.
 
-    ``text`` is the text that became final with this event; a request's events joined give its text. ``token`` is None if
-    the request ends without one.
+    ``text`` is the text that became final with this event; the events of a choice joined give its text. ``token`` is None if
+    the choice ends without one. ``index``: which choice, from 0; ``finished`` is its own completion.
     """
 
     request: Request
@@ -60,6 +70,7 @@ class Event:
     text: str
     logprob: Logprob | None
     finished: Completion | None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Claim:
     """The memory that one request needs.
 
     ``peak``: most bytes while its prompt is read. ``entries``: of each compressed layer afterwards. ``room``: entries of
-    new tokens.
+    new tokens. Each choice needs entries and room of its own.
     """
 
     peak: int
@@ -75,12 +86,24 @@ class Claim:
     room: int
 
 
+class Choice:
+    """One continuation of a request's prompt, which depends on no other. ``completion`` is None until it has ended."""
+
+    def __init__(self, sampling: Sampling, tokenizer: Any, end_tokens: frozenset[int], device: torch.device) -> None:
+        self.sampler = Sampler(sampling, end_tokens, device)
+        self.text = TextStream(tokenizer, sampling.stop, sampling.min_new_tokens)
+        self.logprobs: list[Logprob] = []
+        self.first = 0.0  # when its first token was chosen
+        self.completion: Completion | None = None
+
+
 class Request:
     """One prompt on its way through an engine.
 
     Attributes
     ----------
-    prompt: its token ids. sampling: how it is continued. completion: None until the request has ended.
+    prompt: its token ids. sampling: how it is continued. choices: its ``sampling.n`` continuations.
+    completion: None until all choices have ended; then that of the first, whose ``choices`` are all.
     """
 
     def __init__(
@@ -98,57 +121,85 @@ class Request:
     ) -> None:
         self.prompt, self.sampling, self.task, self.claim, self.report = prompt, sampling, task, claim, report
         self.completion: Completion | None = None
-        self.submitted, self.started, self.first = time.perf_counter(), 0.0, 0.0
+        self.submitted, self.started = time.perf_counter(), 0.0
         self.end_tokens = frozenset[int]() if sampling.ignore_eos else end_tokens
-        self.sampler = Sampler(sampling, self.end_tokens, device)
-        self._text = TextStream(tokenizer, sampling.stop, sampling.min_new_tokens)
-        self._logprobs: list[Logprob] = []
+        each = (sampling.choice(index) for index in range(sampling.n))
+        self.choices = [Choice(one, tokenizer, self.end_tokens, device) for one in each]
         self._inbox = inbox
 
     @property
     def tokens(self) -> list[int]:
-        """Those that were chosen so far."""
-        return self.sampler.tokens
+        """Those of its first choice that were chosen so far."""
+        return self.choices[0].sampler.tokens
 
-    def take(self, chosen: tuple[int, Logprob | None] | None) -> Event:
-        """Continue with a token that the request's sampler chose; None ends the request with an error."""
+    @property
+    def rows(self) -> list[Row]:
+        """The choices that have not ended."""
+        return [Row(self, index) for index, choice in enumerate(self.choices) if choice.completion is None]
+
+    def take(self, index: int, chosen: tuple[int, Logprob | None] | None) -> Event:
+        """Continue a choice with a token that its sampler chose; None ends it with an error."""
         if chosen is None:
-            return self.end("error", InputError(NOT_FINITE))
-        token, logprob = chosen
-        self.first = self.first or time.perf_counter()
+            return self.end(index, "error", InputError(NOT_FINITE))
+        choice, (token, logprob) = self.choices[index], chosen
+        choice.first = choice.first or time.perf_counter()
         if logprob is not None:
-            self._logprobs.append(logprob)
+            choice.logprobs.append(logprob)
         ended = token in self.end_tokens
-        piece = self._text.flush() if ended else self._text.push(token)
-        if ended or self._text.stopped:
-            return self._event(token, piece, logprob, self._complete("stop"))
-        if len(self.tokens) < self.sampling.max_new_tokens:
-            return self._event(token, piece, logprob, None)
-        piece += self._text.flush()
-        return self._event(token, piece, logprob, self._complete("length"))
+        piece = choice.text.flush() if ended else choice.text.push(token)
+        if ended or choice.text.stopped:
+            return self._event(index, token, piece, logprob, self._complete(index, "stop"))
+        if len(choice.sampler.tokens) < self.sampling.max_new_tokens:
+            return self._event(index, token, piece, logprob, None)
+        piece += choice.text.flush()
+        return self._event(index, token, piece, logprob, self._complete(index, "length"))
 
-    def end(self, reason: Reason, error: BaseException | None = None) -> Event:
-        """End the request without a token; text that is held back is dropped."""
-        return self._event(None, "", None, self._complete(reason, error))
+    def end(self, index: int, reason: Reason, error: BaseException | None = None) -> Event:
+        """End a choice without a token; text that is held back is dropped."""
+        return self._event(index, None, "", None, self._complete(index, reason, error))
 
-    def _complete(self, reason: Reason, error: BaseException | None = None) -> Completion:
-        now, steps = time.perf_counter(), max(len(self.tokens) - 1, 0)
-        report_decode(self.report, steps, steps, now - self.first if steps else 0.0)
-        self.completion = Completion(
+    def _complete(self, index: int, reason: Reason, error: BaseException | None = None) -> Completion:
+        choice = self.choices[index]
+        tokens = choice.sampler.tokens
+        now, steps = time.perf_counter(), max(len(tokens) - 1, 0)
+        report = self.report if len(self.choices) == 1 else copy.deepcopy(self.report)
+        report_decode(report, steps, steps, now - choice.first if steps else 0.0)
+        choice.completion = Completion(
             prompt_tokens=len(self.prompt),
-            tokens=self.tokens,
-            text=self._text.text,
+            tokens=tokens,
+            text=choice.text.text,
             finish_reason=reason,
-            logprobs=None if self.sampling.logprobs is None else self._logprobs,
-            report=self.report,
+            logprobs=None if self.sampling.logprobs is None else choice.logprobs,
+            report=report,
             queue_seconds=self.started - self.submitted if self.started else None,
-            first_token_seconds=self.first - self.submitted if self.first else None,
+            first_token_seconds=choice.first - self.submitted if choice.first else None,
             error=error,
+            index=index,
         )
-        return self.completion
+        each = [one.completion for one in self.choices if one.completion is not None]
+        if len(each) == len(self.choices):
+            self.completion = replace(each[0], others=tuple(each[1:])) if len(each) > 1 else each[0]
+        return choice.completion
 
-    def _event(self, token: int | None, text: str, logprob: Logprob | None, finished: Completion | None) -> Event:
-        event = Event(self, token, text, logprob, finished)
+    def _event(self, index: int, token: int | None, text: str, logprob: Logprob | None, finished: Completion | None) -> Event:
+        event = Event(self, token, text, logprob, finished, index)
         if self._inbox is not None:
             self._inbox.append(event)
         return event
+
+
+class Row(NamedTuple):
+    """One choice of a request on its way: what decodes in a row of the slots."""
+
+    request: Request
+    number: int  # of the choice, from 0
+
+    @property
+    def sampler(self) -> Sampler:
+        """What chooses its tokens."""
+        return self.request.choices[self.number].sampler
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has a completion."""
+        return self.request.choices[self.number].completion is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class Sampling:
     stop: strings that end the request; they are not part of its text.
     logprobs: return log probabilities of each token and of this many of the most likely ones; None for none.
     ignore_eos: go on after end tokens.
+    n: choices: continuations of a prompt that is read once. Choice ``i`` is what ``n=1`` with seed ``seed + i`` gives
+        (:meth:`choice`); at temperature 0 all choices are the same.
 
     Raises
     ------
@@ -54,17 +56,20 @@ class Sampling:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    n: int = 1
 
     def __post_init__(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("min_new_tokens", self.min_new_tokens, 0)
+        check_whole("n", self.n, 1)
         check_whole("top_k", self.top_k, 0, "; 0 draws from all tokens")
         if self.logprobs is not None:
             check_whole("logprobs", self.logprobs, 0, ", or None for none")
         if self.seed is not None:
             check_whole("seed", self.seed, 0, ", or None for a new one each time")
-            if self.seed >= SEED_LIMIT:
-                raise InputError(f"seed={self.seed} is too large: give a number below 2**63")
+            if self.seed + self.n > SEED_LIMIT:
+                more = f", less {self.n - 1} for the seeds of n={self.n} choices" if self.n > 1 else ""
+                raise InputError(f"seed={self.seed} is too large: give a number below 2**63{more}")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: "
@@ -81,6 +86,12 @@ class Sampling:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop={self.stop!r} must be strings of at least one character each: give stop=('...',)")
         object.__setattr__(self, "stop", tuple(self.stop))
+
+    def choice(self, index: int) -> Sampling:
+        """How choice ``index`` alone is continued: one choice, the seed ``index`` higher. Choices count from 0."""
+        if self.n == 1:
+            return self
+        return replace(self, n=1, seed=None if self.seed is None else self.seed + index)
 
 
 def check_whole(name: str, value: Any, least: int, hint: str = "") -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.engine.admission import Admission
-from winnowkv.engine.request import Claim, Event, Reason, Request
+from winnowkv.engine.request import Event, Reason, Request, Row
 from winnowkv.engine.sampling import Logprob
 from winnowkv.engine.slots import Slots
 from winnowkv.engine.step import drop_ended
@@ -18,12 +18,12 @@ from winnowkv.engine.step import drop_ended
 class Scheduler:
     """The requests of an engine, from the queue to their last token. First come, first served.
 
-    A prompt may be read if there is a row for it and if its claim fits beside what is held, both while it is read and
-    afterwards with all its new tokens. One prompt is read at a time; then it gets its row and decodes with the others.
+    A prompt may be read if there is a row for each of its choices and if its claim fits beside what is held, both while it
+    is read and afterwards with all its new tokens. One prompt is read at a time; then it gets its rows and decodes.
 
     Locking. Two things are shared by threads, and each is protected in its own way:
 
-    - The *requests* (queue, rows, prompt, and whether a request has ended) are changed only with ``_lock`` held, and only for
+    - The *requests* (queue, rows, prompt, and whether a choice has ended) are changed only with ``_lock`` held, and only for
       moments, never during a forward pass: so :meth:`add` and :meth:`cancel` do not wait for the model.
     - The *model and the slots* belong to the thread that is inside :meth:`turn`, one at a time. It runs the model without
       the lock. A request that is cancelled meanwhile has ended at once, but its row is freed when the turn ends; if no
@@ -33,7 +33,11 @@ class Scheduler:
 
     Parameters
     ----------
-    slots: rows that decode together. admission: decides by bytes. max_rows: most requests that decode together.
+    slots: rows that decode together. admission: decides by bytes. max_rows: most rows that decode together.
+
+    Attributes
+    ----------
+    broken: whether the slots failed and were emptied: they hold nothing, and new ones have to take their place.
     """
 
     def __init__(self, slots: Slots, admission: Admission, max_rows: int) -> None:
@@ -41,7 +45,8 @@ class Scheduler:
         self._lock = threading.Condition()
         self._in_turn = False
         self._waiting: deque[Request] = deque()
-        self._rows: list[Request] = []  # in the order of the slots' rows
+        self.broken = False
+        self._rows: list[Row] = []  # in the order of the slots' rows
         self._prompt: tuple[Request, CompactCache] | None = None  # being read, or read and waiting for its row
 
     @property
@@ -52,7 +57,8 @@ class Scheduler:
     @property
     def active(self) -> int:
         """Requests whose prompt is being read or that decode."""
-        return len(self._rows) + (self._prompt is not None)
+        with self._lock:
+            return len({id(row.request) for row in self._rows}) + (self._prompt is not None)
 
     @property
     def held_bytes(self) -> int:
@@ -65,14 +71,15 @@ class Scheduler:
         with self._lock:
             self._waiting.append(request)
 
-    def cancel(self, request: Request) -> None:
-        """End a request now, wherever it is; its row is free at once or, if a thread has the turn, when that ends."""
+    def cancel(self, request: Request, index: int | None = None) -> None:
+        """End a request or one choice now, wherever it is; its row is free at once, or when the turn of a thread ends."""
         with self._lock:
-            if request.completion is not None:
+            rows = [row for row in request.rows if index in (None, row.number)]
+            if not rows:
                 return
-            if request in self._waiting:
+            end_with(None, rows)
+            if request.completion is not None and request in self._waiting:
                 self._waiting.remove(request)
-            request.end("cancelled")
             if not self._in_turn:
                 self._free_ended()
 
@@ -94,16 +101,19 @@ class Scheduler:
         """Take the first request from the queue, if there is a row for it and it fits. In a turn."""
         with self._lock:
             self._free_ended()
-            if self._prompt is not None or len(self._rows) == self.max_rows or not self._waiting:
+            if self._prompt is not None or not self._waiting:
                 return None
-            return self._waiting.popleft() if self._fits(self._waiting[0].claim) else None
+            return self._waiting.popleft() if self._fits(self._waiting[0]) else None
 
-    def _fits(self, claim: Claim) -> bool:
+    def _fits(self, request: Request) -> bool:
+        claim, rows = request.claim, len(request.rows)
+        if len(self._rows) + rows > self.max_rows:
+            return False
         if not self.admission.can_read(claim, self.slots.held_bytes):
             self.slots.trim()  # gives back the rows of requests that have ended
         if not self.admission.can_read(claim, self.slots.held_bytes):
             return False
-        return self.admission.can_place(claim.entries, claim.room, self.slots)
+        return self.admission.can_place(claim.entries, claim.room, self.slots, rows)
 
     def begin(self, request: Request, cache: CompactCache) -> None:
         """Note that a request's prompt is now read into a cache. In a turn."""
@@ -111,38 +121,38 @@ class Scheduler:
             self._prompt = request, cache
 
     def place(self) -> list[Event]:
-        """Give the prompt that was read its row, and return its last event if it can never have one. In a turn.
+        """Give the prompt that was read a row for each choice, and return its last events if it can never have them. In a turn.
 
         Layers that share a budget may turn out to need more than was claimed: the prompt then waits until other
         requests have ended.
         """
-        if self._prompt is None:
-            return []
-        request, cache = self._prompt
+        with self._lock:
+            self._free_ended()
+            if self._prompt is None:
+                return []
+            (request, cache), rows = self._prompt, self._prompt[0].rows
         entries, room = [layer.length for layer in cache.compact_layers], request.claim.room
-        if not self.admission.can_place(entries, room, self.slots):
+        if not self.admission.can_place(entries, room, self.slots, len(rows)):
             if self._rows:
                 return []
-            least = max(request.claim.peak, self.slots.bytes_alone(entries, room))
+            least = max(request.claim.peak, self.slots.bytes_alone(entries, room, len(rows)))
             return self.fail_prompt(request, self.admission.too_small(least, len(request.prompt), request.sampling))
-        self.slots.place(cache, room)
+        self.slots.place(cache, room, len(rows))
         with self._lock:
-            self._rows.append(request)
+            self._rows += rows
             self._prompt = None
         return []
 
-    def rows(self) -> list[Request]:
-        """The requests that decode, in the order of the slots' rows. In a turn."""
+    def rows(self) -> list[Row]:
+        """The choices that decode, in the order of the slots' rows. In a turn."""
         with self._lock:
             self._free_ended()
             return list(self._rows)
 
-    def postprocess(self, requests: Sequence[Request], chosen: Sequence[tuple[int, Logprob | None] | None]) -> list[Event]:
-        """Continue requests with the tokens chosen for them; those that have ended meanwhile take none. In a turn."""
+    def postprocess(self, rows: Sequence[Row], chosen: Sequence[tuple[int, Logprob | None] | None]) -> list[Event]:
+        """Continue choices with the tokens chosen for them; those that have ended meanwhile take none. In a turn."""
         with self._lock:
-            events = [
-                request.take(token) for request, token in zip(requests, chosen, strict=True) if request.completion is None
-            ]
+            events = [row.request.take(row.number, token) for row, token in zip(rows, chosen, strict=True) if not row.ended]
             self._free_ended()
             return events
 
@@ -150,22 +160,30 @@ class Scheduler:
         """End the request whose prompt is read. In a turn."""
         with self._lock:
             self._prompt = None
-            return end_with(error, [request])
+            return end_with(error, request.rows)
 
-    def fail_rows(self, error: BaseException) -> list[Event]:
-        """End every request that decodes. In a turn; the slots are no longer usable and have to be replaced."""
+    def fail_rows(self, error: BaseException) -> None:
+        """End everything that decodes and the prompt that waits for its row, and free all bytes. In a turn."""
         with self._lock:
-            failed, self._rows = self._rows, []
-            return end_with(error, failed)
+            failed, self._rows, self.broken = self._rows, [], True
+            if self._prompt is not None:
+                failed, self._prompt = [*failed, *self._prompt[0].rows], None
+            end_with(error, failed)
+            self.slots.clear()
+
+    def replace(self, slots: Slots) -> None:
+        """Go on with new slots in place of broken ones. In a turn."""
+        with self._lock:
+            self.slots, self.broken = slots, False
 
     def _free_ended(self) -> None:
         """Free what requests that have ended hold. Called with the lock."""
-        drop_ended(self.slots, self._rows, lambda request: request.completion is not None)
+        drop_ended(self.slots, self._rows, lambda row: row.ended)
         if self._prompt is not None and self._prompt[0].completion is not None:
             self._prompt = None
 
 
-def end_with(error: BaseException, requests: Sequence[Request]) -> list[Event]:
-    """End the requests that go on: with the error, or as cancelled if it is Ctrl-C or another exit."""
+def end_with(error: BaseException | None, rows: Sequence[Row]) -> list[Event]:
+    """End the choices that go on: with the error, or as cancelled if it is Ctrl-C, another exit, or None."""
     reason: Reason = "error" if isinstance(error, Exception) else "cancelled"
-    return [request.end(reason, error) for request in requests if request.completion is None]
+    return [row.request.end(row.number, reason, error) for row in rows if not row.ended]

@@ -114,16 +114,18 @@ class SlotLayer(CacheLayerMixin):
         self.keys[row, :, place], self.values[row, :, place] = keys[0], values[0]
         self.valid[row, :, place] = True if valid is None else valid[0]
 
-    def take(self, row: int, layer: Any, seen: int) -> None:
-        """Move a cache's layer of one request, which has ``seen`` so many tokens, into a row; the layer is empty afterwards."""
+    def take(self, rows: Sequence[int], layer: Any, seen: int) -> None:
+        """Move a cache's layer of one request, which has ``seen`` so many tokens, into rows; the layer is empty afterwards."""
         if self.sliding_window is None:
             keys, values = layer.entries_in_use()
-            self.write(row, keys, values, None if layer.valid is None else layer.valid[..., : layer.length])
+            for row in rows:
+                self.write(row, keys, values, None if layer.valid is None else layer.valid[..., : layer.length])
             layer.reset()
             return
         keys, values = layer.keys[:, :, 1 - self.sliding_window :], layer.values[:, :, 1 - self.sliding_window :]
         tokens = torch.arange(seen - keys.shape[2], seen, device=keys.device)
-        self.write(row, keys, values, None, tokens % self.sliding_window)
+        for row in rows:
+            self.write(row, keys, values, None, tokens % self.sliding_window)
         layer.keys = layer.values = None  # transformers' reset would write zeros into storage that others may share
         layer.is_initialized = False
 

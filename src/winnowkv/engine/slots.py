@@ -98,38 +98,48 @@ class Slots(Cache):
         """Storage of all buffers."""
         return sum(layer.held_bytes for layer in self._each)
 
-    def bytes_with(self, entries: Sequence[int], room: int) -> int:
-        """Bytes with one more request: its ``entries`` of each full-attention layer, and ``room`` for new tokens."""
-        return self._bytes([*self._requests, _Request(list(entries), room)])
+    def bytes_with(self, entries: Sequence[int], room: int, rows: int = 1) -> int:
+        """Bytes with so many more rows, each of ``entries`` of each full-attention layer, and ``room`` for new tokens."""
+        return self._bytes([*self._requests, *[_Request(list(entries), room)] * rows])
 
-    def bytes_alone(self, entries: Sequence[int], room: int) -> int:
-        """Bytes of that request alone."""
-        return self._bytes([_Request(list(entries), room)])
+    def bytes_alone(self, entries: Sequence[int], room: int, rows: int = 1) -> int:
+        """Bytes of these rows alone."""
+        return self._bytes([_Request(list(entries), room)] * rows)
 
     def _bytes(self, requests: Sequence[_Request]) -> int:
         shapes = self._shapes(requests)
         return sum(rows * columns * layer.column_bytes for layer, (rows, columns) in zip(self._each, shapes, strict=True))
 
-    def place(self, cache: CompactCache, room: int) -> None:
-        """Move a request whose prompt was read into a new last row, layer by layer; the cache is empty afterwards.
+    def place(self, cache: CompactCache, room: int, rows: int = 1) -> None:
+        """Move a request whose prompt was read into new last rows, layer by layer; the cache is empty afterwards.
 
+        ``rows``: how many that decode on their own from here; each gets its own copy of the entries.
         Raises CacheError for a cache of another model, of several rows, or with a decode budget.
         """
-        self.place_all([cache], room)
+        self.place_all([cache], room, rows)
 
-    def place_all(self, caches: Sequence[CompactCache], room: int) -> None:
+    def place_all(self, caches: Sequence[CompactCache], room: int, rows: int = 1) -> None:
         """The same for several, for which buffers grow only once; if one is refused none is taken."""
         for cache in caches:
             self._check(cache)
         first = self.rows
         for cache in caches:
             layers = cache.compact_layers
-            self._requests.append(_Request([layer.length for layer in layers], room, layers[0].seen - layers[0].pads[0]))
+            lengths, seen = [layer.length for layer in layers], layers[0].seen - layers[0].pads[0]
+            self._requests += [_Request(list(lengths), room, seen) for _ in range(rows)]
         for index, (mine, shape) in enumerate(zip(self._each, self._shapes(self._requests), strict=True)):
             mine.resize(*shape)
-            for row, cache in enumerate(caches, first):
-                mine.take(row, cache.layers[index], self._requests[row].seen)
+            for at, cache in enumerate(caches):
+                row = first + at * rows
+                mine.take(range(row, row + rows), cache.layers[index], self._requests[row].seen)
         self._set_indices()
+
+    def clear(self) -> None:
+        """Drop all rows and free their storage, whatever state a failed step left them in."""
+        self._requests = []
+        if self._recorded is not None:
+            self._recorded = Recorded()  # a graph may hold memory of its own
+        self.trim()
 
     def _check(self, cache: CompactCache) -> None:
         rows = len(cache.compact_layers[0].pads)

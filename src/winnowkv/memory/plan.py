@@ -19,7 +19,7 @@ from winnowkv.budget import Asked, Budget
 from winnowkv.cache.quantized import stored_bytes
 from winnowkv.errors import BudgetError, InputError
 from winnowkv.models.info import ModelInfo
-from winnowkv.policies import Policy, PromptInfo
+from winnowkv.policies import Policy
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import uniform
 from winnowkv.types import Entries, Quantization
@@ -104,7 +104,7 @@ def need(shape: Shape, policy: Policy, budget: Budget, tokens: int, task: TaskPr
     with equally many entries.
     """
     layers = shape.compressed
-    prompt = PromptInfo(tokens, len(layers), budget.entries(tokens), task)
+    prompt = policy.prompt_info(budget, tokens, len(layers), task)
     bound = policy.bind(shape.model_info, prompt)
     limits: Sequence[Entries] = uniform(prompt.layers, tokens)
     ends = limits
@@ -139,24 +139,21 @@ def slid_entries(window: int, tokens: int) -> int:
 def largest_context(fits: Callable[[int], bool], asked: int, limit: int) -> int:
     """The most tokens of a prompt, up to ``limit``, that fit; 0 if none do.
 
-    A prompt shorter than ``asked`` may be too short for its budget (BudgetError) and counts as small enough, so that a
-    binary search finds the first that is too large.
+    A prompt longer than ``asked``, which is kept whole as observation window, may have too small a budget (BudgetError):
+    it does not fit.
     """
 
     def small_enough(tokens: int) -> bool:
         try:
             return fits(tokens)
         except BudgetError:
-            return tokens < asked
+            return False
 
     low, high = (asked, limit) if small_enough(asked) else (0, asked - 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if small_enough(middle) else (low, middle - 1)
-    try:
-        return low if low and fits(low) else 0
-    except BudgetError:
-        return 0
+    return low if low and small_enough(low) else 0
 
 
 @dataclass(frozen=True)
@@ -213,15 +210,6 @@ class MemoryPlan:
         def at(tokens: int) -> Need:
             return need(self.shape, policy, budget, tokens, task or TaskProfile())
 
-        def only_within_window(tokens: int) -> bool:
-            """Whether so few tokens are kept whole as observation window, and longer prompts are too short for their budget."""
-            window = policy.observation_window(PromptInfo(tokens, 1, tokens, task or TaskProfile()))
-            try:
-                at(max(window, tokens) + 1)
-            except BudgetError:
-                return tokens <= window
-            return False
-
         one = at(self.context)
         limit = self.shape.positions or max(self.memory, self.context)  # a token takes more than a byte
         needed = one.of_batch(self.batch)
@@ -230,12 +218,12 @@ class MemoryPlan:
             policy=spec,
             budget=asked,
             quantize=policy.quantize,
-            entries=budget.entries(self.context),
+            entries=policy.prompt_info(budget, self.context, len(self.shape.compressed), task).budget,
             kept_bytes=one.kept,
             sliding_bytes=one.sliding,
             peak_bytes=one.peak,
             needed_bytes=self.weights + needed,
             fits=needed <= free,
             largest_batch=one.largest_batch(free),
-            largest_context=0 if most < self.context and only_within_window(most) else most,
+            largest_context=most,
         )

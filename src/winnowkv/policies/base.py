@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from winnowkv.budget import Budget
 from winnowkv.errors import BudgetError, PolicyError
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.decode_eviction import DecodeEviction
@@ -32,7 +33,7 @@ from winnowkv.types import BITS, Quantization
 class BoundPolicy:
     """A policy for one prompt of one model: everything is decided that depends on them.
 
-    ``evicts`` is False if the prompt is kept whole; ``note`` says why, if the user should know.
+    ``evicts`` is False if the prompt is kept whole; ``notes`` are what the user should know, in sentences.
     """
 
     policy: Policy
@@ -40,7 +41,7 @@ class BoundPolicy:
     prompt: PromptInfo
     parts: Parts
     evicts: bool
-    note: str | None
+    notes: tuple[str, ...]
 
     def query_positions(self) -> Tensor:
         """Prompt positions of the queries that the parts want of each layer: the scorer's, then those that vote."""
@@ -123,6 +124,17 @@ class Policy:
         """The smallest budget that leaves room for sinks and recent window."""
         return max(self.sinks + self.observation_window(prompt), 1)
 
+    def prompt_info(self, budget: Budget, tokens: int, layers: int, task: TaskProfile | None = None) -> PromptInfo:
+        """A prompt with its budget in entries: the one place where a fraction is raised to what this policy must keep.
+
+        ``tokens`` of the prompt, ``layers`` that are compressed. A budget in entries stays as it is: see :meth:`check_prompt`.
+        """
+        prompt = PromptInfo(tokens, layers, budget.entries(tokens), task or TaskProfile())
+        if not isinstance(budget.asked, float) or not self.evicts_from(prompt):
+            return prompt
+        least = min(self.minimum_budget(prompt), tokens)
+        return prompt if prompt.budget >= least else replace(prompt, budget=least, raised_from=prompt.budget)
+
     def check_budget(self, prompt: PromptInfo) -> None:
         """Raise BudgetError if the prompt's budget cannot hold what always stays."""
         if prompt.budget < (least := self.minimum_budget(prompt)):
@@ -155,13 +167,20 @@ class Policy:
         self.check_prompt(prompt)
         evicts = self.evicts_from(prompt)
         parts = self.parts(model, prompt)
-        note = parts.hint if evicts else None
-        if self.evicts and not evicts and prompt.budget < prompt.tokens:
-            note = (
+        notes = []
+        if evicts and parts.hint is not None:
+            notes.append(parts.hint)
+        if prompt.raised_from is not None:
+            notes.append(
+                f"{self.name}: the budget is a fraction that gives {prompt.raised_from} entries of this prompt, "
+                f"fewer than always stay (sinks and window): it was raised to {prompt.budget}"
+            )
+        elif self.evicts and not evicts and prompt.budget < prompt.tokens:
+            notes.append(
                 f"the prompt of {prompt.tokens} tokens is no longer than the observation window of "
                 f"{self.observation_window(prompt)}: everything is kept"
             )
-        return BoundPolicy(self, model, prompt, parts, evicts, note)
+        return BoundPolicy(self, model, prompt, parts, evicts, tuple(notes))
 
     def parts(self, model: ModelInfo, prompt: PromptInfo) -> Parts:
         """The parts that do the work. Most policies override one of the three methods below instead."""

@@ -54,5 +54,6 @@ class LagScorer(QueryFreeScorer):
         if parts:
             shares = lagged_spread(states.keys[:, :, begin : end + self.lag], self.lag)
             shares = shares + lagged_spread(states.values[:, :, begin : end + self.lag], self.lag)
-            scores[..., begin:end] = (shares.argsort(-1).argsort(-1) / self.lag).flatten(2)
+            ranks = shares.argsort(-1).argsort(-1) / self.lag
+            scores[..., begin:end] = (ranks + 0 * shares).flatten(2)  # a rank is a number even of what is none
         return scores[..., : self.tokens - self.window]

@@ -26,12 +26,14 @@ class PromptInfo:
     layers: layers whose cache may be compressed (full-attention layers).
     budget: entries per layer and KV head, mean over layers; at most ``tokens``.
     task: what the prompt asks for and where its question and sentences are, as far as this is known.
+    raised_from: entries that the budget, a fraction, would have been if it could hold what always stays; None if it is that.
     """
 
     tokens: int
     layers: int
     budget: int
     task: TaskProfile = field(default_factory=TaskProfile)
+    raised_from: int | None = None
 
     @property
     def total(self) -> int:
@@ -88,7 +90,7 @@ class Scorer:
         return torch.arange(max(self.tokens - self.window, 0), self.tokens)
 
     def score(self, states: LayerStates) -> Scores:
-        """Importance of each context token, ``[1, H, C]``: not negative, higher is kept."""
+        """Importance of each context token, ``[1, H, C]``: finite, not negative, higher is kept."""
         raise TypeError(f"{type(self).__name__} does not define score()")
 
     def leader(self, layer: int) -> int:

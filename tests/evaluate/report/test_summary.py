@@ -7,7 +7,7 @@ import pytest
 
 from support.results import CONFIG, FULL_SCORES, MACHINE, SNAPKV_SCORES, broken, group, line, lines_of
 from winnowkv.evaluate.report.stats import mean_interval, paired
-from winnowkv.evaluate.report.summary import OVER_ROWS, OVER_TASKS, summarize
+from winnowkv.evaluate.report.summary import OVER_ROWS, OVER_TASKS, failed, rows_text, summarize
 
 
 @pytest.fixture
@@ -109,7 +109,10 @@ def test_failed_rows_are_counted_left_out_and_noted():
     notes = summary["sections"][0]["notes"]
     assert "1 of 6 measurements failed and have no score: out of memory." in notes
     assert "1 of 6 measurements failed and have no score: the score is not a number." in notes
-    assert "Not every setting answered all 3 rows, so trust the differences more than the means: snapkv at 12% (1)." in notes
+    assert (
+        "Means at 12% are over the 1 of 3 rows that all policies answered: "
+        "snapkv lacks 2 (out of memory; the score is not a number)." in notes
+    )
 
 
 def test_a_row_on_which_the_full_cache_failed_is_in_no_pair():
@@ -117,6 +120,51 @@ def test_a_row_on_which_the_full_cache_failed_is_in_no_pair():
              line("snapkv", 0.1), line("snapkv", 0.1, row="r1")]  # fmt: skip
     pair = group(summarize(lines, CONFIG), "qa", "snapkv")["against_full"]
     assert (pair["rows"], pair["excluded"], pair["losses"]) == (1, 1, 1)
+
+
+def test_means_are_over_the_rows_that_all_policies_answered():
+    """A hard row that one policy could not answer must not make it look better than the others."""
+    scores = {"1": 0.9, "2": 0.8, "3": 0.1}
+    lines = [line(policy, score, row=row, budget=budget) for budget in (0.12, 64) for policy in ("full", "cake", "snapkv")
+             for row, score in scores.items() if (policy, row, budget) != ("snapkv", "3", 64)]  # fmt: skip
+    lines += [broken("a budget of 64 entries is below sinks + window.", policy="snapkv", row="3", budget=64),
+              *[broken("never", policy="tova", row=row, budget=0.12) for row in scores]]  # fmt: skip
+    summary = summarize(lines, CONFIG)
+    for scope in ("qa", OVER_TASKS, OVER_ROWS):
+        at = {(g["policy"], g["budget"]): g for g in summary["sections"][0]["groups"] if g["task"] == scope}
+        assert at["snapkv", 64]["score"] == at["cake", 64]["score"] == pytest.approx(0.85)
+        assert at["snapkv", 0.12]["score"] == at["cake", 0.12]["score"] == at["full", 64]["score"] == pytest.approx(0.6)
+        counts = ("rows", "all_rows", "answered_rows", "failed_rows")
+        assert [at["cake", 64][name] for name in counts] == [2, 3, 3, 0]
+        assert [at["snapkv", 64][name] for name in counts] == [2, 3, 2, 1]
+        assert [at["tova", 0.12][name] for name in counts] == [0, 3, 0, 3]
+        assert at["tova", 0.12]["score"] is None  # and it takes nothing from the others
+        assert (at["cake", 64]["against_full"]["rows"], at["cake", 64]["against_full"]["excluded"]) == (2, 1)
+        assert (rows_text(at["cake", 64]), rows_text(at["cake", 0.12])) == ("2 of 3", "3")
+    notes = summary["sections"][0]["notes"]
+    assert (
+        "Means at 64 are over the 2 of 3 rows that all policies answered: "
+        "snapkv lacks 1 (a budget of 64 entries is below sinks + window)." in notes
+    )
+    assert "Means at 12% are over the 3 of 3 rows that all policies answered: tova lacks 3 (never)." in notes
+
+
+def test_the_full_cache_is_averaged_over_the_same_rows_at_a_single_budget():
+    lines = [line(policy, score, row=row) for policy in ("full", "cake") for row, score in (("1", 0.9), ("2", 0.1))]
+    lines += [line("snapkv", 0.9, row="1"), broken("out of memory", row="2")]
+    summary = summarize(lines, CONFIG)
+    assert [g["score"] for g in summary["sections"][0]["groups"]] == [0.9] * 9
+    missing = summarize([one for one in lines if failed(one) is None], CONFIG)  # a run that was stopped
+    assert [g["score"] for g in missing["sections"][0]["groups"]] == [0.9] * 9
+    assert any("snapkv lacks 1 (not measured)." in note for note in missing["sections"][0]["notes"])
+
+
+def test_a_policy_that_did_not_run_on_a_task_takes_no_rows_of_it():
+    lines = [*lines_of("full", FULL_SCORES), *lines_of("snapkv", SNAPKV_SCORES), *lines_of("cake", {"a": [0.5] * 4})]
+    summary = summarize(lines, CONFIG)
+    assert group(summary, OVER_ROWS, "snapkv")["rows"] == 6
+    assert (group(summary, OVER_ROWS, "cake")["rows"], group(summary, OVER_ROWS, "cake")["all_rows"]) == (4, 6)
+    assert not any("lacks" in note for note in summary["sections"][0]["notes"])
 
 
 def test_many_reasons_are_summed_up():

@@ -25,7 +25,7 @@ from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.settings import Setting
 from winnowkv.models.info import ModelInfo, position_limit
 from winnowkv.models.load import dtype_name
-from winnowkv.policies import PromptInfo, policy as make_policy
+from winnowkv.policies import policy as make_policy
 from winnowkv.prompt.task import TaskProfile
 
 IDENTITY_FIELDS = ("kind", "policy", "budget", "context", "batch", "compiled", "kv_memory", "shortest", "longest")
@@ -111,8 +111,7 @@ class Bench:
             policy.check(ModelInfo.of(model), task)
             lengths = [cell[name] for name in ("context", "shortest", "longest") if cell.get(name)] or [GROWTH_PROMPT_TOKENS[0]]
             for tokens in (length if limit is None else min(length, limit - self.room) for length in lengths):
-                entries = Budget.of(cell["budget"]).entries(tokens)
-                policy.check_prompt(PromptInfo(tokens, 1, entries, task))
+                policy.check_prompt(policy.prompt_info(Budget.of(cell["budget"]), tokens, 1, task))
                 if cell["kind"] == "prefill":
                     bench_cells.build(builder, tokens)  # raises if the haystack is too short
 

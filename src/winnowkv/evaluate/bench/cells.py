@@ -98,7 +98,8 @@ def decode(setup: BenchSetup, cell: Cell, steps: int) -> dict[str, Any]:
     prompt, rows, compiled = setup.prompt(cell["context"]), cell["batch"], cell["compiled"]
     policy, budget, room = cell["policy"], cell["budget"], WARMUP_STEPS + steps
     mine = "slots, compiled" if compiled else "slots"
-    kept = Budget.of(budget).entries(prompt.tokens) if make_policy(policy).evicts else prompt.tokens
+    made, task = make_policy(policy), TaskProfile.of(BENCH_TASK)
+    kept = made.prompt_info(Budget.of(budget), prompt.tokens, 1, task).budget if made.evicts else prompt.tokens
     makers: dict[str, Callable[[], Any]] = {
         mine: lambda: prompt.slots(policy, budget, rows, room, compile=compiled),
         "native": lambda: prompt.dynamic(rows, kept),

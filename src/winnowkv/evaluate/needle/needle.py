@@ -29,7 +29,7 @@ from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
 from winnowkv.models.info import ModelInfo, end_tokens, position_limit
 from winnowkv.models.load import dtype_name
-from winnowkv.policies import Policy, PromptInfo, policy as make_policy
+from winnowkv.policies import Policy, policy as make_policy
 from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.report import Report
@@ -91,8 +91,7 @@ class NeedleTest:
                 )
             for policy in policies:
                 for budget in self.budgets:
-                    entries = Budget.of(budget).entries(length)
-                    policy.check_prompt(PromptInfo(length, 1, entries, task))
+                    policy.check_prompt(policy.prompt_info(Budget.of(budget), length, 1, task))
             for needle in self.needles:
                 builder.build(needle, length, 0.0)  # raises if the haystack or the length is too short
 

@@ -16,7 +16,8 @@ from winnowkv.budget import Asked
 from winnowkv.evaluate.report.stats import mean_interval, paired, small
 
 Line = dict[str, Any]
-FullAnswers = dict[tuple[str, Any], Line]  # lines of the full cache, by task and row
+RowKey = tuple[str, Any]  # task and row
+FullAnswers = dict[RowKey, Line]  # lines of the full cache
 OVER_TASKS = "mean over tasks"
 OVER_ROWS = "mean over rows"
 BASELINE = "full"
@@ -52,6 +53,11 @@ def short_budget_text(budget: Asked) -> str:
     return f"{100 * budget:g}%" if isinstance(budget, float) else str(budget)
 
 
+def rows_text(group: Line) -> str:
+    """Over how many rows a group's means are: ``100``, or ``97 of 100`` if not every policy answered all of them."""
+    return str(group["rows"]) if group["rows"] == group["all_rows"] else f"{group['rows']} of {group['all_rows']}"
+
+
 def machine_text(machine: dict[str, Any] | None) -> str:
     """A machine in one line of text."""
     if not machine:
@@ -66,7 +72,8 @@ def summarize(lines: Sequence[Line], config: dict[str, Any]) -> dict[str, Any]:
     ``config`` names model, dtype and machine of the run; lines of :func:`winnowkv.evaluate.report.merge.merge` name their
     own model and dtype. ``sections`` holds for each protocol, model and dtype its ``groups`` (a policy at a budget on a
     task, or the mean over all tasks or rows), each with its comparison ``against_full``; its ``worst`` regressions; and
-    ``notes``, sentences for the reader.
+    ``notes``, sentences for the reader. A group's means are over ``rows`` of ``all_rows``: those that all policies answered
+    at that budget (:func:`common_rows`); ``answered_rows`` and ``failed_rows`` are its own.
     """
     labelled = [{"model": config.get("model"), "dtype": config.get("dtype"), **line} for line in lines]
     sections = [_section(labelled, key) for key in dict.fromkeys(map(section_of, labelled))]
@@ -84,16 +91,46 @@ def _section(labelled: Sequence[Line], key: tuple[str, str, str]) -> dict[str, A
     full = {(line["task"], line["row"]): line for line in lines if line["policy"] == BASELINE and failed(line) is None}
     settings = _settings(lines, full)
     tasks = _distinct(line["task"] for line in lines)
-    groups = []
+    common, groups = common_rows(settings, full), []
     for scope in (OVER_TASKS, OVER_ROWS, *tasks):
-        for rows in settings:
+        every = {row_key(line) for line in lines if scope in (OVER_TASKS, OVER_ROWS, line["task"])}
+        for rows, counted in zip(settings, common, strict=True):
             mine = [line for line in rows if line["task"] == scope] if scope in tasks else rows
             if mine:
-                groups.append(_group(scope, mine, full))
+                groups.append(_group(scope, mine, full, counted, len(every)))
     return {
         "protocol": key[0], "model": key[1], "dtype": key[2], "tasks": _tasks(lines, tasks), "groups": groups,
-        "worst": worst(lines, full), "notes": _section_notes(lines, settings, full),
+        "worst": worst(lines, full), "notes": _section_notes(lines, settings, full, common),
     }  # fmt: skip
+
+
+def row_key(line: Line) -> RowKey:
+    """The row that a line is of."""
+    return line["task"], line["row"]
+
+
+def common_rows(settings: Sequence[Sequence[Line]], full: FullAnswers) -> list[set[RowKey]]:
+    """For each setting the rows that its means are over: those that all policies answered at its budget, task by task.
+
+    A policy that answered no row of a task does not count there, or nothing would be left of it. One that evicts nothing
+    belongs to every budget; its own means are over the rows of the budget that has most.
+    """
+    answered = [{row_key(line) for line in rows if failed(line) is None} for rows in settings]
+    budgets = [None if _whole(rows, full) else setting_of(rows[0])[1:] for rows in settings]
+    asked: list[Any] = [one for one in dict.fromkeys(budgets) if one is not None]
+    by_budget = {
+        budget: _answered_by_all([rows for rows, mine in zip(answered, budgets, strict=True) if mine in (budget, None)])
+        for budget in asked or [None]
+    }
+    most: set[RowKey] = set()
+    for task in {task for rows in answered for task, _ in rows}:
+        most |= max(({key for key in rows if key[0] == task} for rows in by_budget.values()), key=len)
+    return [most if budget is None else by_budget[budget] for budget in budgets]
+
+
+def _answered_by_all(answered: Sequence[set[RowKey]]) -> set[RowKey]:
+    there = [(rows, {task for task, _ in rows}) for rows in answered]
+    return {key for key in set().union(*answered) if all(key in rows for rows, tasks in there if key[0] in tasks)}
 
 
 def _settings(lines: Sequence[Line], full: FullAnswers) -> list[list[Line]]:
@@ -130,9 +167,13 @@ def _kept_fraction(line: Line, full: FullAnswers) -> float:
     return line["kept_entries"] / reference["kept_entries"]
 
 
-def _group(scope: str, rows: Sequence[Line], full: FullAnswers) -> dict[str, Any]:
-    """One policy at one budget: on a task, or over all tasks with equal weights for tasks or for rows."""
-    finished = [line for line in rows if failed(line) is None]
+def _group(scope: str, rows: Sequence[Line], full: FullAnswers, common: set[RowKey], all_rows: int) -> dict[str, Any]:
+    """One policy at one budget: on a task, or over all tasks with equal weights for tasks or for rows.
+
+    Its means are over the ``common`` rows, of ``all_rows``.
+    """
+    answered = [line for line in rows if failed(line) is None]
+    finished = [line for line in answered if row_key(line) in common]
     counts = Counter(line["task"] for line in finished)
     weights = [1 / counts[line["task"]] if scope == OVER_TASKS else 1.0 for line in finished]
     strata = [line["task"] for line in finished] if scope == OVER_TASKS else None
@@ -145,7 +186,7 @@ def _group(scope: str, rows: Sequence[Line], full: FullAnswers) -> dict[str, Any
     return {
         "task": scope, "policy": rows[0]["policy"], "budget": rows[0]["budget"], "whole": _whole(rows, full),
         "metrics": _distinct(line.get("metric") for line in finished), "tasks": len(counts),
-        "rows": len(finished), "failed_rows": len(rows) - len(finished),
+        "rows": len(finished), "all_rows": all_rows, "answered_rows": len(answered), "failed_rows": len(rows) - len(answered),
         "truncated_rows": len(truncated), "truncated_tokens": sum(truncated),
         "score": _known(score), "low": _known(low), "high": _known(high),
         "kept_fraction": average(_kept_fraction(line, full) for line in finished),
@@ -153,18 +194,18 @@ def _group(scope: str, rows: Sequence[Line], full: FullAnswers) -> dict[str, Any
         "prefill_ms_per_token": _pace(finished, "prefill_s", "prompt_tokens"),
         "compress_ms_per_token": _pace(finished, "compress_s", "prompt_tokens"),
         "decode_ms_per_step": _pace(finished, "decode_s", "decode_tokens"),
-        "against_full": _against_full(scope, rows, full),
+        "against_full": _against_full(scope, rows, full, common),
     }  # fmt: skip
 
 
-def _against_full(scope: str, rows: Sequence[Line], full: FullAnswers) -> dict[str, Any] | None:
+def _against_full(scope: str, rows: Sequence[Line], full: FullAnswers, common: set[RowKey]) -> dict[str, Any] | None:
     """The paired comparison with the full cache; None for the full cache itself and if it was not run."""
     references = [full.get((line["task"], line["row"])) for line in rows]
     if rows[0]["policy"] == BASELINE or not any(references):
         return None
     before = [None if other is None or not same_prompt(line, other) else other["score"]
               for line, other in zip(rows, references, strict=True)]  # fmt: skip
-    after = [None if failed(line) else line["score"] for line in rows]
+    after = [line["score"] if row_key(line) in common else None for line in rows]
     compared = paired(before, after, strata=[line["task"] for line in rows] if scope == OVER_TASKS else None)
     return {name: _known(value) for name, value in asdict(compared).items()}
 
@@ -205,7 +246,9 @@ def _tasks(lines: Sequence[Line], tasks: Sequence[str]) -> list[dict[str, Any]]:
     return [{"task": task, "rows": len(rows[task]), "small": small(len(rows[task]))} for task in tasks]
 
 
-def _section_notes(lines: Sequence[Line], settings: Sequence[Sequence[Line]], full: FullAnswers) -> list[str]:
+def _section_notes(
+    lines: Sequence[Line], settings: Sequence[Sequence[Line]], full: FullAnswers, common: Sequence[set[RowKey]]
+) -> list[str]:
     """Sentences on small sets, failures, truncation, and rows that some settings lack."""
     notes = []
     tasks = _tasks(lines, _distinct(line["task"] for line in lines))
@@ -226,20 +269,39 @@ def _section_notes(lines: Sequence[Line], settings: Sequence[Sequence[Line]], fu
         notes.append(
             f"{len(cut)} of {rows} prompts were longer than the context: {sum(cut.values())} tokens were cut out of them."
         )
-    answered = {setting_of(rows[0]): sum(failed(line) is None for line in rows) for rows in settings}
-    most = max(answered.values())
-    short = [
-        f"{policy} at {short_budget_text(budget)} ({count})" for (policy, _, budget), count in answered.items() if count < most
-    ]
-    if short:
-        notes.append(
-            f"Not every setting answered all {most} rows, so trust the differences more than the means: {', '.join(short)}."
-        )
+    notes += _lacking_notes(settings, full, common)
     finished = [(line, full.get((line["task"], line["row"]))) for line in lines if failed(line) is None]
     other = sum(reference is not None and not same_prompt(line, reference) for line, reference in finished)
     if other:
         notes.append(f"{other} measurements read another prompt than the full cache did and are not paired with it.")
     return notes
+
+
+def _lacking_notes(settings: Sequence[Sequence[Line]], full: FullAnswers, common: Sequence[set[RowKey]]) -> list[str]:
+    """For each budget at which some policy lacks rows, a line: over how many rows means are, who lacks some, and why."""
+    every = {row_key(line) for rows in settings for line in rows}
+    lacking: dict[Hashable, list[str]] = {}
+    sizes: dict[Hashable, tuple[str, int]] = {}
+    always: list[str] = []  # what evicts nothing belongs to every budget
+    for rows, counted in zip(settings, common, strict=True):
+        whole = _whole(rows, full)
+        budget = None if whole else setting_of(rows[0])[1:]
+        answered, tasks = {row_key(line) for line in rows if failed(line) is None}, {line["task"] for line in rows}
+        sizes[budget] = ("", 0) if whole else (f" at {short_budget_text(rows[0]['budget'])}", len(counted))
+        missing = {key for key in every if key[0] in tasks} - answered
+        if not missing:
+            continue
+        reasons = Counter(failed(line) for line in rows if row_key(line) in missing)
+        reasons["not measured"] += len(missing) - reasons.total()
+        why = "; ".join(str(reason).rstrip(".") for reason, count in reasons.most_common(MAX_REASONS) if count)
+        who = f"{rows[0]['policy']} lacks {len(missing)} ({why})"
+        (always if whole else lacking.setdefault(budget, [])).append(who)
+    named = {budget: size for budget, size in sizes.items() if budget is not None} or {None: ("", len(common[0]))}
+    return [
+        f"Means{where} are over the {count} of {len(every)} rows that all policies answered: {', '.join(names)}."
+        for budget, (where, count) in named.items()
+        if (names := [*always, *lacking.get(budget, [])])
+    ]
 
 
 def _page_notes(sections: Sequence[dict[str, Any]], versions: dict[str, list[Any]], config: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ from winnowkv.evaluate.tasks.run import Evaluation
 from winnowkv.memory.plan import LayerShape
 from winnowkv.memory.shape import read_shape
 from winnowkv.models.load import EMBEDDED
-from winnowkv.policies import PromptInfo, policy as make_policy
+from winnowkv.policies import policy as make_policy
 from winnowkv.prompt.task import TaskProfile
 
 Check = tuple[Callable[[Any], bool], str]  # a test of a value, and the words for what passes it
@@ -158,8 +158,7 @@ class Plan:
         for spec in self.asked["policies"]:
             made = make_policy(spec)
             for budget in self.asked["budgets"]:
-                entries = Budget.of(budget).entries(context)
-                made.check_prompt(PromptInfo(context, 1, entries, TaskProfile.of("localization")))
+                made.check_prompt(made.prompt_info(Budget.of(budget), context, 1, TaskProfile.of("localization")))
 
     def _check_needles(self) -> None:
         for depth in self.asked["depths"]:
