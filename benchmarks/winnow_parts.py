@@ -26,18 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from winnow_variants import VARIANTS, AnswerAttention, Oracle, Variant
 
 import winnowkv as wk
 from winnowkv.budget import Asked
 from winnowkv.cache.reading import extend, prefill
+from winnowkv.cli.loading import load_model
 from winnowkv.cli.main import one_sentence
-from winnowkv.cli.options import budgets as read_budgets, load_model, numbers
+from winnowkv.cli.options import budgets as read_budgets, numbers
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.tables import ResultTable, keys, numbers as number_columns, say
 from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.evaluate.audit.audit import agreement, fidelity
@@ -256,21 +255,18 @@ def show(summary: Line) -> None:
     """Print the table: a row for each setting, a section for each budget."""
     where, of, rows = summary["machine"], summary["config"], summary["rows"]
     ran = f"{of['model']} in {of['dtype']}, {where['accelerator'] or where['processor']}, {where['threads']} threads"
-    table = Table(title=f"Parts of winnow, {summary['table']}: {ran}", box=box.SIMPLE_HEAD)
-    for column in ("variant", "budget", *COLUMNS[summary["table"]]):
-        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+    columns = [*keys("variant", "budget"), *number_columns(COLUMNS[summary["table"]])]
+    table = ResultTable(columns, f"Parts of winnow, {summary['table']}: {ran}")
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         cells = text_cells(row) if "kl_mean" in row else [f"{row['found']} of {row['prompts']}"]
-        ends = after is not None and not same(after["budget"], row["budget"])
-        table.add_row(row["policy"], str(row["budget"]), *cells, end_section=ends)
-    console = table_console(150)
-    console.print(table)
+        table.add(row["policy"], str(row["budget"]), *cells)
+        if after is not None and not same(after["budget"], row["budget"]):
+            table.section()
+    table.print()
     for budget, best in {str(row["budget"]): row.get("against") for row in rows}.items():
         if best:
-            console.print(f"best published by KL at {budget}: {best}")
-    console.print(
-        f"{summary['prompts']} prompts asked; counted are those with a result for all settings; files in {summary['folder']}"
-    )
+            say(f"best published by KL at {budget}: {best}")
+    say(f"{summary['prompts']} prompts asked; counted are those with a result for all settings; files in {summary['folder']}")
 
 
 def text_cells(row: Line) -> list[str]:
@@ -319,7 +315,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> Line:
     """Measure, write the summary, print the table."""
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, lambda model: None)
     config = {"benchmark": f"winnow_parts {args.table}", "model": args.model, "dtype": dtype_name(model.dtype),
               "max_new_tokens": args.max_new_tokens, "code": code_digest()}  # fmt: skip
     if args.table == "needles":

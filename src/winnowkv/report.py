@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 MIB = 2**20
+MAX_RUNS = 4  # of layers with equal lengths that are listed one by one
 
 
 @dataclass
@@ -83,11 +84,13 @@ class Report:
 
 
 def summary(entries: Sequence[int | float]) -> str:
-    """Per-layer lengths, runs of equal ones folded: ``360 x 30``."""
+    """Per-layer lengths, runs of equal ones folded: ``360 x 30``; of many runs the extremes: ``151 to 722 (mean 360) x 30``."""
     runs: list[list[float]] = []
     for count in entries:
         if runs and runs[-1][0] == count:
             runs[-1][1] += 1
         else:
             runs.append([count, 1])
+    if len(runs) > MAX_RUNS:
+        return f"{min(entries):g} to {max(entries):g} (mean {sum(entries) / len(entries):.5g}) x {len(entries)}"
     return " ".join(f"{count:g}" if times == 1 else f"{count:g} x {times:g}" for count, times in runs)

@@ -17,7 +17,7 @@ from winnowkv.calibrate.errors import ErrorWatch
 from winnowkv.calibrate.heads import traditional_scores
 from winnowkv.calibrate.probe import ProbedCache
 from winnowkv.calibrate.prompts import read_filler
-from winnowkv.calibrate.run import Calibration, answered_by, calibrate, open_store
+from winnowkv.calibrate.run import Calibration, answered_by, calibrate, open_store, too_few
 
 
 def test_an_answer_counts_if_most_of_its_words_are_said() -> None:
@@ -50,8 +50,8 @@ def test_a_model_that_cannot_retrieve_gets_no_profile(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **{**TINY, "vocab_size": 300})).eval()
-    asked, seen = Calibration(prompts=5, lengths=(600,), depths=(0.5,), max_new_tokens=3), list[str]()
-    with pytest.raises(wk.InputError, match="answered 0 of 5 prompts, 8 are needed") as error:
+    asked, seen = Calibration(prompts=5, lengths=(600,), depths=(0.5,), max_new_tokens=3, minimum=5), list[str]()
+    with pytest.raises(wk.InputError, match="answered 0 of 5 prompts, 5 are needed") as error:
         tiny_run(model, asked, tmp_path, seen)
     assert "600 tokens: 0 of 5" in str(error.value)
     lines = (tmp_path / "results.jsonl").read_text()
@@ -65,6 +65,24 @@ def test_lengths_beyond_the_model_or_below_a_prompt_are_refused(llama: PreTraine
         Calibration(lengths=(1000,)).check(llama)
     with pytest.raises(wk.InputError, match="fits in the small cache"):
         Calibration(lengths=(30,)).check(llama)
+
+
+def test_prompts_of_which_no_profile_can_be_made_are_refused_without_a_model() -> None:
+    for asked, reason in (
+        (Calibration(prompts=4), "4 prompts are too few for reliable scores: a profile needs 8"),
+        (Calibration(depths=(0.5, 1.5)), "depth 1.5 is outside 0"),
+        (Calibration(lengths=()), "at least one prompt, length and depth"),
+    ):
+        with pytest.raises(wk.InputError, match=reason):
+            asked.check_prompts()
+
+
+def test_too_few_prompts_that_were_all_answered_are_told_in_one_sentence() -> None:
+    lines = [{"kind": "fact", "length": 500, "success": True}] * 4
+    assert too_few(lines, 4, 8) == (
+        "the model answered 4 of 4 prompts, 8 are needed for reliable scores (500 tokens: 4 of 4, fact: 4 of 4): "
+        "give a larger --count"
+    )
 
 
 def test_layer_errors_are_those_of_masked_attention(model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from support.tokenizers import Letters
-from winnowkv.cli import bench as command
+from winnowkv.cli import loading
 
 SNAP = "snapkv:observe=8:kernel=3"
 Winnow = Callable[..., tuple[int, str, str]]
@@ -20,7 +20,7 @@ Winnow = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def bench(winnow: Winnow, monkeypatch: pytest.MonkeyPatch, llama: LlamaForCausalLM) -> Winnow:
     """The command on the tiny model."""
-    monkeypatch.setattr(command, "load_model", lambda name, random: (llama, Letters()))
+    monkeypatch.setattr(loading, "load_model", lambda name, check, random: (llama, Letters()))
     return functools.partial(winnow, "bench")
 
 
@@ -44,14 +44,14 @@ def test_the_command_prints_json_and_then_tables(bench: Winnow, tmp_path: Path) 
         "not measured",
     ):
         assert said in out
-    assert f"requests that fit in the KV memory over the full cache's, {SNAP} at 25%: " in out
+    assert f"requests that fit in the KV memory over the full cache's, {SNAP} at 25%: " in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--policies", "snapvk"), "Did you mean 'snapkv'"),
-        (("--contexts", "8q"), "--contexts: '8q' is not a number"),
+        (("--contexts", "8q"), "--contexts '8q' is no number of tokens"),
         (("--batches", "one"), "--batches: 'one' is not a number"),
         (("--kv-memory", "lots"), "--kv-memory 'lots' is not a size"),
         (("--rounds", "0"), "'--rounds'"),

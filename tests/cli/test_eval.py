@@ -12,7 +12,7 @@ import torch
 
 import winnowkv as wk
 from support.evaluation import ROWS, said, tiny_evaluation
-from winnowkv.cli import eval as command, options
+from winnowkv.cli import eval as command, loading
 from winnowkv.evaluate.tasks import run as runner
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def test_an_interrupt_before_the_first_line(asked, tmp_path, monkeypatch):
 
 
 def test_another_protocol_in_the_same_folder_is_refused_before_the_model_loads(winnow, options_of, finished, monkeypatch):
-    monkeypatch.setattr(options, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     code, out, err = winnow(*options_of, "--protocol", "context-only", "--out", finished)
     assert code == 2
     assert "mixed protocols" in err
@@ -221,7 +221,7 @@ def test_bad_values_exit_with_two_and_one_sentence(winnow, options_of, tmp_path,
 
 
 def test_a_dry_run_loads_nothing(winnow, options_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     code, out, _ = winnow(*options_of, "--out", tmp_path / "out", "--dry-run", "--json")
     (plan,) = json.loads(out)["plans"]
     assert code == 0

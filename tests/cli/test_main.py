@@ -7,6 +7,7 @@ import pytest
 from winnowkv.models import load as models
 from winnowkv.policies import names, policy, policy_class
 from winnowkv.policies.compose import Wrapper
+from winnowkv.policies.registry import BUILT_IN
 
 needs_model = pytest.mark.skipif(models.find_wheel() is None, reason=f"the embedded model is missing ({models.INSTALL})")
 
@@ -30,24 +31,41 @@ def test_policies_as_json(winnow):
     assert rows["windowkv"]["options"]["group"] == 6
 
 
-def test_policies_as_table(winnow):
+def test_policies_say_what_each_is_for_and_which_is_the_default(winnow):
     code, out, _ = winnow("policies")
     assert code == 0
-    assert "windowkv" in out
+    rows = {row["policy"]: row for row in json.loads(winnow("policies", "--json")[1])["policies"]}
+    assert [name for name, row in rows.items() if row["default"]] == ["winnow"]
+    assert [line.split()[0] for line in out.splitlines() if "(the default)" in line] == ["winnow"]
+    assert all(policy_class(name).purpose for name in BUILT_IN)
+    assert len({row["purpose"] for row in rows.values()}) == len(rows)
+    assert all(row["purpose"] in out for row in rows.values())
+
+
+def test_a_named_policy_is_shown_with_options_and_source(winnow):
+    code, out, _ = winnow("policies", "windowkv")
+    assert code == 0
     assert "2503.17922" in out
+    assert "group=6" in out
+    assert [row["policy"] for row in json.loads(winnow("policies", "windowkv", "full", "--json")[1])["policies"]] == [
+        "windowkv",
+        "full",
+    ]
+    code, out, err = winnow("policies", "snapvk")
+    assert (code, out) == (2, "")
+    assert "Did you mean 'snapkv'" in err
 
 
 def test_policies_show_what_a_wrapper_changes(winnow, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code, out, _ = winnow("policies")
+    code, out, _ = winnow("policies", "all")
     assert code == 0
     assert all(len(line) <= 80 for line in out.splitlines())
     wrappers = [name for name in names() if issubclass(policy_class(name), Wrapper)]
     assert wrappers == ["adakv", "chunkkv", "criticalkv"]
-    assert out.count("of=snapkv ") == len(wrappers)
-    caption = " ".join(out.split("┘")[-1].split())
-    assert caption.startswith("of= is the policy that a wrapper (adakv, chunkkv, criticalkv) changes")
-    made = policy(caption.split()[-1])
+    assert sum(line.endswith("of=snapkv") for line in out.splitlines()) == len(wrappers)
+    assert "of= is the policy that a wrapper changes" in out
+    made = policy(out.split()[-1])
     assert (made.floor, made.of.name, made.of.observe) == (0.1, "snapkv", 16)
     rows = {row["policy"]: row["options"] for row in json.loads(winnow("policies", "--json")[1])["policies"]}
     assert list(rows["adakv"].items()) == [("floor", 0.2), ("of", "snapkv")]
@@ -74,6 +92,7 @@ def test_policies_show_what_a_wrapper_changes(winnow, monkeypatch):
         (("generate", "--file", "/no/such/file"), "prompt file /no/such/file cannot be read"),
         (("generate", "a", "--file", "b"), "not both"),
         (("task",), "give one prompt as an argument"),
+        (("task", " "), "the prompt is empty"),
         (("task", "--file", "/no/such/file"), "prompt file /no/such/file cannot be read"),
         (("task", "hello", "--classifier", "/no/such/folder"), "classifier /no/such/folder cannot be loaded"),
         (("calibrate", "--prompts", "/no/such/file"), "needle file /no/such/file cannot be read"),
@@ -111,7 +130,8 @@ def test_an_output_folder_that_cannot_be_written(winnow, tmp_path):
 def test_generate_streams_the_answer_and_reports_what_was_kept(winnow):
     question = "What is the capital of France?"
     code, out, _ = winnow("generate", "--policy", "snapkv:observe=8", "--budget", "36", stdin=question)
-    answer, kept = out.strip().splitlines()
+    answer, *lines = out.strip().splitlines()
+    kept = " ".join(" ".join(lines).split())
     assert code == 0
     assert answer == "The capital of France is Paris."
     assert kept.startswith("-- policy snapkv:observe=8, budget 36: 0.79 of 0.81 MiB kept")
@@ -156,7 +176,7 @@ def test_generate_as_json(winnow):
 def test_a_prompt_shorter_than_the_window_is_kept_whole_with_a_note(winnow):
     code, out, _ = winnow("generate", "Hi", "--budget", "5", "--max-new-tokens", "2")
     assert code == 0
-    assert "no longer than the observation window of 32: everything is kept" in out
+    assert "no longer than the observation window of 32: everything is kept" in " ".join(out.split())
 
 
 @pytest.mark.slow

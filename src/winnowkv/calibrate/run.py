@@ -61,15 +61,29 @@ class Calibration:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise InputError for impossible settings, before the first prompt is read."""
+        self.check_prompts()
         limit = position_limit(model)
-        if not (self.lengths and self.depths and self.prompts + len(self.own) > 0):
-            raise InputError("calibration needs at least one prompt, length and depth")
         for length in self.lengths:
             if limit is not None and length + self.max_new_tokens > limit:
                 raise InputError(
                     f"length {length} with {self.max_new_tokens} new tokens passes the model's {limit} positions: "
                     f"ask for at most {limit - self.max_new_tokens}"
                 )
+
+    def check_prompts(self) -> None:
+        """Raise InputError for prompts of which no profile can be made, whatever the model."""
+        count = self.prompts + len(self.own)
+        if not (self.lengths and self.depths and count > 0):
+            raise InputError("calibration needs at least one prompt, length and depth")
+        if count < self.minimum:
+            raise InputError(
+                f"{count} prompts are too few for reliable scores: a profile needs {self.minimum} that the model answers, "
+                "so give a larger --count"
+            )
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
+        for length in self.lengths:
             if length <= self.error_entries:
                 raise InputError(
                     f"length {length} fits in the small cache of {self.error_entries} entries: ask for longer prompts"
@@ -222,11 +236,13 @@ def tally(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
 def too_few(lines: Sequence[dict[str, Any]], answered: int, minimum: int) -> str:
     """The message that too few prompts were answered, with an example."""
     counts = ", ".join(f"{name}: {count}" for name, count in tally(lines).items())
-    miss = next(line for line in lines if not line["success"])
+    begin = f"the model answered {answered} of {len(lines)} prompts, {minimum} are needed for reliable scores"
+    miss = next((line for line in lines if not line["success"]), None)
+    if miss is None:
+        return f"{begin} ({counts}): give a larger --count"
     return (
-        f"the model answered {answered} of {len(lines)} prompts, {minimum} are needed for reliable scores "
-        f"({counts}; for {miss['answer']!r} it answered {miss['output'][:80]!r}): it cannot retrieve at these lengths. "
-        f"Give shorter --lengths, a larger --count, or --prompts that it can answer"
+        f"{begin} ({counts}; for {miss['answer']!r} it answered {miss['output'][:80]!r}): it cannot retrieve at these "
+        "lengths. Give shorter --lengths, a larger --count, or --prompts that it can answer"
     )
 
 

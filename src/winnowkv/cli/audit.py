@@ -11,7 +11,7 @@ import typer
 
 from winnowkv.cli.options import Budgets, Chat, Data, Json, MaxContext, Model, Out, Policies, budgets as read_budgets
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.tables import Column, ResultTable, note, numbers, say
 
 
 def audit(
@@ -56,18 +56,18 @@ def audit(
     Writes results.jsonl (a line for each prompt and setting) and summary.json to --out. An interrupted run continues
     where it stopped.
     """
+    from winnowkv.cli.loading import check_policies
     from winnowkv.evaluate.audit.audit import gather_prompts
-    from winnowkv.evaluate.settings import settings
     from winnowkv.policies import split_policies
 
     names = [name for name in (part.strip() for part in tasks.split(",")) if name]
     found = gather_prompts(prompts or [], names, data, skip, limit)
     specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
-    settings(specs, asked)  # reports unknown policies before the model is loaded
+    check_policies(specs, asked)
     if curves is not None:
         from winnowkv.evaluate.audit.curves import check_curves
 
-        check_curves(specs, asked)
+        check_curves(specs, asked, len(found))
     measure(
         model=model,
         float32=float32,
@@ -98,16 +98,22 @@ def measure(
     """Run an audit with a progress bar and print its table and recommendation (or its JSON); returns the summary."""
     from rich.console import Console
 
-    from winnowkv.cli.options import load_model
+    from winnowkv.cli.loading import check_folder, load_model
     from winnowkv.evaluate.audit import audit as auditor
-    from winnowkv.evaluate.audit.curves import write_curves
+    from winnowkv.evaluate.audit.curves import find_base, write_curves
     from winnowkv.evaluate.audit.recommend import write_summary
     from winnowkv.evaluate.report.store import ResultStore
     from winnowkv.prompt.chat import uses_chat
 
+    def check(checked: Any) -> None:
+        auditor.Audit(chat=False, **asked).check(checked)
+        if curves is not None:
+            find_base(curves, checked, asked["policies"])
+
+    check_folder(out, {"command": "audit", "model": model, "max_new_tokens": asked["max_new_tokens"]})
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, check)
     served = loaded.dtype
     if float32 or (float32 is None and loaded.device.type == "cpu"):
         loaded.float()
@@ -128,46 +134,49 @@ def measure(
     if curves is not None:  # last: with too few prompts for a curve, the table is still printed
         write_curves(curves, loaded, store.lines, test.expected())
         if not as_json:
-            print(f"-- curves for --budget auto:0.95:{curves} are in {curves}")
+            note(f"curves for --budget auto:0.95:{curves} are in {curves}")
     return summary
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
     """Print the settings as a table, notes, and the recommendation."""
-    from rich import box
-    from rich.table import Table
+    from winnowkv.evaluate.audit.recommend import mebibytes, name_of, percent
 
-    from winnowkv.evaluate.audit.recommend import mebibytes, name_of, percent, share_of
-
-    console = table_console()
     machine = summary["machine"]
-    table = Table(
+    columns = (
+        "prompts", "same\ntoken", "95%\ninterval", "KL\nnats/token", "KL, 99th\npercentile", "same\nanswer",
+        "KV MiB\nkept / full",
+    )  # fmt: skip
+    table = ResultTable(
+        [Column("setting", key=True, left=True, short=short_name), *numbers(columns)],
         title=f"Audit against the full cache on {machine['processor']}, {machine['threads']} threads",
-        caption=f"means over prompts, 95% interval in brackets; files in {out}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        caption=f"means over prompts; files in {out}",
     )
-    table.add_column("setting", overflow="fold", min_width=24)
-    for column in ("prompts", "same token", "KL\nnats/token", "KL, 99th\npercentile", "same answer", "KV MiB\nkept / full"):
-        table.add_column(column, justify="right", no_wrap=True)
-
     for group in summary["groups"]:
         if not group["prompts"]:
-            table.add_row(name_of(group), "0", *["-"] * 5)
+            table.add(name_of(group), "0", *["-"] * 6)
             continue
-        table.add_row(
+        share = group["agreement"]
+        table.add(
             name_of(group),
             str(group["prompts"]),
-            share_of(group).replace("95% interval ", ""),
+            percent(share["mean"]),
+            "-" if share["low"] is None else f"{percent(share['low'])} to {percent(share['high'])}",
             f"{group['kl_mean']['mean']:.3f}",
             f"{group['kl_p99']['mean']:.2f}",
             percent(group["exact_match"]["mean"]),
             " / ".join(mebibytes(group[name]) for name in ("kept_bytes", "full_bytes")),
         )
-    console.print(table)
-    for note in summary["notes"]:
-        print(f"-- {note}")
-    print(summary["recommendation"]["sentence"])
+    table.print()
+    for sentence in summary["notes"]:
+        note(sentence)
+    say(summary["recommendation"]["sentence"], indent=0)
+
+
+def short_name(setting: str) -> str:
+    """``snapkv at 12%`` for ``snapkv:observe=16 at 12%``."""
+    spec, at, budget = setting.partition(" at ")
+    return f"{spec.split(':')[0]}{at}{budget}"
 
 
 def register(app: typer.Typer) -> None:

@@ -21,14 +21,12 @@ from winnowkv.cli.options import (
     Out,
     Policies,
     budgets as read_budgets,
-    load_model,
     numbers,
     token_count,
 )
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.tables import ResultTable, keys, note, numbers as number_columns, say
 from winnowkv.memory.sizes import read_size
-from winnowkv.prompt.chat import uses_chat
 
 Spread = dict[str, float]
 
@@ -107,18 +105,23 @@ def measure(
     """Run a bench with a progress bar and print its tables (or its JSON); returns the summary."""
     from rich.console import Console
 
+    from winnowkv.cli.loading import check_folder, check_policies, load_model, require
     from winnowkv.evaluate.bench import bench as runner
     from winnowkv.evaluate.bench.summary import write_summary
     from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
     from winnowkv.evaluate.settings import settings
+    from winnowkv.prompt.chat import uses_chat
 
-    test = runner.Bench(settings(policies, budgets), **asked)  # reports unknown policies before the model is loaded
+    check_policies(policies, budgets)
+    test = runner.Bench(settings(policies, budgets), **asked)
     text = read_haystack(haystack)
+    require("winnow bench", "matplotlib")
+    name = f"{model}, random weights" if random_weights else model
+    check_folder(out, {"model": name, **{key: asked[key] for key in ("rounds", "steps", "new_tokens", "requests")}})
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        loaded, tokenizer = load_model(model, random=random_weights)
-    if random_weights:
-        model += ", random weights"
+        loaded, tokenizer = load_model(model, test.check_model, random=random_weights)
+    model = name
     builder = PromptBuilder(tokenizer, text, chat=uses_chat(chat, tokenizer))
     test.check(loaded, builder)
     store = runner.open_store(out, loaded, model, builder, test)
@@ -138,20 +141,19 @@ def measure(
 
 def show(summary: dict[str, Any], out: Path) -> None:
     """Print a table for each kind of measurement, the targets as lines, and the folder of the files."""
-    console, machine = table_console(), summary["machine"]
-    print(
-        f"{summary['model']} on {machine['accelerator'] or machine['processor']}, {machine['threads']} threads; files in {out}"
-    )
+    machine = summary["machine"]
+    say(f"{summary['model']} on {machine['accelerator'] or machine['processor']}, {machine['threads']} threads; files in {out}")
     for table in (prefill_table(summary), decode_table(summary), serve_table(summary)):
-        if table.row_count:
-            console.print(table)
+        if table.rows:
+            table.print()
+            print()
     for line in [line for name in ("decode", "serve", "growth") for line in summary[name]]:
         for reason in reasons(line):
-            print(f"-- left out at {line.get('context', 'short prompts')}, {line['policy']}: {reason}")
-    for note in summary["notes"]:
-        print(f"-- {note}")
+            note(f"left out at {line.get('context', 'short prompts')}, {line['policy']}: {reason}")
+    for sentence in summary["notes"]:
+        note(sentence)
     for target in summary["bars"]:
-        print(target_text(target))
+        say(target_text(target))
 
 
 def target_text(target: dict[str, Any]) -> str:
@@ -167,7 +169,7 @@ def reasons(line: dict[str, Any]) -> list[str]:
     return [skipped] if isinstance(skipped, str) else [f"{name}: {skipped[name]}" for name in skipped]
 
 
-def prefill_table(summary: dict[str, Any]) -> Any:
+def prefill_table(summary: dict[str, Any]) -> ResultTable:
     """Table of reading and compressing a prompt, against transformers' prefill."""
     columns = (
         "prefill\ns",
@@ -180,7 +182,7 @@ def prefill_table(summary: dict[str, Any]) -> Any:
     table = new_table("Prefill, median of pairs with plain transformers", ("policy", "budget", "tokens"), columns)
     for line in summary["prefill"]:
         ratio = line["over_plain"]
-        table.add_row(
+        table.add(
             line["policy"], str(line["budget"]), str(line["prompt_tokens"]), f"{line['prefill_s']['median']:.3f}",
             quartiles(ratio), f"{ratio['least']:.2f} - {ratio['most']:.2f}",
             f"{line['compress_s']['median']:.4f}", f"{mib(line['kept_bytes'])} / {mib(line['full_bytes'])}",
@@ -189,28 +191,28 @@ def prefill_table(summary: dict[str, Any]) -> Any:
     return table
 
 
-def decode_table(summary: dict[str, Any]) -> Any:
+def decode_table(summary: dict[str, Any]) -> ResultTable:
     """Table of decode steps, a row for each cache."""
-    columns = ("batch", "ms/step\n(quartiles)", "ours over it", "tokens/s", "KV MiB")
-    table = new_table("Decode, steps in turns", ("policy", "budget", "tokens", "cache"), columns)
+    columns = ("ms/step\n(quartiles)", "ours over it", "tokens/s", "KV MiB")
+    table = new_table("Decode, steps in turns", ("policy", "budget", "tokens", "batch", "cache"), columns)
     for line in summary["decode"]:
         for name, took in line.get("ms", {}).items():
             over = line["over"].get(name)
-            table.add_row(
-                line["policy"], str(line["budget"]), str(line["prompt_tokens"]), name, str(line["batch"]), quartiles(took, 1),
+            table.add(
+                line["policy"], str(line["budget"]), str(line["prompt_tokens"]), str(line["batch"]), name, quartiles(took, 1),
                 "" if over is None else quartiles(over), f"{line['tokens_s'][name]:.1f}", mib(line["kv_bytes"][name]),
             )  # fmt: skip
-        table.add_section()
+        table.section()
     return table
 
 
-def serve_table(summary: dict[str, Any]) -> Any:
+def serve_table(summary: dict[str, Any]) -> ResultTable:
     """Table of what an engine serves in a given KV memory, against the full cache."""
     columns = ("KV memory\nMiB", "requests\nours / full", "tokens/s\nours", "tokens/s\nfull", "speed-up\n(quartiles)")
     table = new_table("Decode in a given KV memory", ("policy", "budget", "tokens", "steps"), columns)
     for line in summary["serve"]:
         pace = [f"{line[name]['median']:.1f}" if name in line else "-" for name in ("tokens_s", "plain_tokens_s")]
-        table.add_row(
+        table.add(
             line["policy"], str(line["budget"]), str(line["prompt_tokens"]), "compiled" if line["compiled"] else "eager",
             mib(line["kv_memory"]), f"{line.get('fits', '-')} / {line['plain_fits']}", *pace,
             quartiles(line["speedup"], 2) if "speedup" in line else "-",
@@ -218,17 +220,9 @@ def serve_table(summary: dict[str, Any]) -> Any:
     return table
 
 
-def new_table(title: str, left: Iterable[str], right: Iterable[str]) -> Any:
-    """An empty table with text columns and number columns."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in left:
-        table.add_column(column, overflow="fold")
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+def new_table(title: str, left: Iterable[str], right: Iterable[str]) -> ResultTable:
+    """An empty table with key columns and number columns."""
+    return ResultTable([*keys(*left), *number_columns(right)], title)
 
 
 def quartiles(values: Spread, digits: int = 3) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Chat, Json, Model, numbers
+from winnowkv.cli.options import Chat, Json, Model, fraction_list, numbers
 from winnowkv.cli.progress import resumable
 
 if TYPE_CHECKING:
@@ -55,16 +55,19 @@ def calibrate(
 
     from winnowkv.calibrate.prompts import read_prompts
     from winnowkv.calibrate.run import Calibration
+    from winnowkv.cli.loading import require
     from winnowkv.models.calibration import read_profile
 
     console = Console(stderr=True)
+    if show:
+        require("--show", "matplotlib")
     if show and out.exists():
         profile = read_profile(out)
     else:
         asked = Calibration(
             prompts=count,
             lengths=numbers(lengths, int, "--lengths"),
-            depths=numbers(depths, float, "--depths"),
+            depths=fraction_list(depths, "--depths"),
             seed=seed,
             own=tuple(read_prompts(prompts)) if prompts else (),
             error_entries=error_entries,
@@ -90,15 +93,17 @@ def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Conso
     """Run a calibration with a progress bar and write its profile."""
     from winnowkv.calibrate.prompts import read_filler
     from winnowkv.calibrate.run import calibrate as run, open_store
-    from winnowkv.cli.options import load_model
+    from winnowkv.cli.loading import check_folder, load_model
     from winnowkv.prompt.chat import uses_chat
 
+    asked.check_prompts()
+    parts = out.with_name(out.name + ".parts")
+    check_folder(parts, {"model": model, "seed": asked.seed, "prompts": asked.prompts})
     with console.status(f"loading {model}"):
-        loaded, tokenizer = load_model(model)
-    asked.check(loaded)
+        loaded, tokenizer = load_model(model, asked.check)
     wanted = uses_chat(chat, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
-    store = open_store(out.with_name(out.name + ".parts"), model, loaded, wanted, asked)
+    store = open_store(parts, model, loaded, wanted, asked)
     total = asked.prompts + len(asked.own)
     try:
         with resumable(console, store, "calibrating", total + min(asked.error_prompts, total)) as advance:

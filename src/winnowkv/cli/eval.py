@@ -26,9 +26,10 @@ from winnowkv.cli.options import (
     MaxContext,
     Profile,
     budgets as read_budgets,
+    model_name,
 )
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.tables import Column, ResultTable, keys, note, numbers, say
 from winnowkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def evaluate(
     ] = None,
     chat: Chat = None,
     model: Annotated[
-        str | None, typer.Option(help="'embedded', a folder, or a hub id. Default: 'embedded', or all models of the recipe.")
+        str | None,
+        typer.Option(
+            callback=model_name, help="'embedded', a folder, or a hub id. Default: 'embedded', or all models of the recipe."
+        ),
     ] = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows of each task.")] = None,
@@ -162,12 +166,14 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
     """Run an evaluation with a progress bar; returns its summary."""
     from rich.console import Console
 
+    from winnowkv.cli.loading import check_folder, check_policies
     from winnowkv.evaluate.report.store import ResultStore
     from winnowkv.evaluate.settings import settings
     from winnowkv.evaluate.tasks.run import identity, missing, write_summary
 
     asked.check()
-    check_folder(out, asked)
+    check_policies(asked.policies, asked.budgets)
+    check_folder(out, {"protocol": asked.protocol, "command": "eval", "model": asked.model})
     rows = asked.rows()
     console = Console(stderr=True)
     with answering(asked, workers, address, console) as (config, answer):
@@ -197,11 +203,16 @@ def answering(
 ) -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
     """Start what answers rows, this process or workers on Ray; yields the config of its lines and the function to call."""
     if workers is None and address is None:
-        from winnowkv.cli.options import load_model
+        from winnowkv.cli.loading import load_model
+        from winnowkv.evaluate.settings import policies_for, settings
         from winnowkv.evaluate.tasks.run import Worker, run
+        from winnowkv.prompt.task import TaskProfile
+
+        def check(checked: Any) -> None:
+            policies_for(settings(asked.policies, asked.budgets), checked, TaskProfile.of("localization"))
 
         with console.status(f"loading {asked.model}"):
-            worker = Worker(asked, load_model(asked.model))
+            worker = Worker(asked, load_model(asked.model, check))
         yield worker.config, partial(run, worker)
         return
     from winnowkv.scale import pool
@@ -211,22 +222,6 @@ def answering(
         yield many.config, many.run
         if many.deaths:
             console.print(f"{many.deaths} workers died and were replaced")
-
-
-def check_folder(out: Path, asked: Evaluation) -> None:
-    """Raise InputError, before the model is loaded, if the folder holds results of another run."""
-    from winnowkv.evaluate.report.store import CONFIG, read_config
-
-    if not (out / CONFIG).exists():
-        return
-    before = read_config(out)
-    for name, now in (("protocol", asked.protocol), ("command", "eval"), ("model", asked.model)):
-        if before.get(name) != now:
-            mixed = "mixed protocols: " if name == "protocol" else ""
-            raise InputError(
-                f"{mixed}{out} holds results of another run ({name}: {before.get(name)!r}, now {now!r}): "
-                f"use another --out or remove the folder"
-            )
 
 
 def measure_needle_recipe(plan: Plan, out: Path, data: Path | None, max_context: int | None, as_json: bool) -> dict[str, Any]:
@@ -279,9 +274,6 @@ def planned(plan: Plan, more: dict[str, Any]) -> dict[str, Any]:
 
 def show_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Print what would be measured."""
-    from rich.console import Console
-    from rich.markup import escape
-
     from winnowkv.report import MIB
 
     head = {name: getattr(recipe, name) for name in ("claim", "source", "note")} if recipe else {}
@@ -289,51 +281,44 @@ def show_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: 
         json.dump({**head, "plans": plans}, sys.stdout, indent=2, ensure_ascii=False)
         print()
         return
-    echo = partial(Console().print, highlight=False, soft_wrap=True)
     for name, text in head.items():
         if text:
-            echo(f"{name}: {escape(text)}")
+            say(f"{name}: {text}")
     for plan in plans:
         counts = list(plan["rows"].values())
         rows = "rows of the hub" if None in counts else f"{sum(counts)} rows"
         facts = plan["facts"]
         shape = f", {facts['layers']} layers x {facts['kv_heads']} KV heads of {facts['head_size']}" if facts else ""
         checked = ", as its config says" if plan["compared_with_config"] else ""
-        echo(f"\n[bold]{escape(plan['model'])}[/bold]{shape}{checked}: {rows} x {len(plan['settings'])} settings")
-        echo(f"  {'tasks' if plan['command'] == 'eval' else 'test'}: {', '.join(plan['rows'])}")
-        echo(f"  policies: {escape(', '.join(plan['policies']))}")
+        print()
+        say(f"{plan['model']}{shape}{checked}: {rows} x {len(plan['settings'])} settings")
+        say(f"  {'tasks' if plan['command'] == 'eval' else 'test'}: {', '.join(plan['rows'])}", indent=4)
+        say(f"  policies: {', '.join(plan['policies'])}", indent=4)
         for size in plan["sizes"]:
             share = 100 * size["entries"] / plan["context"]
-            echo(f"  KV of {plan['context']} tokens at {size['budget']}: {size['bytes'] / MIB:.1f} MiB ({share:.1f}%)")
+            say(f"  KV of {plan['context']} tokens at {size['budget']}: {size['bytes'] / MIB:.1f} MiB ({share:.1f}%)")
         if plan["note"]:
-            echo(f"  note: {escape(plan['note'])}")
+            say(f"  note: {plan['note']}", indent=4)
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
     """Print a table over all tasks and by task, and notes."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     from winnowkv.cli.report import between, points
     from winnowkv.evaluate.report.summary import OVER_ROWS, group_budget_text, rows_text
     from winnowkv.report import MIB
 
-    console = table_console(150)
+    columns = ("rows", "score", "95% interval", "against\nfull", "95% interval", "W / T / L", "kept", "KV MiB", "ms/step")
     for section in summary["sections"]:
-        title = escape(f"{section['protocol']}: {section['model']} in {section['dtype']}")
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("task", overflow="fold", min_width=9)
-        table.add_column("policy", overflow="fold", min_width=9)
-        for column in ("budget", "rows", "score", "95% interval", "against full", "95% interval", "W / T / L", "kept", "KV MiB",
-                       "ms/step"):  # fmt: skip
-            table.add_column(column, justify="right", no_wrap=True)
+        title = f"{section['protocol']}: {section['model']} in {section['dtype']}"
+        task = Column("task", key=True, left=True, least=9, short=str)
+        policy, budget = keys("policy", "budget")
+        table = ResultTable([task, policy, budget, *numbers(columns)], title)
         groups = [group for group in section["groups"] if group["task"] != OVER_ROWS]
         for group, following in zip(groups, [*groups[1:], None], strict=True):
             pair = group["against_full"] or {"mean_difference": None, "low": None, "high": None}
-            table.add_row(
-                escape(group["task"]),
-                escape(group["policy"]),
+            table.add(
+                group["task"],
+                group["policy"],
                 group_budget_text(group),
                 rows_text(group),
                 points(group["score"]),
@@ -344,14 +329,15 @@ def show(summary: dict[str, Any], out: Path) -> None:
                 "-" if group["kept_fraction"] is None else f"{100 * group['kept_fraction']:.1f}%",
                 "-" if group["kept_bytes"] is None else f"{group['kept_bytes'] / MIB:.1f}",
                 "-" if group["decode_ms_per_step"] is None else f"{group['decode_ms_per_step']:.1f}",
-                end_section=following is not None and following["task"] != group["task"],
             )
-        console.print(table)
-        for note in section["notes"]:
-            console.print(f"- {escape(note)}", highlight=False)
-    for note in summary["notes"]:
-        console.print(f"- {escape(note)}", highlight=False)
-    console.print(f"page: {escape(str(out / 'report.html'))}", highlight=False)
+            if following is not None and following["task"] != group["task"]:
+                table.section()
+        table.print()
+        for sentence in section["notes"]:
+            note(sentence)
+    for sentence in summary["notes"]:
+        note(sentence)
+    say(f"page: {out / 'report.html'}")
 
 
 def register(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +22,13 @@ from winnowkv.cli.options import (
     Policies,
     Profile,
     budgets as read_budgets,
+    fraction_list,
     numbers,
+    task_name,
 )
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.tables import Column, ResultTable, keys, numbers as number_columns
+from winnowkv.errors import InputError
 
 NEW_TOKENS_PER_ANSWER = 24
 
@@ -55,7 +58,8 @@ def needle(
     ] = None,
     haystack: Haystack = None,
     task: Annotated[
-        str, typer.Option("--task", help="'localization' or 'aggregation', for policies that score by task.")
+        str,
+        typer.Option("--task", callback=task_name, help="'localization' or 'aggregation', for policies that score by task."),
     ] = "localization",
     chat: Chat = None,
     max_new_tokens: Annotated[
@@ -91,7 +95,7 @@ def needle(
         policies=asked_policies(policies, factorial, profile),
         budgets=read_budgets(budgets),
         lengths=numbers(lengths, length, "--lengths"),
-        depths=numbers(depths, float, "--depths"),
+        depths=fraction_list(depths, "--depths"),
         needles=hidden,
         variant=variant,
         task=task,
@@ -102,7 +106,9 @@ def needle(
 
 
 def length(text: str) -> int | str:
-    """Parse a length in tokens, or ``max``. Raises ValueError for other texts."""
+    """Parse a length in tokens, or ``max``. Raises ValueError for other texts, InputError for less than 1."""
+    if text != "max" and int(text) < 1:
+        raise InputError(f"--lengths: {text} is too short: a prompt has at least 1 token")
     return text if text == "max" else int(text)
 
 
@@ -128,22 +134,33 @@ def measure(
     policies: list[str],
     lengths: Sequence[int | str],
     metric: str,
+    show: Callable[[dict[str, Any], Path], None] | None = None,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Run a needle test with a progress bar and print its table (or its JSON); returns the summary."""
-    from winnowkv.cli.options import load_model
+    """Run a needle test with a progress bar and print its table (or its JSON); returns the summary.
+
+    ``show`` prints the summary in place of the tables of this command.
+    """
+    from winnowkv.cli.loading import check_folder, check_policies, load_model, require
     from winnowkv.evaluate.needle import needle as test_runner
     from winnowkv.evaluate.needle.prompts import PromptBuilder
     from winnowkv.prompt.chat import uses_chat
 
     test = test_runner.NeedleTest(policies=policies, lengths=[], **asked)
-    test.made()  # reports unknown policies before the model is loaded
+    check_policies(policies, test.budgets)
     test_runner.check_metric(metric)
+    require("a needle test", "matplotlib", "rouge-score")
+    check_folder(out, {"model": model, "task": test.task, "variant": test.variant, "max_new_tokens": test.max_new_tokens})
+
+    def check(checked: Any) -> None:
+        fitted = test_runner.fit_lengths(lengths, checked, test.max_new_tokens)
+        replace(test, lengths=fitted).check_model(checked)
+
     from rich.console import Console
 
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, check)
     test = replace(test, lengths=test_runner.fit_lengths(lengths, loaded, test.max_new_tokens))
     builder = PromptBuilder(tokenizer, haystack, chat=uses_chat(chat, tokenizer))
     test.check(loaded, builder)
@@ -157,40 +174,26 @@ def measure(
     if as_json:
         json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
         print()
-    else:
+    elif show is not None:
         show(summary, out)
+    else:
+        show_table(summary, out)
         show_effects(summary["effects"])
     return summary
 
 
-def show(summary: dict[str, Any], out: Path) -> None:
+def show_table(summary: dict[str, Any], out: Path) -> None:
     """Print the result as a table, and the folder of the files."""
-    from rich import box
-    from rich.table import Table
-
     from winnowkv.report import MIB
 
-    console = table_console()
     machine = summary["machine"]
     left_out = f"{summary['failed']} measurements failed and are left out; " if summary["failed"] else ""
-    table = Table(
+    columns = ("found", "ROUGE-1\nF1 / recall", "KV MiB\nkept / full", "prefill\ns", "decode\nms/token")
+    table = ResultTable(
+        [*keys("policy", "budget", "tokens"), *number_columns(columns), Column("example answer", least=16)],
         title=f"Needle test ({summary['variant']}) on {machine['processor']}, {machine['threads']} threads",
         caption=f"{left_out}files in {out}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    table.add_column("policy", overflow="fold", min_width=9)
-    for column in (
-        "budget",
-        "tokens",
-        "found",
-        "ROUGE-1\nF1 / recall",
-        "KV MiB\nkept / full",
-        "prefill\ns",
-        "decode\nms/token",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("example answer", overflow="fold", min_width=16)
     shown = set()
     for group in summary["groups"]:
         everything = not group["evicts"]
@@ -198,7 +201,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
             continue  # a policy that evicts nothing is the same at every budget
         shown.add((group["policy"], group["length"]))
         pace = group["decode_ms_per_token"]
-        table.add_row(
+        table.add(
             group["policy"],
             "all" if everything else str(group["budget"]),
             str(group["length"]),
@@ -209,7 +212,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
             "-" if pace is None else f"{pace:.1f}",
             " ".join(group["example"]["output"].split()),
         )
-    console.print(table)
+    table.print()
 
 
 def found_text(group: dict[str, Any], variant: str) -> str:
@@ -220,21 +223,14 @@ def found_text(group: dict[str, Any], variant: str) -> str:
 
 def show_effects(effects: list[dict[str, Any]]) -> None:
     """Print the mean score at each level of each design choice, if ablations were run."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     if not effects:
         return
-    table = Table(title="Found at each level, mean over all other choices", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("policy", "choice", "budget", "found"):
-        table.add_column(column, overflow="fold")
+    columns = [*keys("policy", "choice", "budget"), Column("found", least=24)]
+    table = ResultTable(columns, "Found at each level, mean over all other choices")
     for row in effects:
         found = "  ".join(f"{level} {100 * accuracy:.0f}%" for level, accuracy in row["accuracy"].items())
-        table.add_row(row["policy"], row["factor"], str(row["budget"]), found)
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
+        table.add(row["policy"], row["factor"], str(row["budget"]), found)
+    table.print()
 
 
 def register(app: typer.Typer) -> None:

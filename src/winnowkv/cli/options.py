@@ -6,16 +6,14 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
-from winnowkv.errors import InputError
+from winnowkv.errors import InputError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from winnowkv.budget import Asked
 
 T = TypeVar("T")
@@ -23,16 +21,75 @@ T = TypeVar("T")
 POLICIES_HELP = "Comma-separated policies; options after colons, snapkv:observe=16"
 BUDGETS_HELP = "Comma-separated: entries per layer and KV head (128), or kept fractions of the prompt (0.12)"
 DEFAULT_BUDGETS = str(DEFAULT_BUDGET)
+DEFAULT_POLICY = "winnow"  # of every door: compress(), CompactCache, Engine, the command line
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+DTYPES = ("bfloat16", "float16", "float32")
+TASK_HELP = "'localization' (QA, retrieval) or 'aggregation' (summaries, few-shot, code), for policies that score by task."
 
-Model = Annotated[str, typer.Option("--model", help="'embedded', 'gemma3-270m', a folder, or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-Task = Annotated[
+
+def model_name(name: str | None) -> str | None:
+    """A model's name as given. Raises ModelNotFoundError for a path at which nothing is."""
+    path_like = name is not None and (name[:1] in ("/", ".", "~") or name.count("/") > 1)
+    if name == "" or (name is not None and path_like and not Path(name).exists()):
+        raise ModelNotFoundError(f"model {name!r} does not exist: give 'embedded', a folder, or a hub id")
+    return name
+
+
+def task_name(name: str | None) -> str | None:
+    """A task's name as given. Raises PolicyError for an unknown one."""
+    if name is not None:
+        from winnowkv.prompt.task import TaskProfile
+
+        TaskProfile.of(name)
+    return name
+
+
+def dtype_of(name: str | None) -> str | None:
+    """A dtype's name as given. Raises InputError for an unknown one."""
+    if name is not None and name not in DTYPES:
+        raise InputError(f"--dtype {name!r} is unknown: it is one of {', '.join(DTYPES)}")
+    return name
+
+
+def device_of(name: str | None) -> str | None:
+    """A device's name as given. Raises InputError for one that is unknown or not there."""
+    if name is None:
+        return None
+    import torch
+
+    kind, colon, index = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts or (colon and not index.isdecimal()):
+        raise InputError(f"--device {name!r} is unknown: it is one of {', '.join(counts)}, or one of several, such as cuda:1")
+    if int(index or 0) >= counts[kind]:
+        there = [one for one, count in counts.items() if count]
+        raise InputError(f"--device {name!r} is not there: this machine has {', '.join(there)}")
+    return name
+
+
+def fraction_list(text: str, option: str) -> list[float]:
+    """Parse depths: numbers from 0 to 1. Raises InputError that names the option and the value."""
+    found = numbers(text, float, option)
+    for value in found:
+        if not 0 <= value <= 1:
+            raise InputError(f"{option}: {value} is outside 0 (start of the text) to 1 (its end)")
+    return found
+
+
+Model = Annotated[str, typer.Option("--model", callback=model_name, help="'embedded', 'gemma3-270m', a folder, or a hub id.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", callback=device_of, help="cpu, cuda, cuda:1 or mps. Default: the first that is there."),
+]
+Dtype = Annotated[
     str | None,
     typer.Option(
-        "--task",
-        help="'localization' (QA, retrieval) or 'aggregation' (summaries, few-shot, code), for policies that score by task.",
+        "--dtype", callback=dtype_of, help=f"{', '.join(DTYPES)}. Default: bfloat16 if the device has it, else float32."
     ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+Task = Annotated[
+    str | None, typer.Option("--task", callback=task_name, help=f"{TASK_HELP} Default: classified.", show_default=False)
 ]
 Chat = Annotated[
     bool | None,
@@ -69,6 +126,8 @@ def numbers(text: str, kind: Callable[[str], T], option: str) -> list[T]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         try:
             values.append(kind(part))
+        except InputError:
+            raise
         except ValueError:
             raise InputError(f"{option}: {part!r} is not a number; write a list like 1000,3000") from None
     if not values:
@@ -93,13 +152,3 @@ def budgets(text: str) -> list[Asked]:
     if not each:
         raise InputError("--budgets is empty; write a list like 0.12,128")
     return [budget.asked for budget in each]
-
-
-def load_model(name: str, *, random: bool = False) -> tuple[PreTrainedModel, Any]:
-    """Load a model and its tokenizer without the library's progress bars; ``random``: random weights of its shape."""
-    import transformers
-
-    from winnowkv.models.load import load, load_random
-
-    transformers.utils.logging.disable_progress_bar()
-    return load_random(name) if random else load(name)

@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import POLICIES_HELP, Budgets, Json, budgets as read_budgets, token_count
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.options import (
+    DTYPES,
+    POLICIES_HELP,
+    Budgets,
+    Json,
+    budgets as read_budgets,
+    dtype_of,
+    model_name,
+    token_count,
+)
+from winnowkv.cli.tables import Column, ResultTable, note, numbers
 from winnowkv.errors import BudgetError, InputError, ProfileError
 from winnowkv.memory.sizes import read_size
 
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
     from winnowkv.memory.plan import Fit, MemoryPlan
     from winnowkv.policies import Policy
 
-DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATIONS = ("none", "int8", "int4")
 PEAK_NOTE = (
     "at its peak a request holds one whole layer, and of the layers before it what the policy may hold; prompts are read one "
@@ -35,7 +43,10 @@ def plan(
     context: Annotated[str, typer.Option(help="Prompt tokens of a request: 32768, or 32k (1k is 1024).")],
     memory: Annotated[str, typer.Option(help="Memory of the device: 24GiB, 24GB, 512MiB, or a number of bytes.")],
     model: Annotated[
-        str, typer.Option("--model", help="'embedded', a folder, a config.json, or a hub id; weights are not needed.")
+        str,
+        typer.Option(
+            "--model", callback=model_name, help="'embedded', a folder, a config.json, or a hub id; weights are not needed."
+        ),
     ] = "embedded",
     batch: Annotated[int, typer.Option(min=1, help="Requests held at once.")] = 1,
     policies: Annotated[
@@ -46,7 +57,10 @@ def plan(
     quantize: Annotated[str, typer.Option(help="Store kept entries in int8 or int4. none: as the policies do.")] = "none",
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Dtype of weights, keys and values: {', '.join(DTYPES)}. Default: the config's, else bfloat16."),
+        typer.Option(
+            callback=dtype_of,
+            help=f"Dtype of weights, keys and values: {', '.join(DTYPES)}. Default: the config's, else bfloat16.",
+        ),
     ] = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Count the weights as part of the memory.")] = True,
     as_json: Json = False,
@@ -65,14 +79,14 @@ def plan(
     tokens, room, asked = token_count(context, "--context"), read_size(memory), read_budgets(budgets)
     if quantize not in QUANTIZATIONS:
         raise InputError(f"--quantize {quantize!r} is unknown: it is one of {', '.join(QUANTIZATIONS)}")
+    from winnowkv.cli.loading import check_policies
     from winnowkv.memory.plan import MemoryPlan
     from winnowkv.memory.shape import read_shape
     from winnowkv.models.load import dtype_name, load_config
-    from winnowkv.policies import policy as make_policy, split_policies
+    from winnowkv.policies import split_policies
 
     specs = None if policies is None else list(dict.fromkeys(split_policies(policies)))
-    for spec in specs or []:
-        make_policy(spec)  # reports errors before the config is read
+    check_policies(specs or [], asked)
     config = load_config(model)
     number = choose_dtype(dtype, config)
     shape = read_shape(config, number.itemsize)
@@ -208,27 +222,20 @@ def summary(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: 
 
 def show(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: str, dtype: str) -> None:
     """Print the settings as a table, and notes."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    shape, console = made.shape, table_console(130)
-    table = Table(
-        title=escape(f"{model} in {dtype}: {requests(made.batch)} of {made.context} tokens in {size_text(made.memory)}"),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    shape = made.shape
+    columns = ("entries", "KV of a\nrequest", "of\nfull", "at its\npeak", f"needed\nfor {made.batch}", "fits",
+               "largest\nbatch", "largest\ncontext")  # fmt: skip
+    policies = Column("policies", key=True, least=16, short=first_of)
+    table = ResultTable(
+        [Column("budget", key=True), policies, *numbers(columns)],
+        f"{model} in {dtype}: {requests(made.batch)} of {made.context} tokens in {size_text(made.memory)}",
     )
-    table.add_column("budget", justify="right")
-    table.add_column("policies", overflow="fold", min_width=16)
-    for column in ("entries", "KV of a\nrequest", "of\nfull", "at its\npeak", f"needed\nfor {made.batch}", "fits",
-                   "largest\nbatch", "largest\ncontext"):  # fmt: skip
-        table.add_column(column, justify="right", no_wrap=True)
     whole, rows = fits[0].kept_bytes + fits[0].sliding_bytes, grouped(fits)
     for (names, fit), following in zip(rows, [*rows[1:], None], strict=True):
         rest = fit.kept_bytes + fit.sliding_bytes
-        table.add_row(
+        table.add(
             "all" if fit.budget is None else str(fit.budget),
-            escape(", ".join(names)) + (f" in {fit.quantize}" if fit.quantize else ""),
+            ", ".join(names) + (f" in {fit.quantize}" if fit.quantize else ""),
             str(fit.entries),
             size_text(rest),
             f"{100 * rest / whole:.1f}%",
@@ -237,17 +244,24 @@ def show(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: str
             "yes" if fit.fits else "no",
             str(fit.largest_batch),
             f"{fit.largest_context} (limit)" if fit.largest_context == shape.positions else str(fit.largest_context),
-            end_section=following is not None and following[1].budget != fit.budget,
         )
-    console.print(table)
+        if following is not None and following[1].budget != fit.budget:
+            table.section()
+    table.print()
     if made.weights:
-        print(f"-- {size_text(made.weights)} of weights are counted ({shape.parameters} parameters)")
+        note(f"{size_text(made.weights)} of weights are counted ({shape.parameters} parameters)")
     if slide := len(shape.layers) - len(shape.compressed):
         windows = " or ".join(map(str, sorted({layer.window for layer in shape.layers if layer.window})))
-        print(f"-- {len(shape.compressed)} layers are compressed; {slide} keep all of a sliding window of {windows} tokens")
-    print(f"-- {PEAK_NOTE}: {size_text(token_bytes(made))} a token and request")
-    for note in notes:
-        print(f"-- {note}")
+        note(f"{len(shape.compressed)} layers are compressed; {slide} keep all of a sliding window of {windows} tokens")
+    note(f"{PEAK_NOTE}: {size_text(token_bytes(made))} a token and request")
+    for sentence in notes:
+        note(sentence)
+
+
+def first_of(policies: str) -> str:
+    """``adakv + 17`` for 18 policies."""
+    first, *more = policies.split(", ")
+    return f"{first.split(':')[0]} + {len(more)}" if more else first.split(":")[0]
 
 
 def grouped(fits: Sequence[Fit]) -> list[tuple[list[str], Fit]]:

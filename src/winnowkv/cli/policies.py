@@ -1,45 +1,86 @@
-"""``winnow policies``: all eviction policies, with their options and sources."""
+"""``winnow policies``: what each eviction policy is for, and the options and sources of those that are named."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Json
+from winnowkv.cli.options import DEFAULT_POLICY, Json
+from winnowkv.cli.tables import Column, ResultTable, keys, note, say
 
 
-def policies(as_json: Json = False) -> None:
-    """List the eviction policies: what they keep, their options with defaults, and their sources."""
-    from winnowkv.policies import names, policy_class
-    from winnowkv.policies.registry import INNER_OPTION, option_names
+def policies(
+    named: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Policies to show in full; 'all' for all of them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the eviction policies and what each is for; with names, what they keep, their options and their sources.
 
-    rows: list[dict[str, Any]] = []
-    for name in names():
-        kind = policy_class(name)
-        made = kind()
-        in_order = sorted(option_names(kind), key=lambda option: option == INNER_OPTION)  # as in a spec, the inner policy last
-        options = {option: shown(getattr(made, option)) for option in in_order}
-        rows.append({"policy": name, "scope": kind.scope, "source": kind.source, "options": options})
+    winnow policies winnow snapkv
+    """
+    from winnowkv.policies import names
+
+    every = named is None or not named or named == ["all"]
+    rows = [described(name) for name in (names() if every else dict.fromkeys(named or []))]
     if as_json:
         print(json.dumps({"policies": rows}, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    elif named:
+        show_options(rows)
+    else:
+        show_purposes(rows)
 
-    wrappers = ", ".join(row["policy"] for row in rows if INNER_OPTION in row["options"])
-    caption = (
-        f"{INNER_OPTION}= is the policy that a wrapper ({wrappers}) changes, any of this list; it comes last, and what "
-        f"follows it are the inner policy's options: adakv:floor=0.1:{INNER_OPTION}=snapkv:observe=16"
-    )
-    table = Table(title="Eviction policies (write options as name:option=value:option=value)", caption=caption)
-    for column in ("policy", "keeps", "options and defaults", "source"):
-        table.add_column(column, overflow="fold")
+
+def described(name: str) -> dict[str, Any]:
+    """A policy as plain data. Raises PolicyError for an unknown name."""
+    from winnowkv.policies import policy_class
+    from winnowkv.policies.registry import INNER_OPTION, option_names
+
+    kind = policy_class(name)
+    made = kind()
+    in_order = sorted(option_names(kind), key=lambda option: option == INNER_OPTION)  # as in a spec, the inner policy last
+    options = {option: shown(getattr(made, option)) for option in in_order}
+    return {
+        "policy": name, "default": name == DEFAULT_POLICY, "purpose": kind.purpose or kind.scope, "scope": kind.scope,
+        "source": kind.source, "options": options,
+    }  # fmt: skip
+
+
+def show_purposes(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each policy."""
+    table = ResultTable([*keys("policy"), Column("for", least=30)], "Eviction policies, and what each is for")
+    for row in sorted(rows, key=lambda row: not row["default"]):
+        table.add(row["policy"], f"{row['purpose']}{' (the default)' if row['default'] else ''}")
+    table.print()
+    note(f"without --policy it is {DEFAULT_POLICY}; winnow policies NAME shows a policy's options and source")
+    wrappers = ", ".join(row["policy"] for row in rows if is_wrapper(row))
+    note(f"those around another policy ({wrappers}) name it last: adakv:floor=0.1:of=snapkv:observe=16")
+
+
+def show_options(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a paragraph for each policy."""
     for row in rows:
-        listed = (f"{key}={'-' if value is None else value}" for key, value in row["options"].items())
-        table.add_row(row["policy"], row["scope"], " ".join(listed), row["source"])
-    Console().print(table)
+        say(f"{row['policy']}{' (the default)' if row['default'] else ''}: {row['purpose']}", indent=2)
+        say(f"  keeps: {row['scope']}", indent=9)
+        say(f"  source: {row['source']}", indent=10)
+        listed = " ".join(f"{key}={'-' if value is None else value}" for key, value in row["options"].items())
+        say(f"  options and defaults: {listed or 'none'}", indent=4)
+    note("write options as NAME:option=value:option=value")
+    if any(map(is_wrapper, rows)):
+        note(
+            "of= is the policy that a wrapper changes, any other; it comes last, and what follows it are the inner policy's "
+            "options: adakv:floor=0.1:of=snapkv:observe=16"
+        )
+
+
+def is_wrapper(row: dict[str, Any]) -> bool:
+    """Whether a policy changes another one."""
+    from winnowkv.policies.registry import INNER_OPTION
+
+    return INNER_OPTION in row["options"]
 
 
 def shown(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from winnowkv.cli.options import Json
-from winnowkv.cli.tables import table_console
+from winnowkv.cli.tables import ResultTable, keys, note, numbers, say
 
 
 def report(
@@ -39,35 +39,25 @@ def report(
 
 def show(summary: dict[str, Any], page: Path) -> None:
     """Print a table for each section with its notes, and the page's file name."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     from winnowkv.evaluate.report.summary import OVER_TASKS, group_budget_text
     from winnowkv.report import MIB
 
-    console = table_console()
+    columns = ("score", "95% interval", "against\nfull", "95% interval", "W / T / L", "KV MiB\nkept / full")
     for section in summary["sections"]:
         counts = sorted({group["rows"] for group in section["groups"] if group["task"] == OVER_TASKS})
         rows = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         every = sum(task["rows"] for task in section["tasks"])
         rows += f" of {every}" if counts[0] < every else ""
-        table = Table(
-            title=escape(f"{section['protocol']}: {section['model']} in {section['dtype']}, {OVER_TASKS} ({rows} rows)"),
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        table.add_column("policy", overflow="fold", min_width=9)
-        for column in ("budget", "score", "95% interval", "against full", "95% interval", "W / T / L", "KV MiB\nkept / full"):
-            table.add_column(column, justify="right", no_wrap=True)
+        title = f"{section['protocol']}: {section['model']} in {section['dtype']}, {OVER_TASKS} ({rows} rows)"
+        table = ResultTable([*keys("policy", "budget"), *numbers(columns)], title)
         for group in section["groups"]:
             if group["task"] != OVER_TASKS:
                 continue
             pair = group["against_full"] or {"mean_difference": None, "low": None, "high": None}
             counts = [pair.get(name) for name in ("wins", "ties", "losses")]
             kept = group["kept_bytes"]
-            table.add_row(
-                escape(group["policy"]),
+            table.add(
+                group["policy"],
                 group_budget_text(group),
                 points(group["score"]),
                 between(group),
@@ -76,12 +66,12 @@ def show(summary: dict[str, Any], page: Path) -> None:
                 "-" if counts[0] is None else " / ".join(map(str, counts)),
                 "-" if kept is None else f"{kept / MIB:.1f} / {group['full_bytes'] / MIB:.1f}",
             )
-        console.print(table)
-        for note in section["notes"]:
-            console.print(f"- {escape(note)}", highlight=False)
-    for note in summary["notes"]:
-        console.print(f"- {escape(note)}", highlight=False)
-    console.print(f"page: {escape(str(page))}", highlight=False)
+        table.print()
+        for sentence in section["notes"]:
+            note(sentence)
+    for sentence in summary["notes"]:
+        note(sentence)
+    say(f"page: {page}")
 
 
 def points(value: float | None, sign: str = "") -> str:

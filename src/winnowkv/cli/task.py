@@ -26,6 +26,8 @@ def task(
     from winnowkv.evaluate.needle.prompts import read_rows
     from winnowkv.prompt.classifier import load_classifier
 
+    if text is not None and not text.strip():
+        raise InputError("the prompt is empty: give at least one word")
     texts = [text] if text is not None else [row["text"] for row in read_rows(file, "prompt", ("text",))]
     profiles = load_classifier(classifier)([str(text) for text in texts])
     if as_json:

@@ -24,6 +24,7 @@ class AdaKV(SelectorWrapper):
     name: ClassVar[str] = "adakv"
     source: ClassVar[str] = "Ada-KV, arXiv 2407.11550, section 4"
     scope: ClassVar[str] = "tokens per KV head, budgets over the heads of a layer by this prompt's scores; of any policy"
+    purpose: ClassVar[str] = "around another policy: heads of a layer share its budget"
     per_head: ClassVar[bool] = True
 
     floor: float = 0.2

@@ -61,7 +61,7 @@ class Policy:
 
     Class attributes
     ----------------
-    name: how it is asked for. source: the paper. scope: what it keeps, in one line.
+    name: how it is asked for. source: the paper. scope: what it keeps, in one line. purpose: for whom, when, in a phrase.
     evicts: False for what keeps everything.
     uses_task, uses_structure: whether it makes use of the prompt's task, of its question and sentence ends.
     needs_profile: whether it cannot work without a calibration profile.
@@ -74,6 +74,7 @@ class Policy:
     name: ClassVar[str]
     source: ClassVar[str]
     scope: ClassVar[str]
+    purpose: ClassVar[str] = ""
     evicts: ClassVar[bool] = True
     uses_task: ClassVar[bool] = False
     uses_structure: ClassVar[bool] = False

@@ -30,6 +30,7 @@ class CAKE(SnapKV):
     name: ClassVar[str] = "cake"
     source: ClassVar[str] = "CAKE, arXiv 2503.12491, section 4"
     scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's attention"
+    purpose: ClassVar[str] = "summaries and other prompts in which much of the text matters"
 
     kernel: int = 5
     pooling: PoolKind = "avg"

@@ -23,6 +23,7 @@ class ChunkKV(SelectorWrapper):
     name: ClassVar[str] = "chunkkv"
     source: ClassVar[str] = "ChunkKV, arXiv 2502.00299, section 3"
     scope: ClassVar[str] = "chunks of consecutive tokens, heads and budgets as the inner policy"
+    purpose: ClassVar[str] = "around another policy: neighbouring tokens stay together"
     keeps_spans: ClassVar[bool] = True
 
     chunk: int = 10

@@ -32,6 +32,7 @@ class CompressKV(SnapKV):
     name: ClassVar[str] = "compresskv"
     source: ClassVar[str] = "CompressKV, arXiv 2508.02401, 2606.24467"
     scope: ClassVar[str] = "tokens, same for all heads, budgets over layers by measured eviction error"
+    purpose: ClassVar[str] = "one fact in a long text, with a profile; all heads keep alike"
     needs_profile: ClassVar[bool] = True
 
     observe: int = 8

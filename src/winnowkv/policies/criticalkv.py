@@ -27,6 +27,7 @@ class CriticalKV(Wrapper):
     name: ClassVar[str] = "criticalkv"
     source: ClassVar[str] = "CriticalKV, arXiv 2502.03805, section 4"
     scope: ClassVar[str] = "tokens per KV head by scores and values, budgets as the inner policy"
+    purpose: ClassVar[str] = "around another policy: what a value adds to the output counts"
     needs_projection: ClassVar[bool] = True
 
     first: float = 0.5

@@ -26,6 +26,7 @@ class DefensiveKV(TokenPolicy):
     name: ClassVar[str] = "defensivekv"
     source: ClassVar[str] = "DefensiveKV, arXiv 2510.13334, section 4"
     scope: ClassVar[str] = "tokens per KV head by attention and values, budgets over the heads of a layer"
+    purpose: ClassVar[str] = "a question at the end, when a token missed once is too costly"
     per_head: ClassVar[bool] = True
     own_selector: ClassVar[bool] = True
     needs_projection: ClassVar[bool] = True

@@ -32,6 +32,7 @@ class DynamicKV(SnapKV):
     name: ClassVar[str] = "dynamickv"
     source: ClassVar[str] = "DynamicKV, arXiv 2412.14838"
     scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's scores"
+    purpose: ClassVar[str] = "prompts whose layers differ; the whole cache is held meanwhile"
 
     observe: int = 8
     pooling: PoolKind = "avg"

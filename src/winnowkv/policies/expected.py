@@ -36,6 +36,7 @@ class Expected(TokenPolicy):
     name: ClassVar[str] = "expected"
     source: ClassVar[str] = "after Expected Attention, arXiv 2510.00636, and CAKE, arXiv 2503.12491"
     scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's attention"
+    purpose: ClassVar[str] = "a text whose question is not known yet"
 
     sinks: int = 4
     observe: int = 32

@@ -15,4 +15,5 @@ class Full(TokenPolicy):
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "no eviction"
     scope: ClassVar[str] = "everything"
+    purpose: ClassVar[str] = "the answer to compare with: nothing is evicted"
     evicts: ClassVar[bool] = False

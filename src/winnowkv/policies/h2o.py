@@ -28,6 +28,7 @@ class H2O(TokenPolicy):
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "H2O, arXiv 2306.14048, section 4"
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
+    purpose: ClassVar[str] = "to compare: what the whole prompt looked at, and recent tokens"
 
     recent: float = 0.5
     group_by: GroupKind = "mean"

@@ -29,6 +29,7 @@ class HeadKV(SnapKV):
     name: ClassVar[str] = "headkv"
     source: ClassVar[str] = "HeadKV, arXiv 2410.19258, section 3"
     scope: ClassVar[str] = "tokens per KV head, budgets over all heads of the model by a profile"
+    purpose: ClassVar[str] = "one fact in a long text, with a model that has a profile"
     needs_profile: ClassVar[bool] = True
     per_head: ClassVar[bool] = True
     own_selector: ClassVar[bool] = True

@@ -24,6 +24,7 @@ class KeyDiff(TokenPolicy):
     name: ClassVar[str] = "keydiff"
     source: ClassVar[str] = "KeyDiff, arXiv 2504.15364, section 3"
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
+    purpose: ClassVar[str] = "the question is not known, and reading must be fast"
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By the keys alone."""

@@ -21,6 +21,7 @@ class Knorm(TokenPolicy):
     name: ClassVar[str] = "knorm"
     source: ClassVar[str] = "L2 norm of keys, arXiv 2406.11430, section 3"
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
+    purpose: ClassVar[str] = "the cheapest score there is: keys of small norm"
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By the keys alone."""

@@ -25,6 +25,7 @@ class LagKV(TokenPolicy):
     name: ClassVar[str] = "lagkv"
     source: ClassVar[str] = "LagKV, arXiv 2504.04704, section 3"
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
+    purpose: ClassVar[str] = "the question is not known: what stands out of the text stays"
 
     sinks: int = 4
     lag: int = 128

@@ -23,6 +23,7 @@ class PyramidKV(SnapKV):
     name: ClassVar[str] = "pyramidkv"
     source: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
     scope: ClassVar[str] = "tokens per KV head, falling budgets over layers"
+    purpose: ClassVar[str] = "to compare: early layers keep more than late ones"
 
     observe: int = 8
     slope: float = 20.0

@@ -24,6 +24,7 @@ class Random(TokenPolicy):
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "baseline of this package"
     scope: ClassVar[str] = "tokens, same for all heads of a layer"
+    purpose: ClassVar[str] = "the baseline that every other policy must beat"
 
     sinks: int = 4
     observe: int = 8

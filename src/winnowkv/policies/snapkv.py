@@ -24,6 +24,7 @@ class SnapKV(TokenPolicy):
     name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
+    purpose: ClassVar[str] = "a question at the prompt's end, with no time to spare for reading"
 
     observe: int = 32
     kernel: int = 7

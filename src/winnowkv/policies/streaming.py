@@ -25,6 +25,7 @@ class Streaming(TokenPolicy):
     name: ClassVar[str] = "streaming"
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
     scope: ClassVar[str] = "tokens, same for all heads and layers"
+    purpose: ClassVar[str] = "a text without end, of which only the newest part matters"
 
     sinks: int = 4
 

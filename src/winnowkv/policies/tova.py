@@ -23,6 +23,7 @@ class TOVA(TokenPolicy):
     name: ClassVar[str] = "tova"
     source: ClassVar[str] = "TOVA, arXiv 2401.06104, section 3.2"
     scope: ClassVar[str] = "tokens, same for all heads of a layer, same budget for all layers"
+    purpose: ClassVar[str] = "to compare: what the last token looks at"
 
     observe: int = 1
 

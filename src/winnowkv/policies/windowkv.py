@@ -37,6 +37,7 @@ class WindowKV(TokenPolicy):
     name: ClassVar[str] = "windowkv"
     source: ClassVar[str] = "WindowKV, arXiv 2503.17922"
     scope: ClassVar[str] = "windows, same for all heads and a group of layers, falling budgets"
+    purpose: ClassVar[str] = "passages rather than words; wants to know the prompt's task"
     uses_task: ClassVar[bool] = True
     keeps_spans: ClassVar[bool] = True
     own_selector: ClassVar[bool] = True

@@ -44,6 +44,7 @@ class Winnow(Expected):
     name: ClassVar[str] = "winnow"
     source: ClassVar[str] = "ours, docs/winnow-policy.md"
     scope: ClassVar[str] = "sentences, same for all heads and layers, and tokens per KV head, layers by this prompt's attention"
+    purpose: ClassVar[str] = "a question about a long text, or its summary"
     uses_task: ClassVar[bool] = True
     uses_structure: ClassVar[bool] = True
 

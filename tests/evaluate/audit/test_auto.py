@@ -26,17 +26,20 @@ def test_curves_are_written_into_the_profile(llama: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("policies", "budgets", "reason"),
+    ("policies", "budgets", "prompts", "reason"),
     [
-        (["full"], [0.1, 0.2, 0.3], "evicts"),
-        (["snapkv", "snapkv:observe=8"], [0.1, 0.2, 0.3], "twice"),
-        (["snapkv"], [0.1, 0.2, "auto:0.9"], "numbers"),
-        (["snapkv"], [0.1], "at least 3"),
+        (["full"], [0.1, 0.2, 0.3], 8, "evicts"),
+        (["snapkv", "snapkv:observe=8"], [0.1, 0.2, 0.3], 8, "twice"),
+        (["snapkv"], [0.1, 0.2, "auto:0.9"], 8, "numbers"),
+        (["snapkv"], [0.1], 8, "at least 3"),
+        (["snapkv"], [0.1, 0.2, 0.3], 3, "3 prompts make no curve: give at least 8"),
     ],
 )
-def test_settings_that_give_no_curve_are_refused_before_the_work(policies: list[str], budgets: list[Any], reason: str) -> None:
+def test_settings_that_give_no_curve_are_refused_before_the_work(
+    policies: list[str], budgets: list[Any], prompts: int, reason: str
+) -> None:
     with pytest.raises(wk.InputError, match=reason):
-        check_curves(policies, budgets)
+        check_curves(policies, budgets, prompts)
 
 
 def test_too_few_prompts_give_no_curve() -> None:

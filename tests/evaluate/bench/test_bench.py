@@ -334,7 +334,7 @@ def test_pictures_show_each_cache_once(done: tuple[dict[str, Any], Path]) -> Non
         ({"contexts": [2048]}, "a context of 2048 tokens cannot be measured with 40 new ones on a model with 1024 positions"),
         ({"serve_context": 40}, "give 41 to 1024"),
         ({"contexts": [60]}, "is too short"),
-        ({"settings": settings([SNAP], [0.01])}, "a budget of"),
+        ({"settings": settings([SNAP], [3])}, "a budget of"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_read(

@@ -127,6 +127,11 @@ class Audit:
             )
         return prompt_limit(model, self.max_new_tokens, self.max_context)
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a WinnowError for what this model cannot be asked, before any work. The model needs no weights."""
+        self.limit(model)
+        policies_for(self.settings, model, TaskProfile.of("localization"))
+
     def config(self, model: PreTrainedModel, name: str, served: torch.dtype) -> dict[str, Any]:
         """What all lines of one result folder must have in common."""
         return {
@@ -159,7 +164,7 @@ def run(
     Raises ProfileError, before any work, if a policy needs a calibration profile and this model has none.
     """
     asked, frame = test.settings, {"versions": versions(), "git": revision()}
-    policies_for(asked, model, TaskProfile.of("localization"))
+    test.check(model)
     for prompt in test.prompts:
         named: Line = {"prompt": prompt.digest, "id": prompt.id}
         lacking = [setting for setting in asked if not store.has(identity({**named, **asdict(setting)}))]

@@ -20,8 +20,13 @@ MIN_CURVE_PROMPTS = 8  # with fewer, a curve does not predict the next prompt
 Line = dict[str, Any]
 
 
-def check_curves(policies: Sequence[str], budgets: Sequence[Asked]) -> None:
-    """Raise InputError if an audit of these settings gives no curve, or two for one policy name."""
+def check_curves(policies: Sequence[str], budgets: Sequence[Asked], prompts: int) -> None:
+    """Raise InputError if an audit of these settings and so many prompts gives no curve, or two for one policy name."""
+    if prompts < MIN_CURVE_PROMPTS:
+        raise InputError(
+            f"--curves: {prompts} prompt{'' if prompts == 1 else 's'} make no curve: give at least {MIN_CURVE_PROMPTS} "
+            "(--prompts, --limit), or leave --curves out"
+        )
     evicting = [spec for spec in policies if make_policy(spec).evicts]
     names = [spec.split(":")[0] for spec in evicting]
     if not names:
@@ -57,9 +62,16 @@ def write_curves(path: Path, model: PreTrainedModel, lines: Sequence[Line], expe
     """
     asked = {(line["prompt"], line["policy"], line["budget"]) for line in expected}
     mine = [line for line in lines if (line["prompt"], line["policy"], line["budget"]) in asked]
-    info = ModelInfo.of(model)
-    named = [getattr(make_policy(line["policy"]), "profile", None) for line in expected]
-    profile = find_profile(str(path) if path.exists() else next(filter(None, named), None), info)
+    profile = find_base(path, model, [line["policy"] for line in expected])
     made = replace(profile, curves={**profile.curves, **curves_of(mine)})
     made.write(path)
     return made
+
+
+def find_base(path: Path, model: PreTrainedModel, policies: Sequence[str]) -> CalibrationProfile:
+    """The profile into which curves are written: the one at ``path``, else the one a policy names, else the package's.
+
+    Raises ProfileError if this model has none. The model needs no weights.
+    """
+    named = (getattr(make_policy(spec), "profile", None) for spec in policies)
+    return find_profile(str(path) if path.exists() else next(filter(None, named), None), ModelInfo.of(model))

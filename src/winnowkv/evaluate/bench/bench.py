@@ -89,6 +89,14 @@ class Bench:
 
     def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
         """Check everything before the first measurement. Raises a WinnowError that names what is wrong."""
+        self.check_model(model)
+        limit = position_limit(model)
+        for tokens in {cell["context"] for cell in self.cells() if cell["kind"] == "prefill"}:
+            # raises if the haystack is too short
+            bench_cells.build(builder, tokens if limit is None else min(tokens, limit - self.room))
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """What :meth:`check` can say without a tokenizer, of a model without weights, too."""
         for name, value, least in (
             ("rounds", self.rounds, 1), ("steps", self.steps, 1), ("new_tokens", self.new_tokens, WARMUP_STEPS + 3),
             ("batch", min(self.batches), 1), ("context", min([*self.contexts, self.serve_context]), 1),
@@ -112,8 +120,6 @@ class Bench:
             lengths = [cell[name] for name in ("context", "shortest", "longest") if cell.get(name)] or [GROWTH_PROMPT_TOKENS[0]]
             for tokens in (length if limit is None else min(length, limit - self.room) for length in lengths):
                 policy.check_prompt(policy.prompt_info(Budget.of(cell["budget"]), tokens, 1, task))
-                if cell["kind"] == "prefill":
-                    bench_cells.build(builder, tokens)  # raises if the haystack is too short
 
     def config(self, model: PreTrainedModel, name: str, builder: PromptBuilder) -> dict[str, Any]:
         """What all lines of one result folder must have in common."""

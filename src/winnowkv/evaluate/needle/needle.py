@@ -71,6 +71,13 @@ class NeedleTest:
 
     def check(self, model: PreTrainedModel, builder: PromptBuilder) -> None:
         """Check everything before the first prompt is read; raises what the class names."""
+        self.check_model(model)
+        for length in self.lengths:
+            for needle in self.needles:
+                builder.build(needle, length, 0.0)  # raises if the haystack or the length is too short
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """What :meth:`check` can say without a tokenizer, of a model without weights, too."""
         if not (self.policies and self.budgets and self.lengths and self.depths and self.needles):
             raise InputError("the needle test needs at least one policy, budget, length, depth and needle")
         if self.max_new_tokens < 1:
@@ -92,8 +99,6 @@ class NeedleTest:
             for policy in policies:
                 for budget in self.budgets:
                     policy.check_prompt(policy.prompt_info(Budget.of(budget), length, 1, task))
-            for needle in self.needles:
-                builder.build(needle, length, 0.0)  # raises if the haystack or the length is too short
 
     def cases(self) -> list[tuple[int, float, Hidden]]:
         """All prompts, as (length, depth, needle)."""
