@@ -14,6 +14,8 @@ MAX_RUNS = 4  # of layers with equal lengths that are listed one by one
 class Report:
     """What one prompt (or one padded batch of prompts) left in the cache.
 
+    Entries and bytes are of all layers and heads, also if several devices or processes share them.
+
     Attributes
     ----------
     policy, budget: as they were asked.

@@ -30,6 +30,15 @@ def test_auto_keeps_the_fewest_entries_that_keep_the_mass(model: Any, spec: str,
     assert less.report.kept_mass[0] < chosen.report.kept_mass[0]
 
 
+def test_a_budget_of_few_entries_is_found(llama: Any, tmp_path: Path) -> None:
+    """Of about 33 entries and fewer, two budgets side by side are further apart than the search is precise."""
+    path = profile_file(llama, tmp_path, Curve(((0.0, 0.0), (1.0, 1.0)), 9))
+    chosen = read(llama, "adakv:of=snapkv:observe=4", f"auto:0.6:{path}")
+    assert chosen.report.kept_mass[0] >= 0.6
+    entries = int(chosen.report.kept_entries[0][0])
+    assert read(llama, "adakv:of=snapkv:observe=4", entries - 1).report.kept_mass[0] < 0.6
+
+
 def test_a_recorded_prompt_chooses_the_same(llama: Any, tmp_path: Path) -> None:
     path = profile_file(llama, tmp_path, Curve(((0.0, 0.0), (1.0, 1.0)), 9))
     live = read(llama, SPECS[0], f"auto:0.7:{path}")

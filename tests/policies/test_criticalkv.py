@@ -18,7 +18,7 @@ import winnowkv as wk
 from support.models import PROMPT, prompt
 from support.policies import HEADS, KV_HEADS, best, kept_rows, projected_norm, run
 from support.reference import positions
-from winnowkv.attention.projection import projection_weights
+from winnowkv.attention.projection import output_projections, projection_weight
 from winnowkv.cache.selection import PromptSelection
 from winnowkv.policies import LayerStates
 from winnowkv.policies.criticalkv import EPSILON
@@ -106,21 +106,25 @@ def check_projection(module: nn.Module, weights: Tensor, heads: int) -> None:
     torch.testing.assert_close(sum(outputs[:, h] @ weights[h] for h in range(heads)) + bias, together, rtol=1e-4, atol=1e-5)
 
 
+def weights_of(model: nn.Module, layers: list[int], heads: int) -> list[Tensor]:
+    found = output_projections(model)
+    return [projection_weight(found[layer], layer, heads) for layer in layers]
+
+
 def test_projection_weights_are_those_of_linear_layers(model: PreTrainedModel) -> None:
     layers = list(range(model.config.num_hidden_layers))
-    found = projection_weights(model, layers, 8)
+    found = weights_of(model, layers, 8)
     for layer, weights in zip(model.model.layers, found, strict=True):
         assert weights.shape == (8, 8, 64)
         assert not weights.requires_grad
         assert weights.data_ptr() == layer.self_attn.o_proj.weight.data_ptr()  # a view
         check_projection(layer.self_attn.o_proj, weights, 8)
-    assert torch.equal(projection_weights(model, [3], 8)[0], found[3])
 
 
 def test_projection_weights_are_those_of_gpt2s_conv1d() -> None:
     """Which stores them the other way round."""
     model = gpt2()
-    for block, weights in zip(model.transformer.h, projection_weights(model, [0, 1], 4), strict=True):
+    for block, weights in zip(model.transformer.h, weights_of(model, [0, 1], 4), strict=True):
         assert type(block.attn.c_proj).__name__ == "Conv1D"
         torch.nn.init.normal_(block.attn.c_proj.bias)
         check_projection(block.attn.c_proj, weights, 4)
@@ -128,10 +132,10 @@ def test_projection_weights_are_those_of_gpt2s_conv1d() -> None:
 
 def test_a_model_without_readable_projections_is_refused(llama: Any) -> None:
     with pytest.raises(wk.UnsupportedModelError, match="no output projection"):
-        projection_weights(nn.Linear(2, 2), [], 1)
+        output_projections(nn.Linear(2, 2))
     llama.model.layers[1].self_attn.o_proj.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
     with pytest.raises(wk.UnsupportedModelError, match=r"layer 1: .*\(Linear\) cannot be read"):
-        projection_weights(llama, [0, 1], 8)
+        weights_of(llama, [0, 1], 8)
 
 
 class Watched(wk.CompactCache):

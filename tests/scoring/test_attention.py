@@ -24,6 +24,7 @@ from winnowkv.scoring.attention import (
     group_reduce,
     moments,
     pool,
+    some_heads_attention,
     tiles,
     window_attention,
 )
@@ -113,6 +114,14 @@ def test_tiles_of_any_size_give_the_same(tile: int, monkeypatch: pytest.MonkeyPa
     full = accumulated_attention(rand(1, 6, 40, 5), keys[:1], 0.6, block=16)
     torch.testing.assert_close(full, causal_attention(rand(1, 6, 40, 5), keys[:1], 0.6).sum(-2))
     assert max(sizes) <= max(tile, 40)
+
+
+def test_the_scores_of_some_heads_come_in_the_order_that_was_asked_for() -> None:
+    """Also if it is all of them."""
+    queries, keys = rand(1, 4, 3, 5), rand(1, 2, 20, 5, seed=1)
+    every = window_attention(queries, keys, 0.5)
+    for heads in ([2, 0, 3, 1], [3, 1], [0, 1, 2, 3]):
+        torch.testing.assert_close(some_heads_attention(queries, keys, 0.5, heads), every[:, heads])
 
 
 def test_queries_that_require_a_gradient_are_scored_without_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from winnowkv.errors import UnsupportedModelError
@@ -28,19 +30,30 @@ def output_projections(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def projection_weights(model: nn.Module, layers: list[int], query_heads: int) -> list[Projection]:
-    """The weights ``[Hq, D, M]`` of these layers' output projections: views if the model stores them as usual.
+def projection_weight(projection: nn.Module | None, layer: int, query_heads: int) -> Projection:
+    """The weights ``[Hq, D, M]`` of a layer's output projection: a view if the model stores them as usual.
 
-    Raises UnsupportedModelError for a projection whose weights are not a plain matrix, such as a quantized one.
+    ``query_heads``: those of this process, and the weights are their part, if several processes share the layer's heads.
+    Weights that are offloaded, to memory or to a disk, are fetched. Raises UnsupportedModelError for a projection whose weights
+    are not a plain matrix, such as a quantized one.
     """
-    found, weights = output_projections(model), []
-    for layer in layers:
-        projection = found.get(layer)
-        weight = getattr(projection, "weight", None)
-        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-            kind = type(projection).__name__
-            raise UnsupportedModelError(f"layer {layer}: the weights of its output projection ({kind}) cannot be read")
-        # Linear stores [M, Hq * D], GPT-2's Conv1D the other way round.
-        matrix = weight if type(projection).__name__ == "Conv1D" else weight.t()
-        weights.append(matrix.detach().unflatten(0, (query_heads, -1)))
-    return weights
+    weight = _fetched(projection)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+        kind = type(projection).__name__
+        raise UnsupportedModelError(f"layer {layer}: the weights of its output projection ({kind}) cannot be read")
+    if hasattr(weight, "to_local"):  # a DTensor, as tensor parallelism has them
+        weight = weight.to_local()
+    # Linear stores [M, Hq * D], GPT-2's Conv1D the other way round.
+    matrix = weight if type(projection).__name__ == "Conv1D" else weight.t()
+    return matrix.detach().unflatten(0, (query_heads, -1))
+
+
+def _fetched(projection: nn.Module | None) -> Any:
+    """The projection's weight, fetched from where accelerate keeps it between forward passes; None if it has none."""
+    weight = getattr(projection, "weight", None)
+    if projection is None or weight is None or not weight.is_meta or not hasattr(projection, "_hf_hook"):
+        return weight
+    from accelerate.utils import align_module_device  # there, since it made the hook
+
+    with align_module_device(projection):
+        return projection.weight

@@ -50,7 +50,7 @@ class AutoSelection:
         if len(self.kept) < self._prompt.layers:
             return {}
         best = None
-        while least < most and most > least * (1 + AUTO_PRECISION):
+        while most - least > 1 and most > least * (1 + AUTO_PRECISION):
             entries = max(int((least * most) ** 0.5), least + 1)
             trial = self._with(entries)
             if trial.kept_mass() >= self._needed:

@@ -15,12 +15,12 @@ from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from winnowkv.attention.hooks import BYPASSED, Observer, tag_keys
-from winnowkv.attention.projection import projection_weights
+from winnowkv.attention.projection import output_projections
 from winnowkv.attention.routing import Hold, check_model, generate_call
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.compression import Compression
@@ -32,7 +32,7 @@ from winnowkv.cache.session import PrefillSession, Recording
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Tasks
 from winnowkv.report import Report
-from winnowkv.types import Padding, Projection, Valid
+from winnowkv.types import Padding, Valid
 
 SLIDING_SLACK = 2  # a sliding layer's view is copied out of storage that is larger than so many times itself
 
@@ -170,8 +170,9 @@ class CompactCache(Cache):
         """Storage of keys and values of the compressed layers now, room for growth included."""
         return sum(layer.held_bytes for layer in self.compact_layers)
 
-    def _projections(self) -> list[Projection]:
-        return projection_weights(self.model, list(self._numbers), self.compression.model.heads)
+    def _projections(self) -> list[nn.Module | None]:
+        found = output_projections(self.model)
+        return [found.get(layer) for layer in self._numbers]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

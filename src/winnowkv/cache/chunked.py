@@ -152,7 +152,9 @@ class ChunkedPrompt:
         if self.drops:
             scorer = self._eviction.scorer(len(self.held))
             asked = self._asked(layer, queries, scorer, scorer.query_positions())
-            scores = scorer.score(LayerStates(layer, asked, keys, values, scale)).mean(1, keepdim=True)
+            heads = self._compression.heads.of_layer(keys.shape[1], self._compression.model.kv_heads)
+            states = LayerStates(layer, asked, keys, values, scale, heads=heads)
+            scores = scorer.score_all(states).mean(1, keepdim=True)
             self._scores = scores if self._scores is None else self._scores + scores.to(self._scores.device)
         self._queries[layer] = self._pick(layer, queries, self._kept)
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from winnowkv.attention.projection import projection_weights
+from winnowkv.attention.projection import output_projections
 from winnowkv.budget import Budget
 from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.quantized import quanto
@@ -16,6 +16,7 @@ from winnowkv.cache.selection import PromptSelection
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.models.calibration import find_profile
 from winnowkv.models.curve import Curve
+from winnowkv.models.head_group import ALL_HEADS, HeadGroup
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import Policy, PromptInfo, Tasks, policy as make_policy
 from winnowkv.policies.chunk_eviction import ExpectedSpans
@@ -44,6 +45,7 @@ class Compression:
     tasks: of all prompts, or one for each row of a batch.
     curve: what ``auto`` expects of the policy; None for a budget in numbers.
     keep_scores: whether importance scores are kept once a prompt is read.
+    heads: the processes that share the model's heads.
     """
 
     asked: str
@@ -53,6 +55,7 @@ class Compression:
     tasks: tuple[TaskProfile, ...]
     curve: Curve | None = None
     keep_scores: bool = False
+    heads: HeadGroup = ALL_HEADS
 
     @classmethod
     def of(
@@ -70,7 +73,7 @@ class Compression:
         ``task_is_known`` is False if the prompts' tasks will be classified later.
         Raises PolicyError, BudgetError, ProfileError, InputError and UnsupportedModelError.
         """
-        made, info = make_policy(policy), ModelInfo.of(model)
+        made, info, heads = make_policy(policy), ModelInfo.of(model), HeadGroup.of(model)
         rows = [task] if task is None or isinstance(task, TaskProfile | str) else list(task)
         tasks = tuple(TaskProfile.of(row) for row in rows)
         for each in tasks if task_is_known else (None,):
@@ -78,12 +81,12 @@ class Compression:
         if made.quantize is not None:
             quanto()  # complain now, and load it before the clock runs
         if made.needs_projection:
-            projection_weights(model, [], info.heads)
+            output_projections(model)
         read, curve = Budget.of(budget), None
         if read.target is not None and made.evicts:
             curve = find_profile(read.profile, info).curve(made.name)
         asked = policy if isinstance(policy, str) else made.spec
-        return cls(asked, made, info, read, tasks, curve, keep_scores)
+        return cls(asked, made, info, read, tasks, curve, keep_scores, heads)
 
     def each_task(self, rows: int) -> Sequence[TaskProfile]:
         """The task of each row of a batch. Raises InputError if they are not as many."""

@@ -31,6 +31,8 @@ class PromptSelection:
     scores: per layer read, the importance scores ``[1, H, C]``; empty if nothing is evicted, and at the end unless kept.
     common: what all layers keep together, ``[1, 1, n]``, None if nothing is shared.
     notes: what the user should know, in sentences.
+
+    Layers meet on the device of the first one that was read: all of the above are there, wherever a layer is.
     """
 
     def __init__(self, bound: BoundPolicy, *, keep_scores: bool = False) -> None:
@@ -89,9 +91,9 @@ class PromptSelection:
     def _take(self, layer: int, scores: Scores | None, votes: HeadScores | None) -> dict[int, Indices]:
         parts, prompt = self.bound.parts, self.bound.prompt
         self.kept.append(None)
-        self.scores.append(self.scores[parts.scorer.leader(layer)] if scores is None else scores)
+        self.scores.append(self.scores[parts.scorer.leader(layer)] if scores is None else scores.to(self._device(scores)))
         if votes is not None:
-            self._votes.append(votes)
+            self._votes.append(votes.to(self._device(votes)))
         limits: Sequence[Entries] = [*self._limits, self._prefill_limits[layer]]
         last = layer == prompt.layers - 1
         limits = (parts.allocator.allocate if last else parts.allocator.shrink)(self.scores, limits)
@@ -111,6 +113,10 @@ class PromptSelection:
             if not self._keep_scores:
                 self.scores = []
         return changed
+
+    def _device(self, found: Tensor) -> torch.device:
+        """Where layers meet."""
+        return self.scores[0].device if self.scores else found.device
 
     def _select(self, layer: int, limit: Entries) -> Indices:
         leader = self.bound.parts.scorer.leader(layer)
@@ -157,13 +163,16 @@ class PromptSelection:
 
 
 def evidence(bound: BoundPolicy, states: LayerStates) -> tuple[Scores | None, HeadScores | None]:
-    """What one layer tells a policy: its scores, None if the layer follows another one, and its vote on shared tokens."""
+    """What one layer tells a policy: its scores, None if the layer follows another one, and its vote on shared tokens.
+
+    Both are of all heads of the model, and the same in every process that has some of them: so is what follows from them.
+    """
     scorer, shared = bound.parts.scorer, bound.parts.shared
     voting = 0 if shared is None else len(shared.query_positions())
     scoring = states.queries.shape[2] - voting
     scores = None
     if scorer.leader(states.layer) >= states.layer:
-        scores = scorer.score(replace(states, queries=states.queries[:, :, :scoring]))
+        scores = scorer.score_all(replace(states, queries=states.queries[:, :, :scoring]))
     if shared is None:
         return scores, None
-    return scores, shared.vote(replace(states, queries=states.queries[:, :, scoring:]))
+    return scores, shared.vote_all(replace(states, queries=states.queries[:, :, scoring:]))

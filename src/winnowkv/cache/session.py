@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from winnowkv.attention.projection import projection_weight
 from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.chunked import ChunkedPrompt, cut
 from winnowkv.cache.compression import Compression, naming_row
@@ -19,9 +20,10 @@ from winnowkv.cache.reports import report_prefill
 from winnowkv.cache.selection import PromptSelection
 from winnowkv.cache.stopwatch import Stopwatch
 from winnowkv.errors import CacheError
+from winnowkv.models.head_group import HeadGroup
 from winnowkv.policies import LayerStates
 from winnowkv.report import Report
-from winnowkv.types import Projection
+from winnowkv.types import Indices, Projection
 
 
 class Recording:
@@ -48,7 +50,7 @@ class PrefillSession:
     compression: policy, budget and tasks.
     layers: the cache's compressed layers, first to last.
     report: filled when the prompt is read.
-    projections: the layers' output projections ``[Hq, D, M]``; asked once, and only if the policy needs them.
+    projections: the layers' output projections; asked once, and only if the policy needs them.
 
     Attributes
     ----------
@@ -60,12 +62,12 @@ class PrefillSession:
         compression: Compression,
         layers: Sequence[CompactLayer],
         report: Report,
-        projections: Callable[[], Sequence[Projection]],
+        projections: Callable[[], Sequence[nn.Module | None]],
     ) -> None:
         self.compression, self.layers, self.report = compression, layers, report
         self.selections: list[PromptSelection | AutoSelection] = []
         self._positions: list[Tensor] = []  # of each row, where the queries stand that its policy wants
-        self._projections: Sequence[Projection] | None = None
+        self._projections: Sequence[nn.Module | None] | None = None
         self._ask_projections = projections
         self._chunked: ChunkedPrompt | None = None
         self._started = 0.0
@@ -159,15 +161,21 @@ class PrefillSession:
                 changed.update(selection.observe(self._states(number, row, queries, scale)))
         dense = len(self.selections) == 1 and not self.compression.policy.per_head
         for index in changed:
-            kept = [selection.kept[index] for selection in self.selections]
-            if self._chunked is not None:
-                kept = [None if positions is None else self._chunked.text_positions(positions) for positions in kept]
-            self.layers[index].keep([None if positions is None else positions[0] for positions in kept], dense=dense)
+            kept = [self._positions_here(index, selection.kept[index], dense) for selection in self.selections]
+            self.layers[index].keep(kept, dense=dense)
         if number not in changed:
             layer.own()
         if (stored := self.compression.policy.quantize) is not None and layer is self.layers[-1]:
             for each in self.layers:
                 each.quantize(stored)
+
+    def _positions_here(self, number: int, positions: Indices | None, dense: bool) -> Tensor | None:
+        """What stays of the prompt in a layer's heads that are in this process, ``[H, n]``, on the layer's device."""
+        if positions is None:
+            return None
+        if self._chunked is not None:
+            positions = self._chunked.text_positions(positions)
+        return own(positions[0], self._heads(number), dense).to(self.layers[number].keys.device)
 
     def _states(self, number: int, row: int, queries: Tensor, scale: float) -> LayerStates:
         """What a row's policy gets to see of a layer."""
@@ -177,14 +185,19 @@ class PrefillSession:
         asked = queries[row : row + 1]
         if self._chunked is None:  # what comes out of chunks is what was asked for already
             asked = pick(asked, self._positions[row] + (queries.shape[2] - keys.shape[2]))
-        return LayerStates(number, asked, keys, values, scale, self._projection(number))
+        return LayerStates(number, asked, keys, values, scale, self._projection(number, queries), self._heads(number))
 
-    def _projection(self, number: int) -> Projection | None:
+    def _heads(self, number: int) -> HeadGroup:
+        """The processes that share a layer's heads."""
+        return self.compression.heads.of_layer(self.layers[number].keys.shape[1], self.compression.model.kv_heads)
+
+    def _projection(self, number: int, queries: Tensor) -> Projection | None:
         if not self.compression.policy.needs_projection:
             return None
         if self._projections is None:
             self._projections = self._ask_projections()
-        return self._projections[number]
+        weight = projection_weight(self._projections[number], number, queries.shape[1])
+        return weight.to(queries.device)
 
     def _open(self) -> None:
         """The lengths of the prompts are known now: bind the policy to each."""
@@ -215,9 +228,18 @@ class PrefillSession:
     def _finish(self, seconds: float) -> None:
         notes = [self._chunked.sizes.note] if self._chunked is not None else []
         clock = {"seconds": seconds, "compress_seconds": self._compressing.seconds}
-        report_prefill(self.report, self.layers, self.selections, notes=notes, **clock)
+        heads = max((self._heads(number) for number in range(len(self.layers))), key=lambda group: group.size)
+        report_prefill(self.report, self.layers, self.selections, heads, notes=notes, **clock)
         for layer in self.layers:
             layer.room = 0
+
+
+def own(positions: Tensor, heads: HeadGroup, dense: bool) -> Tensor:
+    """Of positions ``[H, n]`` that stay in the model's heads those of this process; not ``dense``: less padding, perhaps."""
+    if heads.size == 1 or len(positions) == 1:  # all heads keep the same
+        return positions
+    mine = heads.mine(positions, 0)
+    return mine if dense else mine[:, int((mine < 0).all(0).sum()) :]
 
 
 def pick(queries: Tensor, places: Tensor) -> Tensor:

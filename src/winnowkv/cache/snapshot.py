@@ -20,6 +20,8 @@ from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.quantized import Quantized
 from winnowkv.cache.reports import saved_report
 from winnowkv.errors import CacheError
+from winnowkv.models.devices import layer_devices
+from winnowkv.models.head_group import HeadGroup
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.decode_eviction import DecodeEviction
 from winnowkv.types import Quantization
@@ -43,6 +45,7 @@ def save_cache(cache: CompactCache, model: PreTrainedModel, path: str | Path) ->
     CacheError
         Before the prompt was read, or for a model with sliding-window layers, whose state is not ours.
     """
+    HeadGroup.of(model).check_alone("saving a cache")
     if len(cache.compact_layers) != len(cache.layers):
         raise CacheError("this model has layers that are not full attention: their state cannot be saved yet")
     if not cache.report.prompt_tokens:
@@ -83,8 +86,9 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
     CacheError
         For a file that is not a saved cache, of a newer format, or of another model: the difference is named.
     """
+    HeadGroup.of(model).check_alone("loading a cache")
     try:
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
+        with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["winnowkv"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -97,8 +101,9 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
     report = saved_report(about["report"])
     cache = CompactCache(model, "full", 1, decode_budget=about["decode_budget"])
     cache.resume(report)
+    devices = layer_devices(model, range(len(cache.layers)))  # all of them are full attention
     for index, (layer, lengths) in enumerate(zip(cache.compact_layers, about["lengths"], strict=True)):
-        mine = {k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")}
+        mine = {k.removeprefix(f"{index}."): t.to(devices[index]) for k, t in tensors.items() if k.startswith(f"{index}.")}
         restore(layer, lengths, mine, report.quantize)
     return cache
 

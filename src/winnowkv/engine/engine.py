@@ -91,6 +91,7 @@ class Engine:
         self._task, self._compile = task, compile
         # Raises now what would be raised for every prompt.
         self._compression = Compression.of(model, policy, budget, task, task_is_known=task is not None)
+        self._compression.heads.check_alone("the engine")
         self.policy, self.budget = self._compression.asked, self._compression.budget
         self.end_tokens = end_tokens(model, tokenizer)
         slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
@@ -160,7 +161,7 @@ class Engine:
         (profile,) = read_tasks(self.tokenizer, torch.tensor([ids]), None, given, self._compression.policy)
         claim = self._admission.claim(len(ids), sampling, profile)
         self._admission.check_alone(claim, len(ids), sampling, self._slots)
-        made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": self.model.device, "inbox": inbox}
+        made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": self._slots.device, "inbox": inbox}
         request = Request(ids, sampling, profile, claim, new_report(self._compression), **made)
         self._scheduler.add(request)
         return request
@@ -267,7 +268,7 @@ class Engine:
 
     def _prompt_logits(self, request: Request, cache: CompactCache) -> Tensor:
         """Logits of the first new token, ``[1, vocabulary]``."""
-        ids = torch.tensor([request.prompt], device=self.model.device)
+        ids = torch.tensor([request.prompt], device=self._slots.device)
         return prefill(self.model, ids, cache, chunk=self._chunk, ceiling=self._ceiling)
 
     def _decode(self, rows: list[Row]) -> list[Event]:

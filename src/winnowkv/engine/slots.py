@@ -27,6 +27,7 @@ from winnowkv.engine.compiled import any_size, compiled
 from winnowkv.engine.cuda_graphs import Recorded
 from winnowkv.engine.slot_layer import SlotLayer
 from winnowkv.errors import CacheError, UnsupportedModelError
+from winnowkv.models.devices import input_device
 from winnowkv.types import Padding, Valid
 
 DECODE_BLOCK = 64  # columns added when a request has filled its room
@@ -50,7 +51,7 @@ class Slots(Cache):
 
     Attributes
     ----------
-    rows: requests placed now. positions: tokens that each has seen.
+    rows: requests placed now. positions: tokens that each has seen. device: where the model takes tokens.
 
     Raises
     ------
@@ -62,7 +63,7 @@ class Slots(Cache):
         weakref.finalize(self, release_later, acquire(model)).atexit = False
         if like is None:  # config fields differ from model to model
             like = CompactCache(model, "full", 1)
-            prefill(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), like)
+            prefill(model, torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), like)
         supported, given = [*like.compact_layers, *like.sliding_layers], list[Any](like.layers)
         for index, layer in enumerate(given):
             if layer not in supported:
@@ -77,11 +78,16 @@ class Slots(Cache):
         self._static = compile  # whether steps go over whole buffers; stays so if compiling fails
         self._full = sum(layer.sliding_window is None for layer in self._each)
         self._requests: list[_Request] = []
-        self._new_columns = torch.zeros(len(self.layers), 0, dtype=torch.long, device=model.device)
+        self.device = input_device(model)
+        # Of each device that layers are on: a layer writes with indices that are where it is.
+        self._new_columns = {
+            home: torch.zeros(len(self.layers), 0, dtype=torch.long, device=home)
+            for home in (self.device, *(layer.keys.device for layer in self._each))
+        }
         self._compiled = compiled(model) if compile else None
-        self._recorded = Recorded() if compile and model.device.type == "cuda" else None
+        self._recorded = Recorded() if compile and self.device.type == "cuda" else None
         # On the CPU a graph of one row and one of several serve any sizes, as fast; a CUDA graph is of one shape.
-        self._flexible = compile and model.device.type == "cpu"
+        self._flexible = compile and self.device.type == "cpu"
 
     @property
     def rows(self) -> int:
@@ -196,7 +202,7 @@ class Slots(Cache):
         for size in self.graph_rows(rows):
             self._requests = [_Request([entries] * self._full, room, entries) for _ in range(size)]
             self.trim()
-            self.step(torch.zeros(size, dtype=torch.long, device=self.model.device))
+            self.step(torch.zeros(size, dtype=torch.long, device=self.device))
         self._requests = []
         self.trim()
         return time.perf_counter() - begin
@@ -231,14 +237,20 @@ class Slots(Cache):
         each = iter(columns)
         return [(rows, next(each) if layer.sliding_window is None else layer.sliding_window) for layer in self._each]
 
+    @property
+    def _buffer_rows(self) -> int:
+        """Rows that new entries are written to at once, those of a compiled step that hold no request included."""
+        return self._new_columns[self.device].shape[1]
+
     def _set_indices(self) -> None:
         """Give the layers the tensors that say where new entries go; compiled steps need the same ones each time."""
         rows = self._each[0].keys.shape[0] if self._static else self.rows
-        if self._new_columns.shape[1] != rows:
-            self._new_columns = self._new_columns.new_zeros(len(self._each), rows)
-            numbers = torch.arange(rows, device=self._new_columns.device)
-            for layer, columns in zip(self._each, self._new_columns, strict=True):
-                layer.rows, layer.new_columns = numbers, columns
+        if self._buffer_rows != rows:
+            numbers = {home: torch.arange(rows, device=home) for home in self._new_columns}
+            self._new_columns = {home: held.new_zeros(len(self._each), rows) for home, held in self._new_columns.items()}
+            for index, layer in enumerate(self._each):
+                home = layer.keys.device
+                layer.rows, layer.new_columns = numbers[home], self._new_columns[home][index]
         if self._flexible:
             for layer in self._each:
                 layer.any_size()
@@ -256,12 +268,14 @@ class Slots(Cache):
                 indexed |= layer.plan_step(new)
             columns.append(at)
         if indexed:
-            unused = self._new_columns.shape[1] - self.rows  # rows of a compiled step that hold no request
-            self._new_columns.copy_(torch.tensor([at + [0] * unused for at in columns]), non_blocking=True)
+            unused = self._buffer_rows - self.rows  # rows of a compiled step that hold no request
+            wanted = torch.tensor([at + [0] * unused for at in columns])
+            for held in self._new_columns.values():
+                held.copy_(wanted, non_blocking=True)
 
     def _run(self, tokens: Tensor) -> Tensor:
         """One forward pass, compiled if that works."""
-        unused = self._new_columns.shape[1] - self.rows
+        unused = self._buffer_rows - self.rows
         positions = torch.tensor([*self.positions, *[0] * unused]).to(tokens.device, non_blocking=True)
         inputs = {"input_ids": torch.nn.functional.pad(tokens, (0, unused))[:, None], "position_ids": positions[:, None]}
         if self._flexible:
@@ -282,7 +296,7 @@ class Slots(Cache):
     def _addresses(self) -> Hashable:
         """Addresses and shapes of all buffers, for which a recorded step is valid."""
         buffers = (part for layer in self._each for part in (layer.keys, layer.values, layer.valid))
-        indices = (self._new_columns, self._each[0].rows)
+        indices = (*self._new_columns.values(), self._each[0].rows)
         return tuple((part.data_ptr(), part.shape) for part in (*indices, *buffers))
 
 

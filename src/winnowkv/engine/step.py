@@ -18,7 +18,7 @@ Row = TypeVar("Row")
 
 def advance(slots: Slots, samplers: Sequence[Sampler]) -> list[tuple[int, Logprob | None] | None]:
     """One decode step of all rows: each row's next token, chosen by its sampler, as :func:`choose` returns it."""
-    newest = torch.tensor([sampler.tokens[-1] for sampler in samplers], device=slots.model.device)
+    newest = torch.tensor([sampler.tokens[-1] for sampler in samplers], device=slots.device)
     return choose(slots.step(newest), samplers)
 
 

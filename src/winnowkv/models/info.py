@@ -23,7 +23,7 @@ class ModelInfo:
     Attributes
     ----------
     architecture: class of the model.
-    layers, heads, kv_heads: all layers, query heads and KV heads of each.
+    layers, heads, kv_heads: all layers, query heads and KV heads of each; of the whole model, however many processes share it.
     config: hash of the config's sizes.
     rotation: how queries and keys are turned by their position, None if it is not known; it is not compared.
     """

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.cascade import CascadeAllocator
 from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer
@@ -60,15 +62,17 @@ class MomentScorer(Scorer):
     """Mean plus ``gamma`` times the variance of the observation window's attention."""
 
     options: CAKE
+    shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """Mean plus variance, pooled, ``[1, Hkv, C]``; scaled so that their sum is the layer's preference."""
         asked, window = self.options, states.queries.shape[2]
         mean, square, entropy = moments(states.queries, states.keys, states.scale, self.tokens - window, causal=True)
         variance = (square - mean.square()).clamp_(min=0) * (window / (window - 1))
-        preference = entropy ** (1 / asked.tau1) * variance.sum() ** (1 / asked.tau2)
+        entropy, spread = states.heads.total(torch.stack([entropy, variance.sum()]))
+        preference = entropy ** (1 / asked.tau1) * spread ** (1 / asked.tau2)
         pooled = pool(mean + asked.gamma * variance, asked.kernel, asked.pooling)
-        scores = group_reduce(pooled, states.kv_heads, asked.group_by)
+        scores = states.heads.whole(group_reduce(pooled, states.kv_heads, asked.group_by))
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
 

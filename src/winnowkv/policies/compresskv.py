@@ -85,16 +85,18 @@ class ChosenHeadsScorer(Scorer):
 
     options: CompressKV
     profile: CalibrationProfile | None
+    shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """Mean over the chosen heads after pooling, ``[1, 1, C]``, or ``[1, Hkv, C]`` for ``per-kv-head``."""
-        asked, query_heads = self.options, states.queries.shape[1]
-        heads = choose_heads(asked.heads, self.profile, states.layer, asked.heads_per_layer, query_heads, asked.seed)
-        attention = some_heads_attention(states.queries, states.keys, states.scale, heads)
+        asked, group = self.options, states.queries.shape[1] // states.kv_heads
+        kv_heads = states.kv_heads * states.heads.size
+        heads = choose_heads(asked.heads, self.profile, states.layer, asked.heads_per_layer, kv_heads * group, asked.seed)
+        attention = some_heads_attention(states.queries, states.keys, states.scale, heads, states.heads)
         scores = pool(attention, asked.kernel, asked.pooling)
         if asked.indices == "shared":
             return scores.mean(1, keepdim=True)
-        return group_members(scores, heads, query_heads, states.kv_heads)
+        return group_members(scores, heads, kv_heads * group, kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True)

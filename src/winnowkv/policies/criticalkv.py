@@ -48,11 +48,16 @@ class CriticalScorer(WrappedScorer):
 
     before: int
 
+    @property
+    def shares_heads(self) -> bool:  # type: ignore[override]
+        """As the inner scorer."""
+        return self.inner.shares_heads
+
     def score(self, states: LayerStates) -> Scores:
         """``[1, Hkv, C]``; ``[1, Hq, C]`` if the inner scores are of query heads."""
         scores = self.inner.score(states)
         assert states.projection is not None
-        norms = projected_norms(states.values, states.projection)[..., : scores.shape[-1]]
+        norms = states.heads.whole(projected_norms(states.values, states.projection)[..., : scores.shape[-1]])
         norms = norms.repeat_interleave(max(scores.shape[1] // norms.shape[1], 1), 1)
         weighted = (scores + EPSILON) * norms
         first = top_tokens(scores, min(self.before, scores.shape[-1])).expand(1, weighted.shape[1], -1)

@@ -31,7 +31,8 @@ class DecodeEviction:
         """Which of the ``n`` entries stay, ascending, ``[B, Hkv, budget]``.
 
         ``queries`` are the last ``observe``; ``keys`` and ``values`` ``[B, Hkv, n, D]`` are those of the generated tokens, and
-        ``valid`` ``[B, 1 or Hkv, n]`` says which of them count.
+        ``valid`` ``[B, 1 or Hkv, n]`` says which of them count. With tensor parallelism ``Hkv`` are the heads of this process,
+        and nothing is known of the others.
         """
         return newest_and_best(received_attention(queries, keys, scale, valid), budget, self.recent)
 

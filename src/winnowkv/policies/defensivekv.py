@@ -50,11 +50,12 @@ class DefensiveScorer(Scorer):
     """Maximum over window and group, bounded from below by its mean, times the head's share of the projected values' norms."""
 
     kernel: int
+    shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """``[1, Hkv, C]``."""
         assert states.projection is not None
         context = self.tokens - self.window
         worst = worst_case_attention(states.queries, states.keys, states.scale, context, self.kernel)
-        norms = projected_norms(states.values, states.projection)[..., :context]
-        return worst * (norms / norms.sum(1, keepdim=True).clamp(min=1e-30))
+        norms = states.heads.whole(projected_norms(states.values, states.projection)[..., :context])
+        return states.heads.whole(worst) * (norms / norms.sum(1, keepdim=True).clamp(min=1e-30))

@@ -99,6 +99,7 @@ class ExpectedScorer(Scorer):
     ahead: int
     rotation: Rotation | None
     nearby_queries: ClassVar[bool] = True
+    shares_heads: ClassVar[bool] = True
 
     @property
     def context(self) -> int:
@@ -114,7 +115,7 @@ class ExpectedScorer(Scorer):
         queries = states.queries
         columns, by = sample_columns(self.tokens, self.context, self.sinks, self.samples, self.ahead, queries.device)
         moved = self.move(queries.index_select(2, columns), by)
-        scores, preference = expected_attention(moved, states.keys, states.scale, self.context)
+        scores, preference = expected_attention(moved, states.keys, states.scale, self.context, states.heads)
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
 

@@ -51,6 +51,7 @@ class AccumulatedScorer(Scorer):
     """Attention of every query of the prompt."""
 
     group_by: GroupKind
+    shares_heads: ClassVar[bool] = True
 
     def query_positions(self) -> Tensor:
         """All."""
@@ -59,7 +60,7 @@ class AccumulatedScorer(Scorer):
     def score(self, states: LayerStates) -> Scores:
         """Accumulated attention, ``[1, Hkv, C]``, a block of queries at a time."""
         total = accumulated_attention(states.queries, states.keys, states.scale)[..., : self.tokens - self.window]
-        return group_reduce(total, states.kv_heads, self.group_by)
+        return states.heads.whole(group_reduce(total, states.kv_heads, self.group_by))
 
 
 @dataclass(frozen=True, kw_only=True)

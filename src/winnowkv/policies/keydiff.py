@@ -34,8 +34,11 @@ class KeyDiff(TokenPolicy):
 class KeyDiffScorer(QueryFreeScorer):
     """How far a key points away from the mean of the keys' directions."""
 
+    shares_heads: ClassVar[bool] = True
+
     def score(self, states: LayerStates) -> Scores:
         """``1 - cos(key, mean direction)``, 0 to 2, ``[1, Hkv, C]``."""
         keys = F.normalize(states.keys.float(), dim=-1)
         anchor = keys.mean(2, keepdim=True)
-        return (1 - F.cosine_similarity(keys, anchor, dim=-1)).clamp(min=0)[..., : self.tokens - self.window]
+        scores = (1 - F.cosine_similarity(keys, anchor, dim=-1)).clamp(min=0)
+        return states.heads.whole(scores[..., : self.tokens - self.window])

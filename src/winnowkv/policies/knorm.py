@@ -31,7 +31,10 @@ class Knorm(TokenPolicy):
 class KeyNormScorer(QueryFreeScorer):
     """How much shorter a key is than the longest one."""
 
+    shares_heads: ClassVar[bool] = True
+
     def score(self, states: LayerStates) -> Scores:
         """The head's largest norm less the key's, ``[1, Hkv, C]``."""
         norms = states.keys.float().norm(dim=-1)
-        return (norms.amax(-1, keepdim=True) - norms)[..., : self.tokens - self.window]
+        scores = norms.amax(-1, keepdim=True) - norms
+        return states.heads.whole(scores[..., : self.tokens - self.window])

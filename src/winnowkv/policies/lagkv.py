@@ -45,6 +45,7 @@ class LagScorer(QueryFreeScorer):
 
     sinks: int
     lag: int
+    shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """Below 1 for what competes, 1 and more for what follows the last partition that has a next one, ``[1, Hkv, C]``."""
@@ -57,4 +58,4 @@ class LagScorer(QueryFreeScorer):
             shares = shares + lagged_spread(states.values[:, :, begin : end + self.lag], self.lag)
             ranks = shares.argsort(-1).argsort(-1) / self.lag
             scores[..., begin:end] = (ranks + 0 * shares).flatten(2)  # a rank is a number even of what is none
-        return scores[..., : self.tokens - self.window]
+        return states.heads.whole(scores[..., : self.tokens - self.window])

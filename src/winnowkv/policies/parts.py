@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from winnowkv.models.head_group import ALL_HEADS, HeadGroup
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import uniform
 from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
@@ -52,6 +53,8 @@ class LayerStates:
     keys, values: of the whole prompt, ``[1, Hkv, S, D]``, KV heads unexpanded.
     scale: what attention multiplies its logits by.
     projection: the layer's output projection ``[Hq, D, M]``, if the policy needs it.
+    heads: the processes that share the layer's heads, if the model runs with tensor parallelism. ``Hq`` and ``Hkv`` are then
+        those of this process for a part that :attr:`Scorer.shares_heads`, those of the model for any other.
     """
 
     layer: int
@@ -60,11 +63,20 @@ class LayerStates:
     values: Values
     scale: float
     projection: Projection | None = None
+    heads: HeadGroup = ALL_HEADS
 
     @property
     def kv_heads(self) -> int:
         """KV heads of the layer."""
         return self.keys.shape[1]
+
+    def of_all_heads(self) -> LayerStates:
+        """The states of all heads, fetched from the processes that have them."""
+        if self.heads.size == 1:
+            return self
+        queries, keys, values = (self.heads.whole(states) for states in (self.queries, self.keys, self.values))
+        projection = None if self.projection is None else self.heads.whole(self.projection, 0)
+        return LayerStates(self.layer, queries, keys, values, self.scale, projection)
 
 
 @dataclass(frozen=True)
@@ -79,19 +91,31 @@ class Scorer:
     Class attributes
     ----------------
     nearby_queries: whether a query near a position that was asked for serves as well, as for samples of a text.
+    shares_heads: with tensor parallelism, whether :meth:`score` works on the heads of this process and gets at the others by
+        ``states.heads``. If not, it is given the states of all heads, which costs each process their transfer and all the work.
     """
 
     tokens: int
     window: int = 0
     nearby_queries: ClassVar[bool] = False
+    shares_heads: ClassVar[bool] = False
 
     def query_positions(self) -> Tensor:
         """Ascending prompt positions of the queries that :meth:`score` wants; the observation window by default."""
         return torch.arange(max(self.tokens - self.window, 0), self.tokens)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "score" in vars(cls) and "shares_heads" not in vars(cls):
+            cls.shares_heads = False  # what a base class says of its score() does not hold for another one
+
     def score(self, states: LayerStates) -> Scores:
-        """Importance of each context token, ``[1, H, C]``: finite, not negative, higher is kept."""
+        """Importance of each context token, ``[1, H, C]``: finite, not negative, higher is kept; of all heads, everywhere."""
         raise TypeError(f"{type(self).__name__} does not define score()")
+
+    def score_all(self, states: LayerStates) -> Scores:
+        """:meth:`score`, with what it needs of the heads of other processes."""
+        return self.score(states if self.shares_heads else states.of_all_heads())
 
     def leader(self, layer: int) -> int:
         """The layer whose scores and selection this layer uses; itself if nothing is shared."""
@@ -182,13 +206,24 @@ class Selector:
 class SharedTokens(ABC):
     """Tokens that all layers keep together: each layer votes, and the votes of the layers read so far choose."""
 
+    shares_heads: ClassVar[bool] = False  # as of Scorer, for vote()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "vote" in vars(cls) and "shares_heads" not in vars(cls):
+            cls.shares_heads = False
+
     @abstractmethod
     def query_positions(self) -> Tensor:
         """Ascending prompt positions of the queries that :meth:`vote` wants."""
 
     @abstractmethod
     def vote(self, states: LayerStates) -> HeadScores:
-        """What this layer says of each context token, ``[1, h, C]`` for any number ``h`` of heads."""
+        """What this layer says of each context token, ``[1, h, C]`` for any number ``h`` of heads; in every process."""
+
+    def vote_all(self, states: LayerStates) -> HeadScores:
+        """:meth:`vote`, with what it needs of the heads of other processes."""
+        return self.vote(states if self.shares_heads else states.of_all_heads())
 
     @abstractmethod
     def choose(self, votes: Sequence[HeadScores], earlier: Indices | None) -> Indices:

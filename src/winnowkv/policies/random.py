@@ -40,6 +40,7 @@ class RandomScorer(Scorer):
     """Uniform noise by seed and layer."""
 
     seed: int
+    shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """Uniform noise, ``[1, 1, C]``; drawn on the CPU so that every device keeps the same tokens."""

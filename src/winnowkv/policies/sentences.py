@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class SentenceVotes(SharedTokens):
     heads: tuple[tuple[int, int], ...] | None
     guessed: int
     room: Callable[[int], int]
+    shares_heads: ClassVar[bool] = True
 
     def query_positions(self) -> Tensor:
         """The question's, without the chat template's tail."""
@@ -51,12 +53,12 @@ class SentenceVotes(SharedTokens):
         place = self.structure
         keys = states.keys[:, :, : place.tokens - place.tail]
         if self.profile is None or self.heads is None:
-            return self.most_concentrated(window_attention(states.queries, keys, states.scale))
+            return self.most_concentrated(states.heads.whole(window_attention(states.queries, keys, states.scale)))
         mine = [head for at, head in self.heads if at == states.layer]
         if not mine:
             return keys.new_zeros(1, 0, place.tokens - place.question, dtype=torch.float32)
         weights = torch.tensor([self.profile.semantic[states.layer][head] for head in mine])
-        attention = some_heads_attention(states.queries, keys, states.scale, mine)
+        attention = some_heads_attention(states.queries, keys, states.scale, mine, states.heads)
         return attention * weights.to(keys.device, non_blocking=True)[:, None]
 
     def choose(self, votes: Sequence[HeadScores], earlier: Indices | None) -> Indices:

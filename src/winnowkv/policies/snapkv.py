@@ -48,8 +48,10 @@ class WindowScorer(Scorer):
     kernel: int
     pooling: PoolKind
     group_by: GroupKind
+    shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """Attention summed over the window, reduced over each GQA group, then pooled, ``[1, Hkv, C]``."""
         attention = window_attention(states.queries, states.keys, states.scale)
-        return pool(group_reduce(attention, states.kv_heads, self.group_by), self.kernel, self.pooling)
+        scores = group_reduce(attention, states.kv_heads, self.group_by)
+        return states.heads.whole(pool(scores, self.kernel, self.pooling))

@@ -41,6 +41,8 @@ class Streaming(TokenPolicy):
 class PositionScorer(Scorer):
     """The position itself."""
 
+    shares_heads: ClassVar[bool] = True
+
     def score(self, states: LayerStates) -> Scores:
         """``0, 1, 2, ...`` of the context, ``[1, 1, C]``."""
         context = self.tokens - self.window

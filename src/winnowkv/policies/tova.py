@@ -39,6 +39,8 @@ class TOVA(TokenPolicy):
 class MeanWindowScorer(Scorer):
     """Attention of the observation window, the same score for all heads."""
 
+    shares_heads: ClassVar[bool] = True
+
     def score(self, states: LayerStates) -> Scores:
         """Mean over query heads, ``[1, 1, C]``."""
-        return window_attention(states.queries, states.keys, states.scale).mean(1, keepdim=True)
+        return states.heads.whole(window_attention(states.queries, states.keys, states.scale)).mean(1, keepdim=True)

@@ -94,6 +94,7 @@ class GroupScorer(Scorer):
     """Attention of the first layer of each ``group`` of layers."""
 
     group: int
+    shares_heads: ClassVar[bool] = True
 
     def leader(self, layer: int) -> int:
         """The first layer of the group."""
@@ -101,7 +102,7 @@ class GroupScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """Attention of every query head, ``[1, Hq, C]``: windows are scored head by head in the selector."""
-        return window_attention(states.queries, states.keys, states.scale)
+        return states.heads.whole(window_attention(states.queries, states.keys, states.scale))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from winnowkv.models.head_group import ALL_HEADS, HeadGroup
 from winnowkv.types import HeadScores, Keys, Queries, Scores
 
 PoolKind = Literal["avg", "max"]
@@ -128,12 +129,27 @@ def group_reduce(scores: HeadScores, kv_heads: int, how: GroupKind = "mean") -> 
     return grouped.mean(2) if how == "mean" else grouped.amax(2)
 
 
-def some_heads_attention(queries: Queries, keys: Keys, scale: float, heads: Sequence[int]) -> HeadScores:
-    """:func:`window_attention` of a few query heads only, ``[B, len(heads), C]``."""
-    if len(heads) == queries.shape[1]:
-        return window_attention(queries, keys, scale)
-    group = queries.shape[1] // keys.shape[1]
-    return window_attention(queries[:, list(heads)], keys[:, [head // group for head in heads]], scale)
+def some_heads_attention(
+    queries: Queries, keys: Keys, scale: float, heads: Sequence[int], group: HeadGroup = ALL_HEADS
+) -> HeadScores:
+    """:func:`window_attention` of a few query heads only, ``[B, len(heads), C]``.
+
+    ``heads`` are the model's, queries and keys those of this process of the ``group``.
+    """
+    count = queries.shape[1]
+    if len(heads) == count * group.size:
+        every = group.whole(window_attention(queries, keys, scale))
+        return every if list(heads) == sorted(heads) else every[:, list(heads)]
+    here = [(place, head - group.rank * count) for place, head in enumerate(heads) if head // count == group.rank]
+    members = count // keys.shape[1]
+    mine = [head for _, head in here]
+    found = window_attention(queries[:, mine], keys[:, [head // members for head in mine]], scale) if mine else None
+    if group.size == 1 and found is not None:
+        return found
+    every = torch.zeros(len(queries), len(heads), keys.shape[2] - queries.shape[2], device=keys.device)
+    if found is not None:
+        every[:, [place for place, _ in here]] = found
+    return group.total(every)  # each head has one owner: nothing is added to it
 
 
 def group_members(scores: HeadScores, heads: Sequence[int], query_heads: int, kv_heads: int) -> Scores:
@@ -178,17 +194,19 @@ def moments(
     return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0) / share
 
 
-def expected_attention(queries: Queries, keys: Keys, scale: float, context: int) -> tuple[Scores, Tensor]:
+def expected_attention(
+    queries: Queries, keys: Keys, scale: float, context: int, group: HeadGroup = ALL_HEADS
+) -> tuple[Scores, Tensor]:
     """Attention of queries that stand after all ``S`` keys on the first ``context`` of them, and the layer's preference.
 
     Per token the root mean square over the queries, mean over each GQA group, ``[B, Hkv, context]``: a token that few
     queries need much counts more than one that all need a little. The preference is entropy times
     variance (CAKE, arXiv 2503.12491), its entropy from every fourth query: it tells layers apart, and those differ by far more
-    than a quarter's sampling.
+    than a quarter's sampling. Both are of all heads of the ``group``, of which queries and keys are this process's.
     """
     mean, square, entropy = moments(queries, keys, scale, context, causal=False, half=True, every=4)
-    variance = (square - mean.square()).sum().clamp(min=0)
-    return group_reduce(square.sqrt(), keys.shape[1]), entropy * variance
+    entropy, variance = group.total(torch.stack([entropy, (square - mean.square()).sum().clamp(min=0)]))
+    return group.whole(group_reduce(square.sqrt(), keys.shape[1])), entropy * variance
 
 
 def worst_case_attention(queries: Queries, keys: Keys, scale: float, context: int, kernel: int) -> Scores:
