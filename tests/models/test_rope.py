@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from support.architectures import COMMON, HYBRID, SERVED, build
+from support.families import FAMILIES
 from support.models import hybrid, prompt
 from winnowkv.memory.shape import read_shape
 from winnowkv.models.info import ModelInfo
@@ -36,6 +37,8 @@ TURNED = {
     "glm-interleaved-partial": ("GlmConfig", {**COMMON, "head_dim": 16}),
     "cohere-interleaved": ("CohereConfig", COMMON),
 }
+if FAMILIES["Gemma 4 text"].exists:  # of a full-attention head it turns a quarter, by frequencies of the whole one
+    TURNED["gemma4-proportional"] = ("Gemma4TextConfig", FAMILIES["Gemma 4 text"].arguments)
 PARTIAL = ["gpt-neox-no-gqa", "phi-partial", "glm-interleaved-partial"]
 LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,

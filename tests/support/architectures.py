@@ -36,7 +36,7 @@ REFUSED = {
                             "AttentionInterface"),
     "mistral-all-sliding": ("MistralConfig", {**COMMON, "sliding_window": 16}, "no full-attention layer"),
     "mamba-no-attention": ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2},
-                           "no full-attention layer|did not put keys"),
+                           "no full-attention layer|cache of its own"),
 }  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def assert_told(chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
     assert mine == theirs
 
 
-def assert_same(model: PreTrainedModel, chunked: wk.CompactCache, whole: wk.CompactCache) -> None:
+def assert_same(
+    model: PreTrainedModel, chunked: wk.CompactCache, whole: wk.CompactCache, close: dict[str, float] = CLOSE
+) -> None:
     """Assert that a cache read in chunks equals one read at once, now and when it decodes."""
     assert same_positions(positions(chunked), positions(whole))
     assert_told(chunked, whole)
@@ -42,7 +44,7 @@ def assert_same(model: PreTrainedModel, chunked: wk.CompactCache, whole: wk.Comp
         assert (mine.length, mine.seen, mine.prompt, mine.pads, mine.room) == (
             theirs.length, theirs.seen, theirs.prompt, theirs.pads, 0,
         )  # fmt: skip
-        torch.testing.assert_close(mine.entries_in_use(), theirs.entries_in_use(), **CLOSE)
+        torch.testing.assert_close(mine.entries_in_use(), theirs.entries_in_use(), **close)
     more = prompt(70, seed=1)
     torch.testing.assert_close(
         extend(model, chunked, more, [TOKENS]), extend(model, whole, more, [TOKENS]), rtol=1e-4, atol=1e-5

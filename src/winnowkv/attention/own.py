@@ -84,8 +84,12 @@ def attend_as(
                 f"{type(module).__name__}: attention with {term!r} belongs to positions that eviction changes"
             )
     queries, entries = query.shape[2], key.shape[2]
-    terms = any(kwargs.get(term) is not None for term in EAGER_TERMS)
+    # SDPA knows no such terms: releases in which such a model may run on it leave them out, and so it computes here.
+    terms = base != "sdpa" and any(kwargs.get(term) is not None for term in EAGER_TERMS)
     flash = "flash" in base
+    if mask is not None and base in ("sdpa", "eager"):  # of a prompt that is not plainly causal
+        own = own_attention(module, base)
+        return own(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)[0]
     if base not in ("sdpa", "eager") and valid is None and (queries in (1, entries) or flash) and not (terms and not flash):
         own = own_attention(module, base)
         return own(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)[0]
@@ -135,6 +139,7 @@ def additive_mask(queries: int, seen: int, valid: Valid | None, like: Tensor) ->
         counts = valid[..., :seen]
         if counts.shape[1] > 1:
             counts = counts.repeat_interleave(like.shape[1] // counts.shape[1], 1)
-        # A padded query sees no entry at all; let it see itself, or its output is not a number.
-        attends = (attends & counts[:, :, None]) | torch.ones_like(causal).triu(seen - queries) & causal
+        attends = attends & counts[:, :, None]
+        if queries > 1:  # a padded query sees no entry at all; let it see itself, or its output is not a number
+            attends = attends | torch.ones_like(causal).triu(seen - queries) & causal
     return torch.zeros(attends.shape, dtype=like.dtype, device=like.device).masked_fill(~attends, torch.finfo(like.dtype).min)

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from winnowkv.attention.generate import GenerateCall, stop_watching, watch_generate
 from winnowkv.attention.hooks import winnow_attention, winnow_mask
 from winnowkv.errors import UnsupportedModelError
+from winnowkv.models.info import takes_no_cache
 
 PREFIX = "winnow_"  # our keys in transformers' two registries: the model's own attention follows, as in winnow_sdpa
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone once it is not needed any more
@@ -63,6 +64,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{kind} is not a transformers model (PreTrainedModel)")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder model; only decoder-only models are supported")
+    if takes_no_cache(model):
+        raise UnsupportedModelError(f"{kind} keeps a cache of its own in this release of transformers and takes no other")
 
 
 def acquire(model: PreTrainedModel) -> Routing:

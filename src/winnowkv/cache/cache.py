@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from winnowkv.attention.hooks import BYPASSED, Observer, tag_keys
+from winnowkv.attention.hooks import Observer, bypassed, tag_states
 from winnowkv.attention.projection import output_projections
 from winnowkv.attention.routing import Hold, check_model, generate_call
 from winnowkv.budget import DEFAULT_BUDGET, Budget
@@ -161,6 +161,11 @@ class CompactCache(Cache):
         """The layers that slide over a window of the last tokens and stay as the framework made them."""
         return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
+    @property
+    def recurrent_layer(self) -> str | None:
+        """The kind of the first layer that keeps a state and no keys (Mamba, linear attention); None if there is none."""
+        return next((type(layer).__name__ for layer in self.layers if not hasattr(layer, "keys")), None)
+
     def layer_number(self, layer_idx: int) -> int:
         """A layer's place among the compressed layers."""
         return self._numbers[layer_idx]
@@ -191,7 +196,7 @@ class CompactCache(Cache):
         compact: Any = self.layers[layer_idx]
         keys, values = compact.update(key_states, value_states)
         self._unobserved = layer_idx
-        return tag_keys(keys, self, layer_idx), values
+        return tag_states(keys, values, self, layer_idx)
 
     def _begin_pass(self) -> None:
         """The first compressed layer gets new tokens. Raises CacheError if an earlier pass ended in the middle."""
@@ -274,7 +279,8 @@ class CompactCache(Cache):
     def check_observed(self) -> None:
         """Raise UnsupportedModelError if the last layer's attention did not come through our function."""
         if self._unobserved is not None:
-            raise UnsupportedModelError(f"layer {self._unobserved}: {BYPASSED}")
+            reason = bypassed(self.model.config.get_text_config(decoder=True))
+            raise UnsupportedModelError(f"layer {self._unobserved}: {reason}")
 
     def valid_entries(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
         """Which entries of a layer count, ``[B, 1 or Hkv, length]``, None if all do. Asked before attention."""
@@ -285,6 +291,13 @@ class CompactCache(Cache):
                 self._check_past(layer, padding, added)
             layer.mark(padding, added)
         return None if layer.valid is None else layer.valid[..., : layer.length]
+
+    def shared(self, layer_idx: int, by: int) -> None:
+        """Layer ``by`` attends to this layer's keys, too: they are not changed in place, nor held longer than that."""
+        layer: Any = self.layers[layer_idx]
+        layer.shared = True
+        if by == self.compression.model.layers - 1:
+            vars(self).pop("shared_layers", None)  # where older releases leave them until the next pass
 
     def _check_past(self, layer: CompactLayer, padding: Padding, added: int) -> None:
         try:
@@ -365,9 +378,14 @@ class CompactCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 other.layers[index] = copy(layer)
-            elif not isinstance(layer, CompactLayer):
+            elif not (isinstance(layer, CompactLayer) or shares_keys(layer)):
                 raise CacheError(f"replay works on full attention and sliding windows, not on a {type(layer).__name__}")
         assert other.session is not None
         other.session.replay(recording, layers, self.report.prefill_seconds)
         other._settle()
         return other
+
+
+def shares_keys(layer: Any) -> bool:
+    """Whether a layer of a cache that was read into keeps nothing: its attention, if it has any, reads another layer's keys."""
+    return getattr(layer, "keys", layer) is None

@@ -34,6 +34,7 @@ class CompactLayer(CacheLayerMixin):
     With a ``decode_budget`` the entries after the prompt's are evicted in blocks by ``decode_eviction``: ``dropped``
     counts those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
 
+    ``shared``: later layers of the model attend to these keys, too, and do so after this layer has evicted.
     ``hidden``: tokens that an attention mask hid when they came, ``[B, seen]``; None as long as none was.
 
     While one prompt is read in chunks, ``room`` is how many entries it will hold at most: the buffers have that size
@@ -49,6 +50,7 @@ class CompactLayer(CacheLayerMixin):
         super().__init__()
         self.decode_budget = decode_budget
         self.decode_eviction = decode_eviction or DecodeEviction()
+        self.shared = False
         self.reset()
 
     def reset(self) -> None:
@@ -226,7 +228,10 @@ class CompactLayer(CacheLayerMixin):
         self.keep_generated(stays)
 
     def keep_generated(self, stays: Tensor) -> None:
-        """Evict all entries after the prompt's but these, ``[B, Hkv, n]`` counted from the first; in place."""
+        """Evict all entries after the prompt's but these, ``[B, Hkv, n]`` counted from the first; in place, unless shared."""
+        if self.shared:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.valid = None if self.valid is None else self.valid.clone()
         held, n = self.generated, stays.shape[2]
         begin, used = self.length - held, self.length - self.frozen
         for states in (self.keys, self.values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -59,6 +60,12 @@ def _prefill_in_chunks(
             "by one (winnowkv.cache.stacked.stack makes one batch of their caches), or leave chunk= out"
         )
     sizes = cache.begin_chunks(input_ids.shape[1], chunk, ceiling)
+    if len(sizes) > 1 and (kind := cache.recurrent_layer) is not None:
+        warnings.warn(
+            f"{type(model).__name__} keeps states ({kind}) that not every model carries exactly from one chunk to the next: "
+            "see its row in docs/support.md, or read the prompt without chunk=",
+            stacklevel=4,
+        )
     try:
         for part in input_ids.split(sizes, 1):
             output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)

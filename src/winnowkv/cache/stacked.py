@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.cache import CompactCache, shares_keys
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.errors import CacheError
 
@@ -45,7 +45,7 @@ def stack(caches: Sequence[CompactCache]) -> CompactCache:
             fill(layer, parts)
         elif layer in stacked.sliding_layers:
             slide(layer, parts)
-        else:
+        elif not shares_keys(layer):
             raise CacheError(f"only full attention and sliding windows can be stacked, not a {type(layer).__name__}")
     return stacked
 

@@ -19,15 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from winnowkv.attention.hooks import Observer, tag_keys
+from winnowkv.attention.hooks import Observer, tag_states
 from winnowkv.attention.routing import acquire, release_later
-from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.cache import CompactCache, shares_keys
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
 from winnowkv.engine.cuda_graphs import Recorded
 from winnowkv.engine.slot_layer import SlotLayer
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.devices import input_device
+from winnowkv.models.info import chunk_of_attention
 from winnowkv.types import Padding, Valid
 
 DECODE_BLOCK = 64  # columns added when a request has filled its room
@@ -65,6 +66,12 @@ class Slots(Cache):
             like = CompactCache(model, "full", 1)
             prefill(model, torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), like)
         supported, given = [*like.compact_layers, *like.sliding_layers], list[Any](like.layers)
+        while shares_keys(given[-1]):
+            given.pop()
+        if (chunk := chunk_of_attention(model.config)) is not None:
+            raise UnsupportedModelError(
+                f"slots serve full attention and sliding windows, layers of {type(model).__name__} attend in chunks of {chunk}"
+            )
         for index, layer in enumerate(given):
             if layer not in supported:
                 raise UnsupportedModelError(
@@ -216,11 +223,14 @@ class Slots(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; the keys returned carry a tag by which attention finds this object."""
         keys, values = self._each[layer_idx].update(key_states, value_states)
-        return tag_keys(keys, self, layer_idx), values
+        return tag_states(keys, values, self, layer_idx)
 
     def valid_entries(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
         """Which entries of a layer count, ``[rows, 1 or Hkv, columns]``; None if all do. Called before attention."""
         return self._each[layer_idx].counting()
+
+    def shared(self, layer_idx: int, by: int) -> None:
+        """Nothing to do: columns are not changed after they are written."""
 
     def observer(self, layer_idx: int) -> Observer | None:
         """None: nothing is scored while tokens are generated."""

@@ -38,7 +38,7 @@ class ModelInfo:
     @classmethod
     def of(cls, model: Any) -> ModelInfo:
         """Read it from a transformers model."""
-        config = model.config.get_text_config(decoder=True)
+        config = full_attention_config(model.config)
         sizes = {name: getattr(config, name, None) for name in HASHED}
         digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
         heads = sizes["num_attention_heads"] or 0  # a model without attention is refused elsewhere, in plain words
@@ -56,6 +56,26 @@ class ModelInfo:
     def to_dict(self) -> dict[str, Any]:
         """What is compared, for JSON."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+
+
+def full_attention_config(config: Any) -> Any:
+    """The config of the language model, with the sizes of its first full-attention layer where layers differ (Gemma 4)."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or []
+    each = getattr(text, "per_layer_config", None)  # newer releases have it, also of models whose layers are alike
+    return text if each is None else each[kinds.index("full_attention") if "full_attention" in kinds else 0]
+
+
+def chunk_of_attention(config: Any) -> int | None:
+    """Tokens of the chunks in which some layers attend (Llama 4), each token to those of its own chunk; None if none does."""
+    text = config.get_text_config(decoder=True)
+    return text.attention_chunk_size if "chunked_attention" in (getattr(text, "layer_types", None) or []) else None
+
+
+def takes_no_cache(model: Any) -> bool:
+    """Whether the model keeps a cache class of its own in this release of transformers, and takes no other."""
+    supports = getattr(type(model), "_supports_default_dynamic_cache", None)
+    return supports is not None and not supports()
 
 
 def position_limit(model: Any) -> int | None:
