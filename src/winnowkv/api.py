@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from winnowkv.cache.explain import Explanation
 from winnowkv.cache.generated import check_decode_budget
 from winnowkv.errors import CacheError, InputError
 from winnowkv.policies import Policy, Tasks
+from winnowkv.policies.protected import read_spans
 from winnowkv.prompt.classifier import task_profile
 from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
@@ -111,6 +112,7 @@ def compress(
     task: Tasks = None,
     decode_budget: int | None = None,
     keep_scores: bool = False,
+    keep: Sequence[tuple[int, int]] = (),
     tokenizer: Any = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything that this thread lets the model read inside the block.
@@ -124,7 +126,7 @@ def compress(
 
     Parameters
     ----------
-    model, policy, budget, task, decode_budget, keep_scores: as for :class:`CompactCache`.
+    model, policy, budget, task, decode_budget, keep_scores, keep: as for :class:`CompactCache`.
     tokenizer: if the policy scores by task and ``task`` is None, each prompt is read back with it and
         classified (:func:`winnowkv.task_profile`), every row of a batch by itself; if the policy uses the prompt's
         structure, that is read with it, too.
@@ -154,7 +156,7 @@ def compress(
     classified = tokenizer is not None and task is None
     # Complain now, not in the middle of a forward pass.
     made = Compression.of(model, policy, read, task, task_is_known=not classified).policy
-    settings: dict[str, Any] = {"policy": policy, "budget": read, "decode_budget": decode_budget}
+    settings: dict[str, Any] = {"policy": policy, "budget": read, "decode_budget": decode_budget, "keep": read_spans(keep)}
     run = Run(model, made, settings, task, tokenizer, keep_scores)
     try:
         with _serving(run):

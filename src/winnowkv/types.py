@@ -40,6 +40,7 @@ WindowScores = Float[Tensor, "B H R"]
 Indices = Int[Tensor, "B H n"]
 Padding = Bool[Tensor, "B S"]
 Valid = Bool[Tensor, "B H S"]
+Spans = tuple[tuple[int, int], ...]  # (start, end) of token positions, end not included, ascending and apart
 # Entries per KV head of a layer, mean over its heads: a fraction if heads keep different numbers.
 Entries = int | Fraction
 # How the entries that stay are stored, and the bits of a number then.
@@ -47,6 +48,6 @@ Quantization = Literal["int8", "int4"]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 
 __all__ = [
-    "BITS", "Entries", "HeadScores", "Indices", "Keys", "Padding", "Projection", "Quantization", "Queries", "Scores",
+    "BITS", "Entries", "HeadScores", "Indices", "Keys", "Padding", "Projection", "Quantization", "Queries", "Scores", "Spans",
     "Valid", "Values", "WindowScores",
 ]  # fmt: skip

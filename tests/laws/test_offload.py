@@ -36,7 +36,7 @@ def test_an_offloaded_model_keeps_and_says_the_same(offloaded: PreTrainedModel, 
     for model in (built("llama"), offloaded):
         caches.append(wk.CompactCache(model, spec, 20))
         logits = prefill(model, prompt(PROMPT), caches[-1])
-        wk.save_cache(caches[-1], model, tmp_path / "saved")
+        wk.save_cache(caches[-1], model, tmp_path / "saved", overwrite=True)
         tokens.append(list(greedy(model, caches[-1], logits, 5)))
     assert same_positions(*map(positions, caches))
     assert tokens[0] == tokens[1]

@@ -78,12 +78,12 @@ def test_files_that_are_no_saved_cache_of_this_model_are_refused(llama: PreTrain
     whole = (tmp_path / "cache").read_bytes()
     (tmp_path / "half").write_bytes(whole[: len(whole) // 2])
     for name in ("half", "none"):
-        with pytest.raises(wk.CacheError, match="is not a saved cache"):
+        with pytest.raises(wk.CacheError, match=r"is not a saved cache|is damaged"):
             wk.load_cache(tmp_path / name, llama)
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(wk.CacheError, match="is not a saved cache"):
         wk.load_cache(tmp_path / "other", llama)
-    newer = whole.replace(b'\\"format\\": 1', b'\\"format\\": 9')
+    newer = whole.replace(b'"format":"2"', b'"format":"9"')
     (tmp_path / "newer").write_bytes(newer)
-    with pytest.raises(wk.CacheError, match="format 9, this version reads up to 1"):
+    with pytest.raises(wk.CacheError, match="format 9, this version reads 2"):
         wk.load_cache(tmp_path / "newer", llama)

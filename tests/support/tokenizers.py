@@ -38,3 +38,14 @@ class Letters:
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(i) for i in ids)
+
+
+class ChatLetters(Letters):
+    """Letters with a chat template: ``<user>`` before a message, ``|`` after it."""
+
+    chat_template = "<role>content|"
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, return_dict=False):
+        text = "".join(f"<{message['role'][0]}>{message['content']}|" for message in messages)
+        text += "<a>" if add_generation_prompt else ""
+        return self(text) if tokenize else text

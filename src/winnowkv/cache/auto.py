@@ -9,6 +9,7 @@ from winnowkv.cache.selection import PromptSelection, evidence
 from winnowkv.models.curve import Curve
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import LayerStates, Policy, PromptInfo
+from winnowkv.policies.protected import rest
 from winnowkv.types import HeadScores, Indices, Scores
 
 AUTO_PRECISION = 0.03  # the budget is narrowed down to so much
@@ -31,6 +32,8 @@ class AutoSelection:
 
     def __init__(self, policy: Policy, model: ModelInfo, prompt: PromptInfo, curve: Curve, target: float) -> None:
         self._least = max(policy.minimum_budget(prompt), policy.sinks + policy.observation_window(prompt))
+        if prompt.keep:
+            self._least += prompt.tokens - rest(policy, prompt).tokens
         self._policy, self._prompt = policy, prompt
         self.bound = policy.bind(model, replace(prompt, budget=min(self._least, prompt.tokens)))
         self.notes = self.bound.notes

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any
@@ -56,6 +57,8 @@ class CompactCache(Cache):
     record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
         other policies over this prefill; for evaluation.
     keep_scores: keep the importance scores, so that :meth:`explain` can answer and the report has ``kept_mass``.
+    keep: spans ``(start, end)`` of token positions that every layer and head keeps, whatever they score, such as a system
+        prompt; counted from the prompt's first token without padding. They count in the budget.
     hold: keep the model's attention routed while the cache lives. A compress block, which
         routes it for its own time, passes False; its caches end with it.
 
@@ -75,12 +78,13 @@ class CompactCache(Cache):
         decode_budget: int | None = None,
         record: int = 0,
         keep_scores: bool = False,
+        keep: Sequence[tuple[int, int]] = (),
         hold: bool = True,
     ) -> None:
         check_model(model)
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
-        self.compression = Compression.of(model, policy, budget, task, keep_scores=keep_scores)
+        self.compression = Compression.of(model, policy, budget, task, keep_scores=keep_scores, keep=keep)
         eviction = self.compression.policy.decode_eviction()
         layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # Sliding-window layers are small already and stay as the framework made them.
@@ -253,16 +257,18 @@ class CompactCache(Cache):
             one.crop(-back)
         self._count_decoded(self.report.decode_seconds)
 
-    def begin_chunks(self, tokens: int, chunk: int, ceiling: int | float | None = None) -> list[int]:
+    def begin_chunks(self, tokens: int, chunk: int | None, ceiling: int | float | None = None, *, hint: int = 0) -> list[int]:
         """Get ready to read one prompt of ``tokens`` in chunks; returns their lengths. After each comes :meth:`end_chunk`.
 
-        Every layer has room for ``ceiling + chunk`` entries from the first chunk on, for the whole prompt without a ceiling.
+        The last ``hint`` tokens are a chunk of their own: the policy chooses by them, then they are taken back.
+        ``chunk`` None reads all before them at once. Every layer has room for ``ceiling + chunk`` entries from the first chunk
+        on, for the whole prompt without a ceiling.
         Raises CacheError for a cache that is not fresh or records under a ceiling, and the errors of a prompt that is read
         at once: all of them before anything is read.
         """
         if self.get_seq_length() or self.session is None:
             raise CacheError("something was read into this cache already: reset() it, or make a new one")
-        return self.session.begin_chunks(tokens, chunk, ceiling, self.recording is not None)
+        return self.session.begin_chunks(tokens, chunk, ceiling, self.recording is not None, hint)
 
     def end_chunk(self) -> None:
         """A chunk went through the model: evict what the ceiling no longer covers. Raises as :meth:`check_used` does."""

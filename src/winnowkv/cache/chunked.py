@@ -7,8 +7,8 @@ chooses from what is left as if that were the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from winnowkv.cache.compression import Compression
 from winnowkv.errors import InputError
 from winnowkv.policies import LayerStates, PromptInfo
 from winnowkv.policies.parts import Scorer
-from winnowkv.prompt.structure import Structure
+from winnowkv.policies.protected import competing, rest
+from winnowkv.prompt.structure import remaining
 from winnowkv.types import Indices, Keys, Queries, Scores, Values
 
 SMALLEST_CHUNK = 64  # tokens
@@ -26,64 +27,84 @@ SMALLEST_CHUNK = 64  # tokens
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """How a prompt of ``tokens`` is cut: into chunks of ``chunk``, with at most ``ceiling`` entries a layer between them."""
+    """How a prompt of ``tokens`` is cut: into chunks of ``chunk``, with at most ``ceiling`` entries a layer between them.
+
+    ``hint``: tokens of the last chunk, if that is to be another one.
+    """
 
     tokens: int
     chunk: int
     ceiling: int
+    hint: int = 0
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each chunk; the first takes the remainder, so that the last is whole and holds the question."""
-        first = self.tokens % self.chunk
-        return [*([first] if first else []), *[self.chunk] * (self.tokens // self.chunk)]
+        text = self.tokens - self.hint
+        first = text % self.chunk
+        return [*([first] if first else []), *[self.chunk] * (text // self.chunk), *([self.hint] if self.hint else [])]
+
+    @property
+    def held(self) -> list[int]:
+        """Entries that a layer holds while each chunk is read."""
+        return list(accumulate(self.lengths, lambda held, chunk: min(held, self.ceiling) + chunk))
 
     @property
     def most(self) -> int:
-        """Entries that a layer holds at most, and while the last chunk is read."""
-        return min(self.tokens, self.ceiling + self.chunk)
+        """Entries that a layer holds at most."""
+        return max(self.held)
+
+    @property
+    def left(self) -> int:
+        """Entries that a layer holds while the last chunk is read: what the policy chooses from."""
+        return self.held[-1]
 
     @property
     def exact(self) -> bool:
         """Whether nothing goes before the policy has seen it."""
-        return self.most == self.tokens
+        return self.left == self.tokens
 
     @property
     def note(self) -> str | None:
         """One line for the report if entries went before the policy saw them."""
         if self.exact:
             return None
-        return f"read in chunks of {self.chunk}: the policy chose from the {self.most} of {self.tokens} tokens left by then"
+        return f"read in chunks of {self.chunk}: the policy chose from the {self.left} of {self.tokens} tokens left by then"
 
 
-def cut(compression: Compression, prompt: PromptInfo, chunk: int, ceiling: int | float | None) -> ChunkSizes:
-    """Chunks that a policy can be served with.
+def cut(compression: Compression, prompt: PromptInfo, chunk: int | None, ceiling: int | float | None) -> ChunkSizes:
+    """Chunks that a policy can be served with; ``chunk`` None for the whole text at once, before a hint.
 
     Raises InputError for a chunk or a ceiling that is none, or too small, BudgetError for a budget below what always stays.
     """
-    policy, tokens = compression.policy, prompt.tokens
+    policy, tokens, hint = compression.policy, prompt.tokens, compression.hint
+    if chunk is None:
+        policy.check_prompt(rest(policy, prompt))
+        return ChunkSizes(tokens, tokens - hint, tokens, hint)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < SMALLEST_CHUNK:
         raise InputError(f"chunk={chunk!r} is too small: give at least {SMALLEST_CHUNK} tokens, or leave it out")
-    policy.check_prompt(prompt)
+    others = rest(policy, prompt)
+    policy.check_prompt(others)
     window = policy.parts(compression.model, prompt).selector.window
-    if chunk < min(window, tokens):
+    if not hint and chunk < min(window, tokens):
         raise InputError(
             f"chunk={chunk} is below the {window} last tokens that {policy.name} looks from: give chunk={window} or more"
         )
     if ceiling is None:
-        return ChunkSizes(tokens, chunk, tokens)
+        return ChunkSizes(tokens, chunk, tokens, hint)
     number = isinstance(ceiling, int | float) and not isinstance(ceiling, bool)
     if not number or not ceiling > 0 or (isinstance(ceiling, float) and ceiling > 1):
         raise InputError(f"ceiling={ceiling!r} must be entries (2048), or a fraction of the prompt above 0 and up to 1 (0.5)")
     entries, least = Budget(ceiling).entries(tokens), compression.chunk_eviction().least
     if policy.evicts:
-        least = max(least, window, prompt.budget if compression.budget.target is None else 0)
-    if entries + chunk < tokens and entries < least:
+        least = max(least, window, others.budget if compression.budget.target is None else 0)
+    least += tokens - others.tokens
+    if entries + max(chunk, hint) < tokens and entries < least:
         raise InputError(
             f"ceiling={ceiling} is {entries} entries of this prompt of {tokens} tokens, below the {least} that the budget "
             f"or the observation window need: give ceiling={least} or more"
         )
-    return ChunkSizes(tokens, chunk, entries)
+    return ChunkSizes(tokens, chunk, entries, hint)
 
 
 class ChunkedPrompt:
@@ -115,10 +136,12 @@ class ChunkedPrompt:
         self.selection = compression.selection(self.remaining_prompt())
         bound = self.selection.bound
         self._wanted = bound.query_positions()
-        self._keeps_all = not bound.parts.scorer.nearby_queries and bound.query_span() > sizes.chunk
-        self._begin(sizes.lengths[0])
+        self._keeps_all = not bound.parts.scorer.nearby_queries and bound.query_span() > sizes.lengths[-1]
+        self._coming = list(sizes.lengths)
+        self._begin()
 
-    def _begin(self, tokens: int) -> None:
+    def _begin(self) -> None:
+        tokens = self._coming.pop(0)
         chunk = torch.arange(self.read, self.read + tokens)
         self.held, self._known = torch.cat([self.held, chunk]), torch.cat([self._known, chunk])
         self.read += tokens
@@ -183,20 +206,35 @@ class ChunkedPrompt:
             return None
         stays = None
         if self.drops and self._scores is not None:
-            stays = self._eviction.select(self._scores.cpu(), self.held, self.sizes.ceiling)
+            stays = self._stays(self._scores.cpu())
             self.held = self.held[stays]
         self._scores, self._known = None, self._known[self._kept]
-        self._begin(self.sizes.chunk)
+        self._begin()
         return stays
+
+    def _stays(self, scores: Scores) -> Tensor:
+        """Which entries stay between chunks by their ``scores`` ``[1, 1, C]``: protected ones, the best of the others."""
+        free = torch.isin(self.held, competing(self._prompt.keep, self._prompt.tokens, self._compression.policy.sinks))
+        places, protected = free.nonzero()[:, 0], (~free).nonzero()[:, 0]
+        scored = places[places < scores.shape[-1]]
+        best = self._eviction.select(scores[..., scored], self.held[places], self.sizes.ceiling - len(protected))
+        return torch.cat([places[best], protected]).sort().values
 
     def remaining_prompt(self) -> PromptInfo:
         """What the policy is to choose from when the last chunk is read."""
-        budget = min(self._prompt.budget, self.sizes.most)
+        budget = min(self._prompt.budget, self.sizes.left)
         structure = self._prompt.task.structure
         if not self.sizes.exact and structure is not None:
             structure = remaining(structure, self.held) if self.last else None
         task = replace(self._prompt.task, structure=structure)
-        return replace(self._prompt, tokens=self.sizes.most, budget=budget, task=task)
+        keep = self._prompt.keep
+        if not self.sizes.exact:  # a protected span is whole, wherever it stands among what is held
+            keep = tuple((self._place(start), self._place(end)) for start, end in keep) if self.last else ()
+        return replace(self._prompt, tokens=self.sizes.left, budget=budget, task=task, keep=keep)
+
+    def _place(self, position: int) -> int:
+        """How many of the tokens held stand before this position of the text."""
+        return int(torch.searchsorted(self.held, position))
 
     def text_positions(self, positions: Indices) -> Indices:
         """Text positions of positions among what is held; what is missing, -1, stays so."""
@@ -211,12 +249,3 @@ def nearest(known: Tensor, wanted: Tensor) -> Tensor:
     after = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
     before = (after - 1).clamp(min=0)
     return torch.where(known[after] - wanted < wanted - known[before], after, before)
-
-
-def remaining(structure: Structure, held: Tensor) -> Structure | None:
-    """The structure of what is left of a prompt, its question whole; None if the structure is another prompt's."""
-    if structure.tokens != int(held[-1]) + 1:
-        return None
-    ends = torch.searchsorted(held, torch.tensor(structure.ends, dtype=held.dtype)).unique().tolist()
-    within: Sequence[int] = [end for end in ends if 0 < end < len(held)]
-    return Structure(len(held), structure.question, structure.tail, tuple(within))

@@ -21,7 +21,9 @@ from winnowkv.models.info import ModelInfo
 from winnowkv.policies import Policy, PromptInfo, Tasks, policy as make_policy
 from winnowkv.policies.chunk_eviction import ExpectedSpans
 from winnowkv.policies.parts import ChunkEviction
+from winnowkv.policies.protected import read_spans
 from winnowkv.prompt.task import TaskProfile
+from winnowkv.types import Spans
 
 
 @contextmanager
@@ -46,6 +48,8 @@ class Compression:
     curve: what ``auto`` expects of the policy; None for a budget in numbers.
     keep_scores: whether importance scores are kept once a prompt is read.
     heads: the processes that share the model's heads.
+    keep: spans of every prompt that stay whatever they score.
+    hint: tokens at a prompt's end by which the policy chooses, and which are taken back then; the budget is without them.
     """
 
     asked: str
@@ -56,6 +60,8 @@ class Compression:
     curve: Curve | None = None
     keep_scores: bool = False
     heads: HeadGroup = ALL_HEADS
+    keep: Spans = ()
+    hint: int = 0
 
     @classmethod
     def of(
@@ -67,6 +73,7 @@ class Compression:
         *,
         task_is_known: bool = True,
         keep_scores: bool = False,
+        keep: Sequence[tuple[int, int]] = (),
     ) -> Compression:
         """Check everything that can be checked before a prompt is there.
 
@@ -86,7 +93,7 @@ class Compression:
         if read.target is not None and made.evicts:
             curve = find_profile(read.profile, info).curve(made.name)
         asked = policy if isinstance(policy, str) else made.spec
-        return cls(asked, made, info, read, tasks, curve, keep_scores, heads)
+        return cls(asked, made, info, read, tasks, curve, keep_scores, heads, read_spans(keep))
 
     def each_task(self, rows: int) -> Sequence[TaskProfile]:
         """The task of each row of a batch. Raises InputError if they are not as many."""
@@ -96,7 +103,7 @@ class Compression:
 
     def prompt(self, tokens: int, layers: int, task: TaskProfile) -> PromptInfo:
         """What the policy knows of a prompt of so many tokens, of which so many layers are compressed."""
-        return self.policy.prompt_info(self.budget, tokens, layers, task)
+        return self.policy.prompt_info(self.budget, tokens, layers, task, keep=self.keep, hint=self.hint)
 
     def chunk_eviction(self) -> ChunkEviction:
         """What goes between the chunks of a long prompt: the policy's own rule, or the default."""

@@ -14,7 +14,15 @@ from winnowkv.cache.selection import PromptSelection
 from winnowkv.errors import InputError
 
 Reason = Literal[
-    "everything kept", "sink", "recent window", "shared by all layers", "score", "its span", "evicted", "evicted between chunks"
+    "everything kept",
+    "protected",
+    "sink",
+    "recent window",
+    "shared by all layers",
+    "score",
+    "its span",
+    "evicted",
+    "evicted between chunks",
 ]
 
 
@@ -26,10 +34,10 @@ class Explanation:
     ----------
     layer, head, token: where; ``layer`` counts compressed layers, ``token`` the prompt's tokens without padding.
     kept: whether it is in the cache.
-    reason: what kept it: the sinks, the recent window (or a question that does not compete), what all layers keep, its own
-        score, or its span (a window or chunk that was kept whole, while its own score was not enough); or that it
-        was evicted, by the policy or, under a ceiling, between chunks before the policy saw it. ``everything kept``: the layer
-        keeps all that the policy chose from.
+    reason: what kept it: ``keep=`` (protected), the sinks, the recent window (or a question that does not compete), what all
+        layers keep, its own score, or its span (a window or chunk that was kept whole, while its own score was not enough);
+        or that it was evicted, by the policy or, under a ceiling, between chunks before the policy saw it. ``everything
+        kept``: the layer keeps all that the policy chose from.
     score, rank: its importance score and its place among the tokens of its head that compete, 1 is best; None if it does not.
     threshold: the lowest score that stayed by itself in this head; None if no token did.
     competing: tokens that compete in this head, sinks and what all layers keep included.
@@ -121,6 +129,8 @@ def _fate(
         best[order[: int(winners.sum())]] = True
         winners = winners & best
     threshold = float(scores[winners].min()) if bool(winners.any()) else None
+    if stays and any(start <= place < end for start, end in selection.bound.prompt.keep):
+        return stays, "protected", None, None, threshold, competing
     if place >= competing:
         return stays, "recent window" if stays else "evicted", None, None, threshold, competing
     reason: Reason = "evicted"

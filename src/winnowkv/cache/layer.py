@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +36,9 @@ class CompactLayer(CacheLayerMixin):
     counts those that are gone, ``queries`` ``[B, Hq, w, D]`` are the newest ones while a block nears its end.
 
     ``shared``: later layers of the model attend to these keys, too, and do so after this layer has evicted.
+    ``forked``: whether a :meth:`fork` may use the same buffers, which are then copied before the first write. ``watched``: the
+    newest ``queries`` and the ``scale`` are held at all times, so that :meth:`compact` can choose.
+
     ``hidden``: tokens that an attention mask hid when they came, ``[B, seen]``; None as long as none was.
 
     While one prompt is read in chunks, ``room`` is how many entries it will hold at most: the buffers have that size
@@ -51,6 +55,7 @@ class CompactLayer(CacheLayerMixin):
         self.decode_budget = decode_budget
         self.decode_eviction = decode_eviction or DecodeEviction()
         self.shared = False
+        self.watched = False
         self.reset()
 
     def reset(self) -> None:
@@ -59,6 +64,8 @@ class CompactLayer(CacheLayerMixin):
         self.is_initialized = False
         self.length = self.seen = self.prompt = self.dropped = self.room = 0
         self.queries: Tensor | None = None
+        self.scale: float | None = None
+        self.forked = False
         self.hidden: Tensor | None = None
         self.pads: list[int] = []
         self.valid: Tensor | None = None
@@ -89,7 +96,7 @@ class CompactLayer(CacheLayerMixin):
             return self.keys[:, :, :added], self.values[:, :, :added]
         begin = self.length - self.frozen
         end = begin + added
-        if end > self.keys.shape[2]:
+        if end > self.keys.shape[2] or self.forked:
             self._resize(end + BUFFER_GROWTH)
         self.keys[:, :, begin:end] = key_states.detach()
         self.values[:, :, begin:end] = value_states.detach()
@@ -116,6 +123,14 @@ class CompactLayer(CacheLayerMixin):
         used, frozen = self.length - self.frozen, self.frozen
         self.keys, self.values = resized(self.keys, columns, used), resized(self.values, columns, used)
         self.valid = None if self.valid is None else resized(self.valid, frozen + columns, self.length)
+        self.forked = False
+
+    def fork(self) -> CompactLayer:
+        """A layer with the same entries that goes on by itself. Both use the same storage until one of them writes."""
+        other = copy(self)
+        other.pads, other.positions = list(self.pads), list(self.positions)
+        self.forked = other.forked = True
+        return other
 
     @property
     def frozen(self) -> int:
@@ -211,20 +226,39 @@ class CompactLayer(CacheLayerMixin):
 
     def trim(self, queries: Tensor, scale: float) -> None:
         """After a step past the prompt: evict down to the decode budget once a block of entries is above it."""
-        if self.decode_budget is None:
+        if self.decode_budget is None and not self.watched:
             return
-        limit, observe = self.decode_budget + DECODE_BLOCK, self.decode_eviction.observe
-        if self.generated <= limit - observe:
+        observe = self.decode_eviction.observe
+        limit = self.seen + 1 if self.decode_budget is None else self.decode_budget + DECODE_BLOCK
+        if self.generated <= limit - observe and not self.watched:
             self.queries = None
             return
+        self.scale = scale
         earlier = [] if self.queries is None else [self.queries]
         self.queries = torch.cat([*earlier, queries[:, :, -observe:].detach()], 2)[:, :, -observe:]
-        if self.generated < limit:
+        if self.decode_budget is not None and self.generated >= limit:
+            self._evict_generated(self.decode_budget)
+
+    def compact(self, entries: int) -> None:
+        """Evict what came after the prompt down to so many entries by the newest queries, if the layer holds more.
+
+        Raises CacheError if it was not ``watched`` while the newest entry came.
+        """
+        if self.generated <= entries:
             return
+        if self.queries is None or self.scale is None:
+            raise CacheError("the newest queries are not at hand, by which compact() chooses: read another turn first")
+        if self.forked:
+            self._resize(self.length - self.frozen + BUFFER_GROWTH)
+        self._evict_generated(entries)
+
+    def _evict_generated(self, entries: int) -> None:
+        assert self.queries is not None
+        assert self.scale is not None
         used, begin = self.length - self.frozen, self.length - self.generated
         valid = None if self.valid is None else self.valid[..., begin : self.length]
         keys, values = (states[:, :, used - self.generated : used] for states in (self.keys, self.values))
-        stays = self.decode_eviction.select(self.queries, keys, values, scale, valid, self.decode_budget)
+        stays = self.decode_eviction.select(self.queries, keys, values, self.scale, valid, entries)
         self.keep_generated(stays)
 
     def keep_generated(self, stays: Tensor) -> None:
@@ -240,9 +274,17 @@ class CompactLayer(CacheLayerMixin):
         if self.valid is not None:
             self.valid = self.valid.expand(-1, stays.shape[1], -1).contiguous()
             self.valid[..., begin : begin + n] = self.valid[..., begin : self.length].gather(2, stays)
-        self.dropped, self.length, self.queries = self.dropped + held - n, begin + n, None
+        self.dropped, self.length = self.dropped + held - n, begin + n
+        if not self.watched:
+            self.queries = None
         if self.keys.shape[2] > self.length - self.frozen + DECODE_BLOCK + BUFFER_GROWTH:  # many tokens came at once
             self._resize(self.length - self.frozen + BUFFER_GROWTH)
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the last ``tokens`` of the prompt, all of which every head holds in full precision; the rest is copied."""
+        self.length, self.seen, self.prompt = self.length - tokens, self.seen - tokens, self.prompt - tokens
+        self.positions = [None if held is None else held[:, : held.shape[1] - tokens] for held in self.positions]
+        self._resize(self.length)
 
     def own(self) -> None:
         """Copy keys and values that are views into something larger (fused projections), so that it can be freed."""

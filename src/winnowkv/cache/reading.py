@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.forks import fork_layer
+from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.stacked import row_mask
 from winnowkv.errors import InputError
 
@@ -23,6 +25,7 @@ def prefill(
     *,
     chunk: int | None = None,
     ceiling: int | float | None = None,
+    hint: int = 0,
 ) -> Tensor:
     """Read a prompt ``[B, S]`` into a fresh cache and return the logits of its last token, ``[B, vocabulary]``.
 
@@ -32,6 +35,8 @@ def prefill(
     ceiling: most entries a layer keeps between chunks, in entries (int) or as a fraction of the prompt (float); a layer
         then never holds more than ``ceiling + chunk``, and the policy chooses from what is left. None: nothing goes before
         the policy has seen the whole prompt, and it keeps what it keeps without chunks.
+    hint: how many of the last tokens are no part of the text: the policy chooses by them as by a question, then they are taken
+        back, as if they had never been read. The budget is the text's alone.
 
     Raises
     ------
@@ -42,8 +47,8 @@ def prefill(
     """
     if input_ids.shape[1] == 0:
         raise InputError("the prompt is empty: give at least one token")
-    if chunk is not None:
-        return _prefill_in_chunks(model, input_ids, cache, attention_mask, chunk, ceiling)
+    if chunk is not None or hint:
+        return _prefill_in_chunks(model, input_ids, cache, attention_mask, chunk, ceiling, hint)
     if ceiling is not None:
         raise InputError(f"ceiling={ceiling} is for what is held between chunks: give chunk= too, or leave it out")
     output = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -52,24 +57,38 @@ def prefill(
 
 
 def _prefill_in_chunks(
-    model: PreTrainedModel, input_ids: Tensor, cache: CompactCache, mask: Tensor | None, chunk: int, ceiling: int | float | None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: CompactCache,
+    mask: Tensor | None,
+    chunk: int | None,
+    ceiling: int | float | None,
+    hint: int,
 ) -> Tensor:
     if len(input_ids) > 1 or not (mask is None or bool(mask.all())):
         raise InputError(
             f"chunks are for one prompt without padding, and this is a batch of {len(input_ids)} or padded: read prompts one "
             "by one (winnowkv.cache.stacked.stack makes one batch of their caches), or leave chunk= out"
         )
-    sizes = cache.begin_chunks(input_ids.shape[1], chunk, ceiling)
+    if not 0 <= hint < input_ids.shape[1]:
+        raise InputError(f"hint={hint} of {input_ids.shape[1]} tokens leaves no text: give it after the text")
+    sizes = cache.begin_chunks(input_ids.shape[1], chunk, ceiling, hint=hint)
     if len(sizes) > 1 and (kind := cache.recurrent_layer) is not None:
         warnings.warn(
             f"{type(model).__name__} keeps states ({kind}) that not every model carries exactly from one chunk to the next: "
             "see its row in docs/support.md, or read the prompt without chunk=",
             stacklevel=4,
         )
+    others = {index: layer for index, layer in enumerate(cache.layers) if not isinstance(layer, CompactLayer)}
     try:
-        for part in input_ids.split(sizes, 1):
+        for number, part in enumerate(input_ids.split(sizes, 1), 1):
+            if hint and number == len(sizes):
+                others = {index: fork_layer(layer) for index, layer in others.items()}
             output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.end_chunk()
+        if hint:
+            for index, layer in others.items():  # as they were before the hint
+                cache.layers[index] = layer
     except BaseException:
         cache.reset()  # half a prompt must not pass for a whole one
         raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,9 @@ class PrefillSession:
                 self._compress(number, *recording.layers[number])
         self._finish(prefill_seconds + self._compressing.seconds)
 
-    def begin_chunks(self, tokens: int, chunk: int, ceiling: int | float | None, recorded: bool) -> list[int]:
+    def begin_chunks(self, tokens: int, chunk: int | None, ceiling: int | float | None, recorded: bool, hint: int) -> list[int]:
         """Get ready to read one prompt in chunks; returns their lengths. See :meth:`CompactCache.begin_chunks`."""
-        asked = self.compression
+        asked = self.compression = replace(self.compression, hint=hint)
         prompt = asked.prompt(tokens, len(self.layers), asked.each_task(1)[0])
         sizes = cut(asked, prompt, chunk, ceiling)
         if len(sizes.lengths) == 1:
@@ -165,9 +166,16 @@ class PrefillSession:
             self.layers[index].keep(kept, dense=dense)
         if number not in changed:
             layer.own()
-        if (stored := self.compression.policy.quantize) is not None and layer is self.layers[-1]:
-            for each in self.layers:
-                each.quantize(stored)
+        if layer is self.layers[-1]:
+            self._store()
+
+    def _store(self) -> None:
+        """All layers are read: the hint goes, and what stays is quantized if the policy says so."""
+        for layer in self.layers:
+            if self.compression.hint:
+                layer.take_back(self.compression.hint)
+            if (stored := self.compression.policy.quantize) is not None:
+                layer.quantize(stored)
 
     def _positions_here(self, number: int, positions: Indices | None, dense: bool) -> Tensor | None:
         """What stays of the prompt in a layer's heads that are in this process, ``[H, n]``, on the layer's device."""

@@ -70,6 +70,38 @@ def read_rotation(model: Any) -> Rotation | None:
     return None
 
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE whose frequencies change with the length of the prompt
+LENGTH_OPTIONS = ("factor", "original_max_position_embeddings", "long_factor", "short_factor")  # and what they change by
+
+
+def rotation_numbers(model: Any) -> dict[str, list[float]]:
+    """All numbers that a model turns queries and keys by, by name; two models with other ones cannot read each other's keys.
+
+    Inverse frequencies of every kind of layer, the factors that cosine and sine are scaled by, and, where the frequencies
+    depend on the prompt's length, what they are made from. Tensors without values (meta, fake) are left out.
+    """
+    found: dict[str, list[float]] = {}
+    for path, module in model.get_decoder().named_modules():
+        buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if "inv_freq" in name}
+        for name, buffer in buffers.items():
+            # Of frequencies that change with the length, those that the model begins with.
+            start = buffers.get(name.replace("inv_freq", "original_inv_freq"), buffer)
+            if "original" not in name and not start.is_meta and not isinstance(start, FakeTensor):
+                found[f"{path}.{name}"] = start.float().tolist()
+        if buffers:
+            scales = {name: value for name, value in vars(module).items() if name.endswith("attention_scaling")}
+            found |= {f"{path}.{name}": [float(value)] for name, value in scales.items() if isinstance(value, int | float)}
+    options = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    nested = options if all(isinstance(one, dict) for one in options.values()) else {"": options}
+    for kind, each in nested.items():
+        if each.get("rope_type") in LENGTH_DEPENDENT:
+            for name in LENGTH_OPTIONS:
+                value = each.get(name)
+                if value is not None:
+                    found[f"{kind}.{name}"] = [float(one) for one in (value if isinstance(value, list) else [value])]
+    return found
+
+
 def _quarter_turn(file: Any) -> Callable[[Tensor], Tensor] | None:
     """What a model's file turns all pairs of dimensions by 90 degrees with; gpt-oss has only a turn by any angle."""
     if hasattr(file, "rotate_half"):

@@ -25,8 +25,9 @@ from winnowkv.errors import BudgetError, PolicyError
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.decode_eviction import DecodeEviction
 from winnowkv.policies.parts import Allocator, ChunkEviction, Parts, PromptInfo, Scorer, Selector
+from winnowkv.policies.protected import check_spans, protect, rest, without_protected
 from winnowkv.prompt.task import TaskProfile
-from winnowkv.types import BITS, Quantization
+from winnowkv.types import BITS, Quantization, Spans
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,30 @@ class Policy:
         """The smallest budget that leaves room for sinks and recent window."""
         return max(self.sinks + self.observation_window(prompt), 1)
 
-    def prompt_info(self, budget: Budget, tokens: int, layers: int, task: TaskProfile | None = None) -> PromptInfo:
+    def prompt_info(
+        self,
+        budget: Budget,
+        tokens: int,
+        layers: int,
+        task: TaskProfile | None = None,
+        *,
+        keep: Spans = (),
+        hint: int = 0,
+    ) -> PromptInfo:
         """A prompt with its budget in entries: the one place where a fraction is raised to what this policy must keep.
 
         ``tokens`` of the prompt, ``layers`` that are compressed. A budget in entries stays as it is: see :meth:`check_prompt`.
+        ``keep`` spans are protected, and the last ``hint`` tokens, for which the budget has room beside it. Raises InputError
+        for a span past the end.
         """
-        prompt = PromptInfo(tokens, layers, budget.entries(tokens), task or TaskProfile())
-        if not isinstance(budget.asked, float) or not self.evicts_from(prompt):
+        text = tokens - hint
+        check_spans(keep, text)
+        keep = (*keep, (text, tokens)) if hint else keep
+        prompt = PromptInfo(tokens, layers, budget.entries(text) + hint, task or TaskProfile(), keep)
+        others = without_protected(self, prompt)
+        if not isinstance(budget.asked, float) or not self.evicts_from(others):
             return prompt
-        least = min(self.minimum_budget(prompt), tokens)
+        least = min(self.minimum_budget(others), others.tokens) + tokens - others.tokens
         return prompt if prompt.budget >= least else replace(prompt, budget=least, raised_from=prompt.budget)
 
     def check_budget(self, prompt: PromptInfo) -> None:
@@ -165,21 +181,22 @@ class Policy:
         Raises BudgetError if the budget cannot hold what always stays, and what :meth:`check` raises.
         """
         self.check(model, prompt.task)
-        self.check_prompt(prompt)
-        evicts = self.evicts_from(prompt)
-        parts = self.parts(model, prompt)
+        others = rest(self, prompt)  # the prompt itself, unless spans of it are protected
+        self.check_prompt(others)
+        evicts = self.evicts_from(others)
+        parts = self.parts(model, prompt) if others is prompt else protect(self, model, prompt, others)
         notes = []
         if evicts and parts.hint is not None:
             notes.append(parts.hint)
         if prompt.raised_from is not None:
             notes.append(
                 f"{self.name}: the budget is a fraction that gives {prompt.raised_from} entries of this prompt, "
-                f"fewer than always stay (sinks and window): it was raised to {prompt.budget}"
+                f"fewer than always stay (sinks, window, what keep= protects): it was raised to {prompt.budget}"
             )
         elif self.evicts and not evicts and prompt.budget < prompt.tokens:
             notes.append(
-                f"the prompt of {prompt.tokens} tokens is no longer than the observation window of "
-                f"{self.observation_window(prompt)}: everything is kept"
+                f"the prompt of {others.tokens} tokens is no longer than the observation window of "
+                f"{self.observation_window(others)}: everything is kept"
             )
         return BoundPolicy(self, model, prompt, parts, evicts, tuple(notes))
 

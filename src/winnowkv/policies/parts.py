@@ -14,7 +14,7 @@ from winnowkv.models.head_group import ALL_HEADS, HeadGroup
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import uniform
 from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
-from winnowkv.types import Entries, HeadScores, Indices, Keys, Projection, Queries, Scores, Values
+from winnowkv.types import Entries, HeadScores, Indices, Keys, Projection, Queries, Scores, Spans, Values
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class PromptInfo:
     layers: layers whose cache may be compressed (full-attention layers).
     budget: entries per layer and KV head, mean over layers; at most ``tokens``.
     task: what the prompt asks for and where its question and sentences are, as far as this is known.
+    keep: spans that stay whatever they score (policies/protected.py).
     raised_from: entries that the budget, a fraction, would have been if it could hold what always stays; None if it is that.
     """
 
@@ -34,6 +35,7 @@ class PromptInfo:
     layers: int
     budget: int
     task: TaskProfile = field(default_factory=TaskProfile)
+    keep: Spans = ()
     raised_from: int | None = None
 
     @property

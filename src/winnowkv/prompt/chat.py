@@ -10,6 +10,9 @@ from torch import Tensor
 from winnowkv.errors import InputError
 
 PLACEHOLDER = "THE-PROMPT"  # stands for the user's message while the template around it is read
+BEFORE_QUESTION = "\n\n"  # between a text and the question about it
+PROBES = ("Who", "a", "1", "(", "\u00e9")  # questions may begin like these
+ENDING_TOKENS = (64, 32, 16, 8)
 AnyPrompt = str | Sequence[int] | Sequence[dict[str, Any]] | Tensor
 
 
@@ -88,3 +91,78 @@ def template_tail(tokenizer: Any, ids: Sequence[int]) -> int:
         return 0  # a tokenizer without a template, or with one that cannot be told from the message
     tail = tokenizer(text, add_special_tokens=False).input_ids
     return len(tail) if tail and list(ids[-len(tail) :]) == list(tail) else 0
+
+
+def open_turn(tokenizer: Any, text: str, *, chat: bool, system: str | None = None) -> list[int]:
+    """Token ids of a text that a question will follow: with ``chat`` a user's turn, begun by the text and not ended yet.
+
+    They are those that all of :data:`PROBES` leave as they are, if asked after the text, up to the text's end. Blank space
+    there is dropped. ``system`` is a message before the turn.
+
+    Raises InputError for a text that is blank, a system message without ``chat``, and as :func:`apply_template` does.
+    """
+    if not text.strip():
+        raise InputError("the text is empty: give at least one word")
+    every = [whole_turn(tokenizer, text, probe, chat=chat, system=system) for probe in PROBES]
+    same = next((at for at, tokens in enumerate(zip(*every, strict=False)) if len(set(tokens)) > 1), min(map(len, every)))
+    ids = every[0][:same]
+    while ids and not tokenizer.decode(ids[-1:]).strip():
+        ids.pop()
+    return ids
+
+
+def whole_turn(tokenizer: Any, text: str, question: str, *, chat: bool, system: str | None = None) -> list[int]:
+    """Token ids of a text and a question about it, ready for the answer."""
+    said = f"{text.rstrip()}{BEFORE_QUESTION}{question}"
+    if not chat:
+        if system is not None:
+            raise InputError("a system message needs a chat template: leave system= out, or put it into the text")
+        return list(tokenizer(said).input_ids)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return list(apply_template(tokenizer, [*before, *user_message(said)], "use chat=False"))
+
+
+def text_ending(tokenizer: Any, ids: Sequence[int], *, chat: bool) -> str:
+    """The last words of an :func:`open_turn`, from which alone :func:`rest_of_turn` goes on as from the whole text.
+
+    Raises InputError if the tokenizer gives other ids for them: it is not the one that made the ids.
+    """
+    for tokens in ENDING_TOKENS:
+        text, last = tokenizer.decode(list(ids[-tokens:])), list(ids[-tokens // 2 :])
+        if text.strip() and open_turn(tokenizer, text, chat=chat)[-len(last) :] == last:
+            return text
+    raise InputError(
+        "this tokenizer gives other token ids for the end of the text than those that were read: give the tokenizer that the "
+        "text was read with"
+    )
+
+
+def rest_of_turn(tokenizer: Any, ending: str, question: str, *, chat: bool) -> list[int]:
+    """Token ids of a question that follow an :func:`open_turn`, up to where the answer begins; ``ending`` is the turn's so far.
+
+    Raises InputError for a question that is blank, or whose first characters no token boundary divides from the text.
+    """
+    if not question.strip():
+        raise InputError("the question is empty: give at least one word")
+    so_far = open_turn(tokenizer, ending, chat=chat)
+    ids = whole_turn(tokenizer, ending, question.strip(), chat=chat)
+    if ids[: len(so_far)] != so_far:
+        raise InputError(f"the question {question[:20]!r}... begins with characters that join the text: begin with a word")
+    return ids[len(so_far) :]
+
+
+def next_turn(tokenizer: Any, question: str, *, chat: bool) -> list[int]:
+    """Token ids that end an answer and ask the next question, up to where its answer begins.
+
+    Raises InputError for a question that is blank, and for a template that changes what was answered before.
+    """
+    if not question.strip():
+        raise InputError("the question is empty: give at least one word")
+    if not chat:
+        return list(tokenizer(f"{BEFORE_QUESTION}{question.strip()}", add_special_tokens=False).input_ids)
+    turns = [*user_message("-"), {"role": "assistant", "content": PLACEHOLDER}, *user_message(question.strip())]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    _, found, rest = text.partition(PLACEHOLDER)
+    if not found:
+        raise InputError("this model's chat template changes earlier answers: ask each question by itself, with ask()")
+    return list(tokenizer(rest, add_special_tokens=False).input_ids)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from winnowkv.prompt.chat import template_tail
 
 SHORTEST_QUESTION, LONGEST_QUESTION = 8, 128  # tokens
@@ -51,3 +54,15 @@ def ends_here(text: str, after: str) -> bool:
     if after.startswith("\n"):
         return False
     return "\n" in text or (text.rstrip(QUOTES).endswith((".", "!", "?")) and after[:1].isspace())
+
+
+def remaining(structure: Structure, held: Tensor, tokens: int | None = None) -> Structure | None:
+    """The structure of the ascending positions ``held`` of a prompt, as if they were one; None if it is another prompt's.
+
+    ``tokens`` of the prompt; None if its last one is held.
+    """
+    if structure.tokens != (int(held[-1]) + 1 if tokens is None else tokens):
+        return None
+    ends = torch.searchsorted(held, torch.tensor(structure.ends, dtype=held.dtype)).unique().tolist()
+    question, tail = (int((held >= structure.tokens - count).sum()) for count in (structure.question, structure.tail))
+    return Structure(len(held), question, tail, tuple(end for end in ends if 0 < end < len(held)))
