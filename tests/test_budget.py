@@ -102,3 +102,16 @@ def test_auto_is_a_budget(text: str, target: float, profile: str | None) -> None
 def test_a_budget_auto_with_a_bad_target_is_refused(text: str) -> None:
     with pytest.raises(wk.BudgetError, match="auto"):
         Budget.of(text)
+
+
+@pytest.mark.parametrize("asked", ["9" * 5000, "-" + "9" * 5000, str(2**63), "1e999", "nan", "\udc80", "0" * 5000, "x" * 10**5])
+def test_budgets_that_no_prompt_has_are_refused_in_one_short_sentence(asked):
+    with pytest.raises(BudgetError) as refused:
+        Budget.of(asked)
+    assert len(str(refused.value)) < 400
+
+
+def test_a_number_with_more_digits_than_python_prints_is_refused():
+    for asked in (10**6000, -(10**6000)):
+        with pytest.raises(BudgetError, match=r"larger than any prompt|keeps nothing"):
+            Budget.of(asked)

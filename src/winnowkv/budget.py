@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from winnowkv.errors import BudgetError
+from winnowkv.files import LARGEST_WHOLE, shown
 
 WAY_OUT = "give kept entries as an int >= 1 (128), the kept fraction of the prompt (0.12), or auto:0.95"
 AUTO = re.compile(r"auto(?::(?P<target>[0-9.]+)(?::(?P<profile>.+))?)?")
@@ -33,20 +34,22 @@ class Budget:
     def __post_init__(self) -> None:
         if isinstance(self.asked, str):
             if not AUTO.fullmatch(self.asked):
-                raise BudgetError(f"budget {self.asked!r} is not a number: {WAY_OUT}")
+                raise BudgetError(f"budget {shown(self.asked)} is not a number: {WAY_OUT}")
             try:
                 target = self.target or 0
             except ValueError:
                 target = 0
             if not 0 < target < 1:
-                raise BudgetError(f"budget {self.asked!r}: its target must be above 0 and below 1, as in auto:0.95")
+                raise BudgetError(f"budget {shown(self.asked)}: its target must be above 0 and below 1, as in auto:0.95")
             return
         if isinstance(self.asked, bool) or not isinstance(self.asked, int | float):
-            raise BudgetError(f"budget {self.asked!r} is not a number: {WAY_OUT}")
+            raise BudgetError(f"budget {shown(self.asked)} is not a number: {WAY_OUT}")
+        if isinstance(self.asked, int) and self.asked >= LARGEST_WHOLE:
+            raise BudgetError(f"budget {shown(self.asked)} is larger than any prompt: {WAY_OUT}")
         if not self.asked > 0:  # NaN fails this too
-            raise BudgetError(f"budget {self.asked!r} keeps nothing, it must be above 0: {WAY_OUT}")
+            raise BudgetError(f"budget {shown(self.asked)} keeps nothing, it must be above 0: {WAY_OUT}")
         if isinstance(self.asked, float) and self.asked > 1:
-            raise BudgetError(f"budget {self.asked!r} is a fraction above 1: {WAY_OUT}")
+            raise BudgetError(f"budget {shown(self.asked)} is a fraction above 1: {WAY_OUT}")
 
     @classmethod
     def of(cls, value: Budget | int | float | str) -> Budget:
@@ -58,14 +61,12 @@ class Budget:
         text = value.strip()
         if text.startswith("auto"):
             return cls(text)
-        if re.fullmatch(r"[+-]?\d+", text):
-            return cls(int(text))
         try:
-            return cls(float(text))
+            return cls(int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text))
         except ValueError as error:
             if isinstance(error, BudgetError):
                 raise
-            raise BudgetError(f"budget {value!r} is not a number: {WAY_OUT}") from None
+            raise BudgetError(f"budget {shown(value)} is not a number: {WAY_OUT}") from None
 
     @property
     def target(self) -> float | None:

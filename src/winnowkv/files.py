@@ -22,14 +22,19 @@ from winnowkv.errors import WinnowError
 DEEPEST = 64  # levels of lists and mappings in a file; ours have six
 MOST_YAML_VALUES = 100_000  # of one file, those of repeated anchors counted each time
 LARGEST_WHOLE = 2**63  # whole numbers above it fit no tensor
-SHOWN = 60  # characters of a value in an error message
+SHOWN, LONGEST_SHOWN = 60, 200  # characters of a text in an error message, and of any value
 Fail = Callable[[str], WinnowError]  # makes the error of a reason
 Place = tuple[Any, Any] | None  # where a value stands: the place of what holds it, and its key there
 
 
 def read_text(source: Any, fail: Fail) -> str:
     """The text of a UTF-8 file (a path, or a file of the package), without a byte order mark, lines ended by ``\\n``."""
-    return decode(read_bytes(source, fail), fail).replace("\r\n", "\n").replace("\r", "\n")
+    return plain_lines(decode(read_bytes(source, fail), fail))
+
+
+def plain_lines(text: str) -> str:
+    """A text whose lines end by ``\\n``, whatever ended them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_bytes(source: Any, fail: Fail) -> bytes:
@@ -160,9 +165,10 @@ def _words(place: Place) -> str:
 def shown(value: Any) -> str:
     """A value in an error message: its repr, shortened."""
     try:
-        return _SHORT.repr(value)
+        text = _SHORT.repr(value)
     except Exception:  # a number with more digits than Python prints, or an object without a repr
-        return f"a {type(value).__name__}"
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
 
 
 _SHORT = reprlib.Repr()
@@ -184,7 +190,7 @@ def first_fault(error: Any) -> str:
         return str(own)
     field = " ".join(f"[{key}]" if isinstance(key, int) else str(key) for key in found["loc"])
     if found["type"] == "missing":
-        return f"lacks {field!r}"
+        return f"it lacks {field!r}"
     value = "" if found["type"] == "extra_forbidden" else f", not {shown(found['input'])}"
     return f"field {field}: {found['msg'][0].lower()}{found['msg'][1:]}{value}"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
 
 import winnowkv as wk
-from support.models import PROMPT, prompt
+from support.models import PROMPT, hybrid, prompt
 from support.profiles import PROFILES, random_profile
 from support.reference import compact_logits
 from winnowkv.models.calibration import choose_heads, find_profile
@@ -49,6 +50,19 @@ def test_a_newer_schema_is_refused(written: Path) -> None:
         ({"traditional": [[-0.1] * 4] * 3}, "negative"),
         ({"errors": ["x", 1, 2]}, "cannot be used"),
         ({"model_info": {"heads": 4}}, "cannot be used"),
+        ({"semantic": None}, "field semantic: input should be a valid"),
+        ({"errors": [True, 0.1, 0.1]}, r"field errors \[0\]: input should be a valid number, not True"),
+        ({"errors": ["0.5", 0.1, 0.1]}, r"field errors \[0\]"),
+        ({"errors": [1e300, 0.1, 0.1]}, "negative, above"),
+        ({"model_info": {**SHAPE.to_dict(), "kv_heads": 0}}, "4 query heads cannot share 0 KV heads"),
+        ({"model_info": {**SHAPE.to_dict(), "kv_heads": 3}}, "4 query heads cannot share 3 KV heads"),
+        ({"model_info": None}, "field model_info"),
+        ({"about": []}, "field about"),
+        ({"curves": None}, "field curves"),
+        ({"curves": {"snapkv": {"points": [], "prompts": 9}}}, "must ascend"),
+        ({"curves": {"snapkv": {"points": [[0.1, 0.2, 0.3]], "prompts": 9}}}, "field curves snapkv points"),
+        ({"curves": {"snapkv": {"points": [[0.1, 0.2]], "prompts": 0}}}, "a curve of 0 prompts"),
+        ({"curves": {"snapkv": {"points": [[0.1, 0.2]], "prompts": 1.5}}}, "field curves snapkv prompts"),
     ],
 )
 def test_broken_tables_are_refused(written: Path, change: dict, says: str) -> None:
@@ -62,6 +76,58 @@ def test_json_that_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(wk.ProfileError, match="names no schema"):
         wk.read_profile(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: "[" * 100_000, "levels deep"),
+        (lambda text: text.replace('"schema": 1', f'"schema": {"9" * 5000}'), "more digits"),
+        (lambda text: text.replace('"schema": 1', '"schema": true'), "names no schema"),
+        (lambda text: text.replace('"schema": 1', '"schema": 1, "schema": 1'), "key 'schema' stands twice"),
+        (lambda text: text.replace('"model": "tiny"', '"model": "\\ud800"'), "half a character"),
+        (lambda text: text.replace('"about": {}', '"about": {"seed": NaN}'), "nan is not a finite number"),
+        (lambda text: text + "x", "not JSON"),
+        (lambda text: "", "cut off"),
+    ],
+)
+def test_files_that_hold_no_plain_data_are_refused(written: Path, change: Callable[[str], str], says: str) -> None:
+    written.write_text(change(written.read_text()))
+    with pytest.raises(wk.ProfileError, match=says) as refused:
+        wk.read_profile(written)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_paths_that_no_file_has_are_refused(llama: PreTrainedModel) -> None:
+    for path in ("x" * 300, "a\0b", "\udcff"):
+        for ask in (f"compresskv:profile={path}", f"headkv:profile={path}"):
+            with pytest.raises(wk.ProfileError, match="cannot be read"):
+                wk.CompactCache(llama, ask, 20)
+        with pytest.raises(wk.ProfileError, match="cannot be read"):
+            wk.CompactCache(llama, "snapkv", f"auto:0.9:{path}")
+
+
+def test_a_profile_of_other_layers_is_refused_before_a_prompt_is_read(llama: PreTrainedModel, tmp_path: Path) -> None:
+    for model, layers, right in ((llama, 3, 5), (hybrid(), 6, 2)):
+        info = ModelInfo.of(model)
+        assert info.compressed == right
+        random_profile(info, layers).write(tmp_path / "p.json")
+        random_profile(info, right).write(tmp_path / "right.json")
+        for spec in ("compresskv:observe=4", "headkv:observe=4", "winnow:observe=4"):
+            with pytest.raises(wk.ProfileError, match=rf"holds {layers} layers, {right} of the model's are compressed"):
+                wk.CompactCache(model, f"{spec}:profile={tmp_path / 'p.json'}", 20)
+            wk.CompactCache(model, f"{spec}:profile={tmp_path / 'right.json'}", 20)
+    (tmp_path / "right.json").unlink()
+    with pytest.raises(wk.ProfileError, match="holds 6 layers, 2 of the model's"):
+        wk.CompactCache(model, f"headkv:profile={tmp_path}", 20)
+
+
+def test_a_profile_is_written_whole_or_not_at_all(written: Path) -> None:
+    for path in (written.parent, written / "below", written.parent / "none" / "p.json"):
+        with pytest.raises(wk.ProfileError, match=r"cannot be written|is not a regular file"):
+            random_profile(SHAPE, 3).write(path)
+    assert [path.name for path in written.parent.iterdir()] == ["p.json"]
 
 
 def test_a_missing_key_and_a_missing_file_are_named(written: Path, tmp_path: Path) -> None:

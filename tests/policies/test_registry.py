@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -230,7 +230,7 @@ def test_a_policy_of_another_package_is_found(tmp_path: Path, monkeypatch: pytes
         tmp_path,
         "outside = winnow_outside:Outside",
         "from dataclasses import dataclass\n"
-        "from typing import ClassVar\n"
+        "from typing import Any, ClassVar\n"
         "import torch\n"
         "from winnowkv.policies.base import TokenPolicy\n"
         "from winnowkv.policies.parts import Scorer\n"
@@ -402,3 +402,37 @@ def test_a_policy_without_a_scorer_of_its_own_says_so() -> None:
 def test_fractions_and_entries_reach_a_prompt_alike() -> None:
     entries = Budget.of("0.4").entries(100)
     assert keep(policy("random"), 100, 2, entries).kept[0].shape[-1] == 40
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("adakv:of=" * 3000 + "snapkv", "is too long"),
+        ("adakv:of=" * 9 + "snapkv", "8 policies in it"),
+        ("snapkv:observe=" + "9" * 5000, "observe='999.*is not of type int"),
+        ("snapkv:observe=" + "9" * 400, "must be a finite number"),
+        (f"snapkv:observe={2**63}", "must be a finite number"),
+        ("random:seed=" + "9" * 400, "must be a finite number"),
+        ("pyramidkv:slope=1e999", "must be a finite number"),
+        ("snapkv:observe=8:observe=16", "observe stands twice"),
+        ("x" * 8000, "is unknown"),
+        ("snapkv:" + "x" * 8000 + "=1", "has no option"),
+        ("\udc80", "is unknown"),
+        (None, "is no name"),
+        (3, "is no name"),
+        (["snapkv"], "is no name"),
+    ],
+)
+def test_specs_of_any_kind_are_refused_in_one_short_sentence(spec: Any, words: str) -> None:
+    with pytest.raises(PolicyError, match=words) as refused:
+        policy(spec)
+    assert len(str(refused.value)) < 500
+    assert "\n" not in str(refused.value)
+
+
+def test_an_option_in_python_is_checked_as_one_in_a_spec() -> None:
+    for value in (10**400, float("nan"), float("inf")):
+        with pytest.raises(PolicyError, match=r"must be a finite number|is not of type"):
+            policy("snapkv", observe=value)
+        with pytest.raises(PolicyError, match="must be a finite number"):
+            policy("pyramidkv", slope=value)

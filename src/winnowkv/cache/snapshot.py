@@ -79,7 +79,7 @@ def save_cache(
     CacheError
         Before the prompt was read, for another model's cache, for layers that are neither full attention nor a sliding window,
         for tokens that are not those that the cache has seen, for a file that exists, unless ``overwrite`` is set, and for a
-        path that is no regular file or cannot be written.
+        path that is no regular file or cannot be written. Also for a cache whose report does not count what it holds.
     """
     HeadGroup.of(model).check_alone("saving a cache")
     if cache.model is not model:
@@ -96,7 +96,7 @@ def save_cache(
     for index, layer in enumerate(cache.layers):
         part, mine = _saved_layer(layer)
         parts.append(part)
-        tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in mine.items()}
+        tensors |= {f"{index}.{name}": _alone(tensor) for name, tensor in mine.items()}
     if unknown := {tensor.dtype for tensor in tensors.values()} - set(DTYPES):
         raise CacheError(f"this cache holds numbers of {sorted(map(str, unknown))[0]}, which cannot be saved: {READ_AGAIN}")
     if tokens is not None:
@@ -106,9 +106,15 @@ def save_cache(
         "tokens": None if tokens is None else len(tokens), "report": asdict(cache.report),
     }  # fmt: skip
     try:
-        about = {"format": str(SNAPSHOT_FORMAT), "digest": NO_DIGEST, "winnowkv": json.dumps(header, allow_nan=False)}
+        text = json.dumps(header, allow_nan=False)
+        made = Header.model_validate_json(text)  # what could not be read again is not written
+    except ValidationError as error:
+        raise CacheError(f"this cache does not fit together ({first_fault(error)}): {READ_AGAIN}") from None
     except ValueError:
         raise CacheError(f"this cache's report holds a value that is not a number: {READ_AGAIN}") from None
+    if fault := lengths_fault(made, cache.layers) or _counts_fault(cache):
+        raise CacheError(f"this cache does not fit together ({fault}): {READ_AGAIN}")
+    about = {"format": str(SNAPSHOT_FORMAT), "digest": NO_DIGEST, "winnowkv": text}
     with replacing(Path(path), lambda why: CacheError(f"{path} {why}"), overwrite=overwrite) as scratch:
         try:
             save_file(tensors, scratch, metadata=about)
@@ -147,6 +153,12 @@ def load_document(path: str | Path, model: PreTrainedModel) -> tuple[CompactCach
     if tokens is None:
         raise CacheError(f"{path} holds no token ids: save the cache with tokens=, or open it with load_cache")
     return cache, tokens
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor without gaps and in storage of its own: safetensors refuses two that lie in one."""
+    packed = tensor.contiguous()
+    return packed.clone() if packed.untyped_storage().nbytes() > packed.nbytes else packed
 
 
 def _checked_tokens(tokens: Sequence[int], layer: CompactLayer, model: PreTrainedModel) -> Tensor:

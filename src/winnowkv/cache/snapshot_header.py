@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from winnowkv.cache.generated import DECODE_BLOCK, LEAST_DECODE_BUDGET
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.quantized import QUANTIZATION_GROUP, channel_group
+from winnowkv.files import SHOWN, shown
 from winnowkv.models.info import ModelInfo
 from winnowkv.models.rope import rotation_numbers
 from winnowkv.report import Report
@@ -118,7 +119,7 @@ def model_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str |
         theirs = saved.get(name)
         if name != "rotation":
             if theirs != mine:
-                return f"{name} {theirs}, here {mine}"
+                return f"{name} {str(theirs)[:SHOWN]}, here {mine}"
             continue
         if not isinstance(theirs, dict) or set(theirs) != set(mine):
             return "its layers rotate keys by their positions in another way"
@@ -128,7 +129,7 @@ def model_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str |
                 found = f": {pairs[0][0]:.6g}, here {pairs[0][1]:.6g}" if pairs else ""
                 return f"its keys are rotated by other angles, as another rope_theta or RoPE scaling gives ({part}{found})"
     extra = set(saved) - set(here)
-    return f"{sorted(extra)[0]} is nothing that is known of a model" if extra else None
+    return f"{sorted(extra)[0][:SHOWN]} is nothing that is known of a model" if extra else None
 
 
 def tensor_table(header: Header, like: Sequence[Any], query_heads: int) -> Table:
@@ -175,7 +176,7 @@ def table_fault(found: Mapping[str, TableEntry], meant: Table) -> str | None:
     for name, (number, shape) in meant.items():
         entry = found[name]
         if entry.dtype != number or entry.shape != shape:
-            return f"tensor {name} is {entry.dtype} {entry.shape}, the header says {number} {shape}"
+            return f"tensor {name} is {entry.dtype[:20]} {shown(entry.shape)}, the header says {number} {shape}"
     # Tensors of a dtype lie in the order of their names, so exchanged names, of keys and values for example, are seen.
     for number in {entry.dtype for entry in found.values()}:
         mine = [name for name, entry in found.items() if entry.dtype == number]
@@ -212,7 +213,7 @@ def _compact_fault(part: CompactPart, header: Header, heads: int) -> str | None:
     first, generated = header.compact[0], part.seen - part.prompt - part.dropped
     for name in ("seen", "prompt", "dropped", "pads"):
         if getattr(part, name) != getattr(first, name):
-            return f"{name} {getattr(part, name)}, of another layer {getattr(first, name)}"
+            return f"{name} {shown(getattr(part, name))}, of another layer {shown(getattr(first, name))}"
     if generated < 0 or part.prompt < 1 or not 1 <= part.held <= part.prompt:
         return f"{part.length} entries of a prompt of {part.prompt}, {part.seen} tokens seen and {part.dropped} dropped"
     if part.dropped and header.decode_budget is None:
@@ -222,7 +223,7 @@ def _compact_fault(part: CompactPart, header: Header, heads: int) -> str | None:
     if part.frozen != (part.held if header.report.quantize else 0):
         return f"{part.frozen} quantized entries of {part.held}"
     if max(part.pads) >= part.prompt or len(part.positions) != len(part.pads):
-        return f"padding of {part.pads} in {len(part.positions)} prompts of {part.prompt}"
+        return f"padding of {shown(part.pads)} in {len(part.positions)} prompts of {part.prompt}"
     for pad, shape in zip(part.pads, part.positions, strict=True):
         if shape is not None and (shape[0] not in (1, heads) or not 1 <= shape[1] <= part.held):
             return f"positions of {shape[0]} heads and {shape[1]} entries, {part.held} are held"
@@ -241,7 +242,7 @@ def _report_fault(header: Header) -> str | None:
     if not rows or len(report.kept_entries) != rows or any(len(row) != len(header.compact) for row in report.kept_entries):
         return "its report counts other rows or layers"
     if not all(1 <= tokens <= part.prompt for tokens in report.prompt_tokens):
-        return f"its report says prompts of {report.prompt_tokens} tokens, the cache read {part.prompt}"
+        return f"its report says prompts of {shown(report.prompt_tokens)} tokens, the cache read {part.prompt}"
     counts = [getattr(report, each.name) for each in fields(report) if each.type in ("int", "float")]
     if min(counts) < 0:
         return f"its report counts {min(counts)}"
@@ -275,7 +276,7 @@ def _row_fault(part: CompactPart, row: int, positions: Tensor | None, valid: Ten
             return "positions that do not ascend"
         counts = (positions >= 0).sum(-1)
     if valid is None:
-        return None if bool((counts == part.held).all()) else f"{counts.tolist()} entries held in {part.held} columns"
+        return None if bool((counts == part.held).all()) else f"{shown(counts.tolist())} entries held in {part.held} columns"
     if int(valid.view(torch.uint8).max()) > 1:
         return "flags that are neither true nor false"
     flags = valid[row, :, : part.held].int()

@@ -21,9 +21,11 @@ from safetensors.torch import save_file
 
 from winnowkv.calibrate.prompts import read_filler
 from winnowkv.calibrate.task_prompts import AGGREGATION, LOCALIZATION, QUESTIONS, TOPICS
+from winnowkv.errors import InputError
 from winnowkv.evaluate.needle.prompts import read_haystack, read_rows
 from winnowkv.evaluate.report.machine import versions
 from winnowkv.evaluate.tasks.tasks import AGGREGATION as AGGREGATION_SETS, LOCALIZATION as LOCALIZATION_SETS
+from winnowkv.files import parse_json, read_text
 from winnowkv.prompt.classifier import CLASSIFIER_FORMAT, HASHED_FEATURES, LinearClassifier, vectorizer
 from winnowkv.prompt.task import TASKS
 
@@ -214,7 +216,7 @@ def templates(data: Path, filler: Filler) -> list[Row]:
 
 def longbench(data: Path) -> list[Row]:
     """Every row of LongBench, in its official prompt."""
-    prompts = json.loads((data / "longbench_config" / "dataset2prompt.json").read_text(encoding="utf-8"))
+    prompts = parse_json(read_text(data / "longbench_config" / "dataset2prompt.json", InputError), InputError)
     rows = []
     for task, names in zip(TASKS, (LOCALIZATION_SETS, AGGREGATION_SETS), strict=True):
         for name in names:

@@ -167,6 +167,7 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
     from rich.console import Console
 
     from winnowkv.cli.loading import check_folder, check_policies
+    from winnowkv.evaluate.report.lines import line_fault
     from winnowkv.evaluate.report.store import ResultStore
     from winnowkv.evaluate.settings import settings
     from winnowkv.evaluate.tasks.run import identity, missing, write_summary
@@ -177,22 +178,23 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
     rows = asked.rows()
     console = Console(stderr=True)
     with answering(asked, workers, address, console) as (config, answer):
-        store = ResultStore(out, config, identity)
+        store = ResultStore(out, config, identity, line_fault)
         work = missing(store, asked, rows)
         total = len(rows) * len(settings(asked.policies, asked.budgets))
         try:
             with resumable(console, store, "rows", total, total - sum(len(lacking) for *_, lacking in work)) as advance:
                 answer(store, work, advance)
-            return write_summary(store, config, asked)
         except KeyboardInterrupt:
-            with suppress(OSError):
+            with suppress(InputError):
                 write_summary(store, config, asked)
             raise
-        except OSError as error:  # summary or page; the store reports lines that cannot be written
-            raise InputError(
-                f"{error.filename or out} cannot be written: {error.strerror}. All {len(store.lines)} lines are safe in "
-                f"{store.file}; make room and run the same command again"
-            ) from None
+        else:
+            try:
+                return write_summary(store, config, asked)
+            except InputError as error:  # summary or page; the store reports lines that cannot be written
+                raise InputError(
+                    f"{error}. All {len(store.lines)} lines are safe in {store.file}; make room and run the same command again"
+                ) from None
         finally:
             store.close()
 

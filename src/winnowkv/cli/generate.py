@@ -16,6 +16,7 @@ from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.cli.options import DEFAULT_POLICY, Chat, Device, Dtype, Json, Model, Task
 from winnowkv.cli.tables import note
 from winnowkv.errors import InputError
+from winnowkv.files import check_plain, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -232,16 +233,17 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise InputError("give the prompt as an argument or with --file, not both")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"prompt file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        text = read_text(file, lambda why: InputError(f"prompt file {file} {why}"))
     elif prompt is None or prompt == "-":
         if sys.stdin.isatty():
             raise InputError("no prompt: give one as an argument, with --file, or on standard input")
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise InputError("standard input is not UTF-8 text: give the prompt as UTF-8") from None
     else:
         text = prompt
+    check_plain(text, lambda why: InputError(f"the prompt is not UTF-8 text: {why}"))
     if not text.strip():
         raise InputError("the prompt is empty: give at least one word")
     return text

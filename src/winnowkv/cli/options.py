@@ -137,7 +137,7 @@ def numbers(text: str, kind: Callable[[str], T], option: str) -> list[T]:
 
 def token_count(text: str, option: str) -> int:
     """Parse a number of tokens: ``32k`` or ``4096``. Raises InputError that names the option and the value."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([km]?)", text.strip(), re.IGNORECASE)
     tokens = int(Fraction(match[1]) * TOKEN_UNITS[match[2].lower()]) if match else 0
     if tokens < 1:
         raise InputError(f"{option} {text!r} is no number of tokens: write it as 32768 or 32k")

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import prefill
-from winnowkv.errors import UnsupportedModelError
+from winnowkv.errors import UnsupportedModelError, WinnowError
+from winnowkv.files import reason, shown
 from winnowkv.memory.plan import LayerShape, Shape
 from winnowkv.models.info import ModelInfo, position_limit
+
+MOST_LAYERS = 10_000  # more is a slip, and would be built for hours
 
 
 def read_shape(config: PreTrainedConfig, itemsize: int) -> Shape:
@@ -27,17 +30,25 @@ def read_shape(config: PreTrainedConfig, itemsize: int) -> Shape:
     Raises UnsupportedModelError for a model that compact caches cannot serve, or that cannot run without weights.
     """
     name = type(config).__name__.removesuffix("Config")
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)
+    if type(count) is not int or not 0 < count <= MOST_LAYERS:
+        raise UnsupportedModelError(f"{name}: its config says {shown(count)} layers, it must be 1 to {MOST_LAYERS}")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except ValueError:
+    except ValueError as error:
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            raise UnsupportedModelError(f"no model can be made of this {name}: {reason(error)}") from None
         raise UnsupportedModelError(f"{name} is not a decoder-only language model that transformers knows") from None
+    except Exception as error:  # what a config with numbers that make no sense raises is anything
+        raise UnsupportedModelError(f"no model can be made of this {name}: {reason(error)}") from None
     try:
         layers = layers_without_weights(config.get_text_config(decoder=True))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except WinnowError:
+        raise
+    except Exception as error:
         raise UnsupportedModelError(
-            f"{name}: what its cache holds cannot be seen without weights ({reason}): load it and read the report of a run"
+            f"{name}: what its cache holds cannot be seen without weights ({reason(error)}): load it and read a run's report"
         ) from error
     return shape_of(layers, model, itemsize)
 

@@ -6,21 +6,26 @@ Its head scores and layer errors are made by ``winnow calibrate``; one JSON file
 from __future__ import annotations
 
 import json
-import math
+import os
 import random
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from winnowkv.errors import ProfileError
+from winnowkv.files import first_fault, parse_json, read_text, shown, write_text
 from winnowkv.models.curve import Curve
 from winnowkv.models.info import ModelInfo
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 PROFILE_SCHEMA = 1
 Table = tuple[tuple[float, ...], ...]
 HeadKind = Literal["semantic", "traditional"]
+LARGEST_SCORE = 1e6  # scores and errors are shares; above it sums and powers of them have no end
 WAY_OUT = "make one with: winnow calibrate --model M --out FILE"
 
 
@@ -54,7 +59,9 @@ class CalibrationProfile:
     curves: dict[str, Curve] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        heads, layers = self.model_info.heads, len(self.errors)
+        heads, layers, kv_heads = self.model_info.heads, len(self.errors), self.model_info.kv_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ProfileError(f"{heads} query heads cannot share {kv_heads} KV heads")
         if not 0 < layers <= self.model_info.layers:
             raise ProfileError(f"errors are given for {layers} layers, the model has {self.model_info.layers}")
         for kind in ("semantic", "traditional"):
@@ -62,8 +69,8 @@ class CalibrationProfile:
             if len(table) != layers or any(len(row) != heads for row in table):
                 raise ProfileError(f"{kind} head scores are not {layers} layers x {heads} heads")
         values = [*self.errors, *(score for table in (self.semantic, self.traditional) for row in table for score in row)]
-        if not all(math.isfinite(value) and value >= 0 for value in values):
-            raise ProfileError("a score or an error is negative or not a finite number")
+        if not all(0 <= value <= LARGEST_SCORE for value in values):  # not a number fails this too
+            raise ProfileError(f"a score or an error is negative, above {LARGEST_SCORE:g} or not a finite number")
 
     def ranking(self, layer: int, kind: HeadKind) -> list[int]:
         """Query heads of a layer, best first; ties to the lower head."""
@@ -91,7 +98,7 @@ class CalibrationProfile:
         """What ``budget="auto"`` expects of a policy. Raises ProfileError if it was not measured."""
         if policy not in self.curves:
             raise ProfileError(
-                f"the profile of {self.model!r} says nothing of what {policy} keeps at a budget (it knows "
+                f"the profile of {shown(self.model)} says nothing of what {policy} keeps at a budget (it knows "
                 f"{', '.join(self.curves) or 'no policy'}): measure it on prompts of yours with "
                 f"winnow audit --prompts FILE --policies {policy} --curves p.json, then use auto:0.95:p.json"
             )
@@ -100,12 +107,17 @@ class CalibrationProfile:
     def check(self, model: ModelInfo) -> None:
         """Raise ProfileError naming the first difference if a model is not the one that was calibrated."""
         if difference := self.model_info.difference(model):
-            raise ProfileError(f"this profile is of {self.model!r} with {difference} as the model has: {WAY_OUT}")
+            raise ProfileError(f"this profile is of {shown(self.model)} with {difference} as the model has: {WAY_OUT}")
+        if model.compressed is not None and len(self.errors) != model.compressed:
+            raise ProfileError(
+                f"this profile of {shown(self.model)} holds {len(self.errors)} layers, {model.compressed} of the model's are "
+                f"compressed: {WAY_OUT}"
+            )
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON, as a whole or not at all. Raises ProfileError if the file cannot be written."""
         text = json.dumps({"schema": PROFILE_SCHEMA, **asdict(self), "model_info": self.model_info.to_dict()}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n", lambda why: ProfileError(f"profile {path} {why}"))
 
 
 def choose_heads(spec: str, profile: CalibrationProfile | None, layer: int, count: int, heads: int, seed: int) -> list[int]:
@@ -123,44 +135,36 @@ def choose_heads(spec: str, profile: CalibrationProfile | None, layer: int, coun
 
 def read_profile(path: Path) -> CalibrationProfile:
     """Read a profile; raises ProfileError for a file that is missing, cut off, of a newer schema or not a profile."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ProfileError(f"profile {path} cannot be read: {reason}. {WAY_OUT}") from None
-    except json.JSONDecodeError as error:
-        raise ProfileError(f"profile {path} is cut off or not JSON ({error}). {WAY_OUT}") from None
+    from pydantic import ValidationError
+
+    def fail(why: str) -> ProfileError:
+        return ProfileError(f"profile {path} {why}. {WAY_OUT}")
+
+    text = read_text(Path(path), fail)
+    data = parse_json(text, lambda why: fail(f"is cut off or broken: {why}"))
     schema = data.get("schema") if isinstance(data, dict) else None
-    if not isinstance(schema, int):
+    if type(schema) is not int or schema < 1:
         raise ProfileError(f"{path} is not a profile: it names no schema. {WAY_OUT}")
     if schema > PROFILE_SCHEMA:
         raise ProfileError(f"profile {path} has schema {schema}, this version reads up to {PROFILE_SCHEMA}: update winnowkv")
     try:
-        return CalibrationProfile(
-            model=str(data["model"]),
-            model_info=ModelInfo(**data["model_info"]),
-            semantic=tuple(tuple(map(float, row)) for row in data["semantic"]),
-            traditional=tuple(tuple(map(float, row)) for row in data["traditional"]),
-            errors=tuple(map(float, data["errors"])),
-            about=dict(data["about"]),
-            curves={
-                name: Curve(
-                    tuple((float(mass), float(agreement)) for mass, agreement in curve["points"]), int(curve["prompts"])
-                )
-                for name, curve in data.get("curves", {}).items()
-            },
-        )
-    except KeyError as error:
-        raise ProfileError(f"profile {path} lacks {error}. {WAY_OUT}") from None
-    except (TypeError, ValueError) as error:
-        raise ProfileError(f"profile {path} cannot be used: {error}. {WAY_OUT}") from None
+        return _schema().validate_json(text, strict=True)
+    except ValidationError as error:
+        raise fail(f"cannot be used: {first_fault(error)}") from None
+
+
+@lru_cache(maxsize=1)
+def _schema() -> TypeAdapter[CalibrationProfile]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(CalibrationProfile)
 
 
 def _read_once(path: Path) -> CalibrationProfile:
     """:func:`read_profile`, once for each state of a file: policies ask for it at every prompt."""
     try:
         state = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return read_profile(path)  # which says what is wrong
     return _read_state(path, state.st_mtime_ns, state.st_size)
 
@@ -180,12 +184,13 @@ def find_profile(asked: str | CalibrationProfile | None, model: ModelInfo) -> Ca
         asked.check(model)
         return asked
     folder = files("winnowkv") / "data" / "profiles" if asked is None else Path(asked)
-    if asked is not None and not folder.is_dir():
+    if asked is not None and not os.path.isdir(asked):  # unlike Path.is_dir() it raises for no name
         profile = _read_once(Path(asked))
         profile.check(model)
         return profile
     for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []:
         if file.name.endswith(".json") and (profile := _read_once(Path(str(file)))).model_info == model:
+            profile.check(model)
             return profile
     where = "no profile ships with the package for" if asked is None else f"folder {asked} holds no profile of"
     raise ProfileError(f"{where} this model ({model.architecture}, {model.layers} layers, {model.heads} heads): {WAY_OUT}")

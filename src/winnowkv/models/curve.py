@@ -24,7 +24,7 @@ class Curve:
     Raises
     ------
     ProfileError
-        For no points, or points that do not ascend within 0 to 1.
+        For no points, points that do not ascend within 0 to 1, or no prompts.
     """
 
     points: tuple[Point, ...]
@@ -35,6 +35,8 @@ class Curve:
         ascending = all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(self.points))
         if not self.points or not inside or not ascending:
             raise ProfileError("a curve's points must ascend in mass and agreement, both within 0 to 1")
+        if self.prompts < 1:
+            raise ProfileError(f"a curve of {self.prompts} prompts was not measured")
 
     def expected(self, mass: float) -> float:
         """The agreement at a kept mass; below the first point its own."""

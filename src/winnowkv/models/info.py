@@ -14,6 +14,7 @@ HASHED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
+FULL_ATTENTION, SLIDING = "full_attention", ("sliding_attention", "chunked_attention")  # as configs name kinds of layers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ModelInfo:
     layers, heads, kv_heads: all layers, query heads and KV heads of each; of the whole model, however many processes share it.
     config: hash of the config's sizes.
     rotation: how queries and keys are turned by their position, None if it is not known; it is not compared.
+    compressed: layers that attend to everything and have a cache of their own, None if it is not known; not compared.
     """
 
     architecture: str
@@ -34,6 +36,7 @@ class ModelInfo:
     kv_heads: int
     config: str
     rotation: Rotation | None = field(default=None, compare=False, repr=False)
+    compressed: int | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: Any) -> ModelInfo:
@@ -44,7 +47,8 @@ class ModelInfo:
         heads = sizes["num_attention_heads"] or 0  # a model without attention is refused elsewhere, in plain words
         kv_heads = sizes["num_key_value_heads"] or heads
         layers = sizes["num_hidden_layers"] or 0
-        return cls(type(model).__name__, layers, heads, kv_heads, digest[:16], read_rotation(model))
+        rotation, compressed = read_rotation(model), compressed_layers(config)
+        return cls(type(model).__name__, layers, heads, kv_heads, digest[:16], rotation, compressed)
 
     def difference(self, other: ModelInfo) -> str | None:
         """The first thing in which another model differs, in words; None if they are equal."""
@@ -76,6 +80,18 @@ def takes_no_cache(model: Any) -> bool:
     """Whether the model keeps a cache class of its own in this release of transformers, and takes no other."""
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     return supports is not None and not supports()
+
+
+def compressed_layers(config: Any) -> int | None:
+    """How many layers of a text config's model have a cache that can be compressed; None for kinds that are not known here."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return None if slides else getattr(config, "num_hidden_layers", None)
+    if not set(kinds) <= {FULL_ATTENTION, *SLIDING}:
+        return None
+    shared = getattr(config, "num_kv_shared_layers", None) or 0  # the last ones read the cache of an earlier layer
+    return list(kinds)[: len(kinds) - shared].count(FULL_ATTENTION)
 
 
 def position_limit(model: Any) -> int | None:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from winnowkv.errors import InputError, ModelNotFoundError
+from winnowkv.files import reason
 from winnowkv.models.gguf import dequantize
 
 EMBEDDED = "embedded"
@@ -86,7 +87,7 @@ def load(name: str = EMBEDDED, *, dtype: torch.dtype | None = None, device: str 
         # AutoTokenizer chooses a class by model type and would take SmolLM2's BPE for Llama's.
         kind = PreTrainedTokenizerFast if name in PACKAGED else AutoTokenizer
         tokenizer = kind.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a broken config or tokenizer raises differs from model to model
         raise cannot_load(name, error) from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # a decorated method in transformers
 
@@ -136,9 +137,8 @@ def load_config(name: str = EMBEDDED) -> PreTrainedConfig:
 
 def cannot_load(name: str, error: Exception) -> ModelNotFoundError:
     """What to say of a model that transformers could not load."""
-    reason = str(error).strip().splitlines()[0]
     return ModelNotFoundError(
-        f"model {name!r} cannot be loaded: {reason} (give 'embedded', a folder, or a hub id that can be reached)"
+        f"model {name!r} cannot be loaded: {reason(error)} (give 'embedded', a folder, or a hub id that can be reached)"
     )
 
 

@@ -70,6 +70,14 @@ def read_rotation(model: Any) -> Rotation | None:
     return None
 
 
+def _quarter_turn(file: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a model's file turns all pairs of dimensions by 90 degrees with; gpt-oss has only a turn by any angle."""
+    if hasattr(file, "rotate_half"):
+        return file.rotate_half
+    turn = getattr(file, "_apply_rotary_emb", None)
+    return None if turn is None else lambda states: turn(states, torch.zeros(2), torch.ones(2))
+
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of RoPE whose frequencies change with the length of the prompt
 LENGTH_OPTIONS = ("factor", "original_max_position_embeddings", "long_factor", "short_factor")  # and what they change by
 
@@ -100,11 +108,3 @@ def rotation_numbers(model: Any) -> dict[str, list[float]]:
                 if value is not None:
                     found[f"{kind}.{name}"] = [float(one) for one in (value if isinstance(value, list) else [value])]
     return found
-
-
-def _quarter_turn(file: Any) -> Callable[[Tensor], Tensor] | None:
-    """What a model's file turns all pairs of dimensions by 90 degrees with; gpt-oss has only a turn by any angle."""
-    if hasattr(file, "rotate_half"):
-        return file.rotate_half
-    turn = getattr(file, "_apply_rotary_emb", None)
-    return None if turn is None else lambda states: turn(states, torch.zeros(2), torch.ones(2))

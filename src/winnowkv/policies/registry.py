@@ -17,6 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from winnowkv.errors import PolicyError
+from winnowkv.files import LARGEST_WHOLE, SHOWN, shown
 from winnowkv.policies.base import Policy
 from winnowkv.prompt.task import TaskProfile
 
@@ -48,6 +49,7 @@ BUILT_IN: Mapping[str, str] = {
 }
 Tasks = TaskProfile | str | None | Sequence[TaskProfile | str | None]
 INNER_OPTION = "of"  # a wrapper's option that names the policy it wraps; what follows it belongs to that policy
+LONGEST_SPEC, DEEPEST_SPEC = 8192, 8  # characters, a profile's path among them, and policies that wrap each other
 TRUTH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -79,9 +81,9 @@ def policy_class(name: str) -> type[Policy]:
     entries = _entries()
     if name not in entries:
         known = [*BUILT_IN, *entries]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name[:SHOWN], known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PolicyError(f"policy {name!r} is unknown.{hint} Known: {', '.join(sorted(known))}")
+        raise PolicyError(f"policy {shown(name)} is unknown.{hint} Known: {', '.join(sorted(known))}")
     found = entries[name].load()
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"policy {name!r}: the entry point {entries[name].value!r} is not a subclass of Policy")
@@ -99,6 +101,12 @@ def policy(name: str | Policy, **options: Any) -> Policy:
         if options:
             raise PolicyError(f"options {sorted(options)} given beside a finished policy: use dataclasses.replace")
         return name
+    if not isinstance(name, str):
+        raise PolicyError(f"policy {shown(name)} is no name: give one, such as 'snapkv', or a Policy")
+    if len(name) > LONGEST_SPEC or name.count(f":{INNER_OPTION}=") > DEEPEST_SPEC:
+        raise PolicyError(
+            f"policy {shown(name)} is too long: a spec has at most {LONGEST_SPEC} characters and {DEEPEST_SPEC} policies in it"
+        )
     head, *pairs = name.split(":")
     given: dict[str, Any] = {}
     key = ""
@@ -106,20 +114,22 @@ def policy(name: str | Policy, **options: Any) -> Policy:
         option, equals, value = pair.partition("=")
         if key == INNER_OPTION:
             given[INNER_OPTION] += f":{pair}"
+        elif option in given and equals:
+            raise PolicyError(f"{shown(name)}: {option} stands twice in it: leave one out")
         elif option and equals:
             given[key := option] = value
         elif key and not equals:  # a value may hold a colon itself, as heads=random:4 does
             given[key] += f":{pair}"
         else:
-            raise PolicyError(f"{name!r}: {pair!r} is not option=value; write it as {head}:option=value")
+            raise PolicyError(f"{shown(name)}: {shown(pair)} is not option=value; write it as {shown(head)[1:-1]}:option=value")
     given.update(options)
     kind = policy_class(head)
     hints, allowed = get_type_hints(kind), option_names(kind)
     for key in given:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
+            near = difflib.get_close_matches(key[:SHOWN], allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PolicyError(f"{head} has no option {key!r}.{hint} Options: {', '.join(allowed)}")
+            raise PolicyError(f"{head} has no option {shown(key)}.{hint} Options: {', '.join(allowed)}")
     return kind(**{key: convert(head, key, value, hints[key]) for key, value in given.items()})
 
 
@@ -138,6 +148,18 @@ def split_policies(text: str) -> list[str]:
 
 def convert(head: str, key: str, value: Any, hint: Any) -> Any:
     """An option's value in the type its dataclass field declares. Raises PolicyError if it does not fit."""
+    _check_finite(head, key, value)
+    found = _converted(head, key, value, hint)
+    _check_finite(head, key, found)
+    return found
+
+
+def _check_finite(head: str, key: str, value: Any) -> None:
+    if isinstance(value, int | float) and not abs(value) < LARGEST_WHOLE:  # not a number fails this too
+        raise PolicyError(f"{head}: {key}={shown(value)} must be a finite number")
+
+
+def _converted(head: str, key: str, value: Any, hint: Any) -> Any:
     if hint is Policy and isinstance(value, str | Policy):
         return policy(value)
     if get_origin(hint) in (Union, types.UnionType):
@@ -153,7 +175,7 @@ def convert(head: str, key: str, value: Any, hint: Any) -> Any:
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise PolicyError(f"{head}: {key}={value!r} must be one of {', '.join(map(str, get_args(hint)))}")
+            raise PolicyError(f"{head}: {key}={shown(value)} must be one of {', '.join(map(str, get_args(hint)))}")
         return value
     if hint is bool:
         if isinstance(value, bool):
@@ -169,4 +191,4 @@ def convert(head: str, key: str, value: Any, hint: Any) -> Any:
         return value
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    raise PolicyError(f"{head}: {key}={value!r} is not of type {hint.__name__}")
+    raise PolicyError(f"{head}: {key}={shown(value)} is not of type {hint.__name__}")

@@ -7,7 +7,6 @@ a hashed n-gram linear model: it reads the first and last 256 words and needs no
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from winnowkv.errors import InputError
+from winnowkv.files import parse_json, reason
 from winnowkv.prompt.task import TASKS, Task, TaskProfile
 
 CLASSIFIER_FORMAT = 1
@@ -82,8 +82,8 @@ class SequenceClassifier:
         try:
             self._model = AutoModelForSequenceClassification.from_pretrained(str(path)).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
-            raise InputError(f"classifier {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:  # what a broken config or tokenizer raises differs from model to model
+            raise InputError(f"classifier {path} cannot be loaded: {reason(error)}") from None
         names = [str(name).lower() for _, name in sorted(self._model.config.id2label.items())]
         if len(names) != 2:
             raise InputError(
@@ -133,17 +133,25 @@ def load_classifier(path: str | Path | None = None) -> LinearClassifier | Sequen
     from safetensors import SafetensorError, safe_open
 
     source = Path(str(path or files("winnowkv") / "data" / "task.safetensors"))
+
+    def fail(why: str) -> InputError:
+        return InputError(f"{source} is not a task classifier: {why}")
+
     try:
         with safe_open(source, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["winnowkv"])
+            text = (file.metadata() or {})["winnowkv"]
             weights = file.get_tensor("weights")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{source} is not a task classifier: {error}") from None
-    if about["format"] > CLASSIFIER_FORMAT:
-        raise InputError(
-            f"{source} has format {about['format']}, this version reads up to {CLASSIFIER_FORMAT}: update winnowkv"
-        )
-    return LinearClassifier(weights, about["bias"])
+        raise fail(reason(error)) from None
+    about = parse_json(text, fail)
+    found = about.get("format") if isinstance(about, dict) else None
+    if type(found) is not int or not isinstance(bias := about.get("bias"), int | float):
+        raise fail("its format or its bias is missing")
+    if found > CLASSIFIER_FORMAT:
+        raise InputError(f"{source} has format {found}, this version reads up to {CLASSIFIER_FORMAT}: update winnowkv")
+    if weights.shape != (HASHED_FEATURES,) or not weights.is_floating_point() or not bool(weights.isfinite().all()):
+        raise fail(f"its weights are {weights.dtype} {list(weights.shape)}, not {HASHED_FEATURES} finite numbers")
+    return LinearClassifier(weights, bias)
 
 
 def task_profile(text: str, classifier: str | Path | None = None) -> TaskProfile:

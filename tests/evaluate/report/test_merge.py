@@ -84,12 +84,12 @@ def test_half_a_line_at_the_end_is_left_out_and_stays_in_the_file(tmp_path):
     [
         ("{broken\n", "line 2: not JSON"),
         ("[1]\n", "line 2: not a JSON object"),
-        ('{"policy": "full", "budget": 1}\n', "line 2: field 'task' is missing, so it is no line of winnow eval"),
-        (json.dumps(line(score="high")) + "\n", "line 2: score 'high' is neither a number nor null"),
+        ('{"policy": "full", "budget": 1}\n', "line 2: it lacks 'task', so it is no line of winnow eval"),
+        (json.dumps(line(score="high")) + "\n", "line 2: field score: input should be a valid number, not 'high'"),
         (json.dumps(line(budget="12%", kept_entries=1, kept_bytes=1, held_bytes=1) | {"budget": "12%"}) + "\n",
          "line 2: budget '12%' is not a number"),
-        (json.dumps(line(kept_bytes=None)) + "\n", "line 2: field 'kept_bytes' is missing or not a number"),
-        (json.dumps(line(prediction=None)) + "\n", "line 2: field 'prediction' is missing or not a text"),
+        (json.dumps(line(kept_bytes=None)) + "\n", "line 2: field kept_bytes: input should be a valid number, not None"),
+        (json.dumps(line(prediction=None)) + "\n", "line 2: field prediction: input should be a valid string, not None"),
     ],
 )  # fmt: skip
 def test_a_broken_line_is_named_by_file_and_number(tmp_path, text, message):
@@ -104,7 +104,7 @@ def test_a_line_that_is_no_text_is_named_by_number(tmp_path):
     run = write_run(tmp_path / "a", [line("full")])
     with (run / "results.jsonl").open("ab") as file:
         file.write(b'{"task": "\xff"}\n')
-    with pytest.raises(InputError, match=r"results.jsonl, line 2: not UTF-8 text"):
+    with pytest.raises(InputError, match=r"results.jsonl, line 2 is not UTF-8 text"):
         merge([run])
 
 

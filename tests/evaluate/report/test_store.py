@@ -1,6 +1,7 @@
 """Results survive interruption and never mix."""
 
 import json
+import os
 
 import pytest
 
@@ -79,3 +80,53 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 def test_write_json_leaves_no_scratch(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[1]", "not a JSON object"), ("[" * 100_000, "levels deep"), ('{"id": NaN}', "nan is not a finite number"),
+        ('{"id": ' + "9" * 5000 + "}", "more digits"), ('{"x": 1}', "lacks 'id'"), ('{"id": []}', "unhashable"),
+        ('{"id": "\\ud800"}', "half a character"), ('{"id": 1, "id": 2}', "stands twice"), ("", "not JSON"),
+    ],
+)  # fmt: skip
+def test_lines_of_any_kind_are_refused_by_number(tmp_path, line, words):
+    (tmp_path / "results.jsonl").write_text(f'{{"id": 0}}\n{line}\n')
+    with pytest.raises(InputError, match=rf"results.jsonl, line 2: .*{words}") as refused:
+        ResultStore(tmp_path, {}, key)
+    assert len(str(refused.value)) < 400
+    # The folder is free again for a run that can use it.
+    (tmp_path / "results.jsonl").unlink()
+    ResultStore(tmp_path, {}, key).close()
+
+
+def test_a_line_that_is_no_text_is_refused_by_number(tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(b'{"id": 0}\n{"id": "\xff"}\n')
+    with pytest.raises(InputError, match="line 2 is not UTF-8 text"):
+        ResultStore(tmp_path, {}, key)
+
+
+def test_what_is_not_a_finite_number_is_null_and_can_be_read_again(tmp_path):
+    store = ResultStore(tmp_path, {}, key)
+    store.add({"id": 1, "score": float("nan"), "more": {"a": [1.5, float("inf")]}})
+    store.close()
+    assert ResultStore(tmp_path, {}, key).lines == store.lines == [{"id": 1, "score": None, "more": {"a": [1.5, None]}}]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a", "a: [", "[" * 1000, "a: &a [*a]", "1: 2", "a: .inf", "a: " + "9" * 5000, "a: 1\na: 2", "!!timestamp x"]
+)
+def test_settings_of_any_kind_are_refused_by_file(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    for read in (lambda: read_config(tmp_path), lambda: ResultStore(tmp_path, {"model": "m"}, key)):
+        with pytest.raises(InputError, match=r"config\.yaml") as refused:
+            read()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_path_that_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "none" / "a.json"):
+        with pytest.raises(InputError, match=r"is not a regular file|cannot be written"):
+            write_json(path, {})
+    assert (tmp_path / "pipe").is_fifo()

@@ -32,6 +32,7 @@ from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.evaluate.settings import Kept, Setting, batches, continue_all, policies_for, read_prompt, replay, settings
 from winnowkv.evaluate.tasks.protocol import middle_out
 from winnowkv.evaluate.tasks.tasks import find_tasks
+from winnowkv.files import read_text, shown
 from winnowkv.models.info import end_tokens, position_limit, prompt_limit
 from winnowkv.models.load import dtype_name
 from winnowkv.prompt.chat import encode
@@ -66,11 +67,11 @@ def file_prompts(path: Path) -> list[AuditPrompt]:
     """
     if path.suffix == ".jsonl":
         rows = read_rows(path, "prompt", ("prompt",))
-        return [AuditPrompt(str(row.get("id", f"{path.name}:{n}")), row["prompt"]) for n, row in enumerate(rows, 1)]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        ids = [row.get("id", f"{path.name}:{n}") for n, row in enumerate(rows, 1)]
+        if wrong := [one for one in ids if isinstance(one, bool) or not isinstance(one, str | int)]:
+            raise InputError(f"prompt file {path}: the id {shown(wrong[0])} is neither a text nor a whole number")
+        return [AuditPrompt(str(one), row["prompt"]) for one, row in zip(ids, rows, strict=True)]
+    text = read_text(path, lambda why: InputError(f"prompt file {path} {why}"))
     if not text.strip():
         raise InputError(f"prompt file {path} is empty: give at least one word")
     return [AuditPrompt(path.name, text)]

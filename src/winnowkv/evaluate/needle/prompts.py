@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.rows import json_rows
+from winnowkv.files import plain_lines, read_bytes
 from winnowkv.prompt.chat import encode
 
 NEEDLE_FIELDS = ("needle", "question", "answer")
@@ -139,13 +141,11 @@ def read_haystack(path: Path | None = None) -> str:
     """Text of a file, or of all ``*.txt`` files in and below a folder, in name order; None reads the package's essays."""
     if path is None:
         return (files("winnowkv.evaluate.needle") / "data" / "haystack.txt").read_text(encoding="utf-8")
-    sources = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    sources = sorted(path.rglob("*.txt")) if os.path.isdir(path) else [path]  # unlike Path.is_dir() it raises for no name
     if not sources:
         raise InputError(f"haystack folder {path}: holds no .txt file")
-    try:
-        return "\n\n".join(source.read_text(encoding="utf-8", errors="replace").strip() for source in sources)
-    except OSError as error:
-        raise InputError(f"haystack {path} cannot be read: {error.strerror}") from None
+    texts = [read_bytes(source, lambda why: InputError(f"haystack {path} {why}")) for source in sources]
+    return "\n\n".join(plain_lines(text.decode("utf-8-sig", "replace")).strip() for text in texts)
 
 
 class PromptBuilder:

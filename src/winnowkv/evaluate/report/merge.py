@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 from winnowkv.errors import InputError
+from winnowkv.evaluate.report.lines import line_fault
 from winnowkv.evaluate.report.store import parse_lines, read_config
-from winnowkv.evaluate.report.summary import Line, failed, section_of, setting_of
+from winnowkv.evaluate.report.summary import Line, section_of, setting_of
+from winnowkv.files import decode, parse_json, read_bytes, read_text
 
-REQUIRED_FIELDS = ("task", "row", "protocol", "policy", "budget", "score")
-NUMBER_FIELDS = (
-    "prompt_tokens", "kept_entries", "kept_bytes", "full_bytes", "held_bytes", "prefill_s", "compress_s", "decode_s",
-    "decode_tokens",
-)  # fmt: skip
 SECTION_FIELDS = (
     "command",
     "protocol",
@@ -62,49 +58,15 @@ def merge(folders: Sequence[Path]) -> tuple[list[Line], dict[str, Any]]:
 def read_lines(folder: Path) -> list[Line]:
     """The checked lines of a result folder; an incomplete last line, of a run that was killed, is left out."""
     file = folder / "results.jsonl"
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): give folders that winnow eval wrote") from None
-    whole = raw[: raw.rfind(b"\n") + 1]
-    try:
-        text = whole.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = whole.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}, line {number}: not UTF-8 text") from None
+    raw = read_bytes(file, lambda why: InputError(f"{file} {why}: give folders that winnow eval wrote"))
+    text = decode(raw[: raw.rfind(b"\n") + 1], lambda why: InputError(f"{file}, {why}"))
     lines = parse_lines(file, text)
     if not lines:
         raise InputError(f"{file} holds no finished line: run winnow eval again with the same --out")
     for number, line in enumerate(lines, 1):
-        fault = _fault(line)
-        if fault:
+        if fault := line_fault(line):
             raise InputError(f"{file}, line {number}: {fault}")
     return lines
-
-
-def _fault(line: Any) -> str | None:
-    """What is wrong with a line, None for a good one."""
-    if not isinstance(line, dict):
-        return "not a JSON object"
-    for name in REQUIRED_FIELDS:
-        if name not in line:
-            return f"field {name!r} is missing, so it is no line of winnow eval"
-    if not _is_number(line["budget"]) and not str(line["budget"]).startswith("auto"):
-        return f"budget {line['budget']!r} is not a number"
-    if line["score"] is not None and not _is_number(line["score"]):
-        return f"score {line['score']!r} is neither a number nor null"
-    if failed(line):
-        return None
-    for name in NUMBER_FIELDS:
-        if not _is_number(line.get(name)):
-            return f"field {name!r} is missing or not a number"
-    if not isinstance(line.get("prediction"), str):
-        return "field 'prediction' is missing or not a text"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -113,10 +75,11 @@ def _config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a folder: give folders that winnow eval wrote")
     config = read_config(folder)
     if config.get("command") != "eval":
-        other = f" but of winnow {config['command']}" if "command" in config else ""
+        other = f" but of winnow {config['command']}" if isinstance(config.get("command"), str) else ""
         raise InputError(f"{folder} holds no results of winnow eval{other}: give folders that winnow eval wrote")
     try:
-        machine = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("machine")
-    except (OSError, ValueError, AttributeError):
+        summary = parse_json(read_text(folder / "summary.json", InputError), InputError)
+    except InputError:
         return config  # a run that was killed has no summary yet
-    return {**config, "machine": machine}
+    machine = summary.get("machine") if isinstance(summary, dict) else None
+    return {**config, "machine": machine if isinstance(machine, dict) else None}

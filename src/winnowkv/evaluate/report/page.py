@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from winnowkv.errors import InputError
 from winnowkv.evaluate.report import charts
 from winnowkv.evaluate.report.store import replace_text
 from winnowkv.evaluate.report.summary import (
@@ -36,11 +35,7 @@ PROTOCOLS = {
 
 def write_page(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any], file: Path) -> None:
     """Write the page of a summary and the lines it was made of. Raises InputError if the file cannot be written."""
-    text = render(summary, lines, config)
-    try:
-        replace_text(file, text)
-    except OSError as error:
-        raise InputError(f"report {file} cannot be written: {error.strerror}") from None
+    replace_text(file, render(summary, lines, config), "report ")
 
 
 def render(summary: dict[str, Any], lines: Sequence[Line], config: dict[str, Any]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from winnowkv.errors import InputError
+from winnowkv.files import decode, parse_json, parse_yaml, read_text, reason, shown, write_text
 
 Key = Callable[[dict[str, Any]], Hashable]
 CONFIG = "config.yaml"
@@ -25,6 +28,7 @@ class ResultStore:
     folder: created if it does not exist.
     config: what all lines of the folder have in common (model, prompts, dtype, ...).
     key: gives the identity of a line, so that none is computed twice.
+    fault: says what is wrong with a line that was read, None for a good one.
 
     Raises
     ------
@@ -33,16 +37,20 @@ class ResultStore:
         other settings, or if a line is broken.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], key: Key) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], key: Key, fault: Callable[[dict[str, Any]], str | None] | None = None
+    ) -> None:
         self.folder = folder
         self.file = folder / "results.jsonl"
         self._key = key
+        self._fault = fault
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock", timeout=0)
             self._lock.acquire()
             self._check_config(config)
             self.lines = self._read()
+            self._done = {self._checked_key(number, line) for number, line in enumerate(self.lines, 1)}
             self._out = self.file.open("a", encoding="utf-8")
         except Timeout:
             raise InputError(f"another run is writing to {folder}: wait for it or use another --out") from None
@@ -51,7 +59,6 @@ class ResultStore:
         except InputError:
             self._lock.release()
             raise
-        self._done = {key(line) for line in self.lines}
 
     def _check_config(self, config: dict[str, Any]) -> None:
         file, text = self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -62,8 +69,9 @@ class ResultStore:
         before = read_config(self.folder)
         for name in sorted({*config, *before}):
             if before.get(name) != config.get(name):
+                found, now = shown(before.get(name)), shown(config.get(name))
                 raise InputError(
-                    f"{self.folder} holds results of another run ({name}: {before.get(name)!r}, now {config.get(name)!r}): "
+                    f"{self.folder} holds results of another run ({name}: {found}, now {now}): "
                     f"use another --out or remove the folder"
                 )
 
@@ -75,14 +83,27 @@ class ResultStore:
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.truncate(self.file, len(whole))
-        return parse_lines(self.file, whole.decode("utf-8"))
+        return parse_lines(self.file, decode(whole, partial(_broken, self.file)))
+
+    def _checked_key(self, number: int, line: dict[str, Any]) -> Hashable:
+        fault = self._fault(line) if self._fault is not None else None
+        try:
+            found = self._key(line)
+            hash(found)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"has {reason(error)}"
+            fault = fault or f"it is no line of this command, it {what}"
+        if fault:
+            raise InputError(f"{self.file}, line {number}: {fault}")
+        return found
 
     def has(self, key: Hashable) -> bool:
         """Whether a line with this key is finished."""
         return key in self._done
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write a finished line and flush it. Raises InputError if it cannot be written."""
+        """Write a finished line and flush it; what is not a finite number is null in it. Raises InputError if it cannot."""
+        line = {name: _finite(value) for name, value in line.items()}
         try:
             self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._out.flush()
@@ -106,12 +127,13 @@ class ResultStore:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of a run. Raises InputError if the folder holds none or they are broken."""
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / CONFIG} cannot be read: {getattr(error, 'strerror', None) or 'not YAML'}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG} is not a YAML mapping: use another --out or remove the folder")
+
+    def fail(why: str) -> InputError:
+        return InputError(f"{folder / CONFIG} {why}: use another --out or remove the folder")
+
+    config = parse_yaml(read_text(folder / CONFIG, fail), fail)
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise fail("is not a YAML mapping of names to values")
     return config
 
 
@@ -119,12 +141,25 @@ def parse_lines(file: Path, text: str) -> list[dict[str, Any]]:
     """Parse result lines. Raises InputError that names file and line if one is broken."""
     lines = []
     # Not splitlines(): it also splits at separators that JSON leaves as they are inside a text.
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}, line {number}: not JSON ({error.msg})") from None
+    for number, text_line in enumerate(text.split("\n")[:-1], 1):
+        line = parse_json(text_line, partial(_broken, f"{file}, line {number}:"))
+        if not isinstance(line, dict):
+            raise InputError(f"{file}, line {number}: not a JSON object")
+        lines.append(line)
     return lines
+
+
+def _broken(what: Any, why: str) -> InputError:
+    return InputError(f"{what} {why}")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -132,8 +167,6 @@ def write_json(file: Path, value: Any) -> None:
     replace_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a text file as a whole or not at all."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
+def replace_text(file: Path, text: str, what: str = "") -> None:
+    """Write a text file as a whole or not at all. Raises InputError if it cannot be written."""
+    write_text(file, text, lambda why: InputError(f"{what}{file} {why}"))

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
 from transformers import PreTrainedConfig
 
 from winnowkv.budget import Budget
-from winnowkv.errors import InputError, UnsupportedModelError, WinnowError
+from winnowkv.errors import InputError, WinnowError
 from winnowkv.evaluate.needle.needle import METRICS
 from winnowkv.evaluate.needle.prompts import NEEDLE_FIELDS, Needle
 from winnowkv.evaluate.settings import settings
 from winnowkv.evaluate.tasks.run import Evaluation
+from winnowkv.files import SHOWN, parse_yaml, read_text, shown
 from winnowkv.memory.plan import LayerShape
 from winnowkv.memory.shape import read_shape
 from winnowkv.models.load import EMBEDDED
@@ -41,21 +41,34 @@ from winnowkv.policies import policy as make_policy
 from winnowkv.prompt.task import TaskProfile
 
 Check = tuple[Callable[[Any], bool], str]  # a test of a value, and the words for what passes it
+MOST_COUNTED = 10**9  # of tokens, layers and sizes: more is a slip
 PLANNED_BYTES = 2  # a number of a key or value, in the sizes of --dry-run: bfloat16
 
 
-def _list_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and bool(value) and all(isinstance(part, kind) for part in value)
+def _list_of(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(right, value))
 
 
-TEXT: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "a text")
-TEXTS: Check = (_list_of(str), "a list of texts")
-NUMBERS: Check = (_list_of((int, float)), "a list of numbers")
-COUNTS: Check = (_list_of(int), "a list of whole numbers")
-COUNT: Check = (lambda value: type(value) is int and value > 0, "a whole number above 0")
-COUNT_OR_NONE: Check = (lambda value: value is None or COUNT[0](value), "a whole number above 0, or null")
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST_COUNTED
+
+
+TEXT: Check = (_is_text, "a text")
+TEXTS: Check = (_list_of(_is_text), "a list of texts")
+NUMBERS: Check = (_list_of(_is_number), "a list of numbers")
+COUNTS: Check = (_list_of(_is_count), "a list of whole numbers above 0")
+COUNT: Check = (_is_count, "a whole number above 0")
+COUNT_OR_NONE: Check = (lambda value: value is None or _is_count(value), "a whole number above 0, or null")
 BOOL_OR_NONE: Check = (lambda value: value is None or isinstance(value, bool), "true, false or null")
-MAPPINGS: Check = (_list_of(dict), "a list of mappings")
+MAPPINGS: Check = (_list_of(lambda value: isinstance(value, dict)), "a list of mappings")
 
 HEAD_KEYS: Mapping[str, Check] = {"claim": TEXT, "source": TEXT, "command": TEXT, "models": MAPPINGS}
 NOTE_KEYS: Mapping[str, Check] = {"note": TEXT}
@@ -165,10 +178,10 @@ class Plan:
             if not 0 <= depth <= 1:
                 raise InputError(f"depth {depth} is outside 0 (start of the text) to 1 (its end)")
         if self.asked["metric"] not in METRICS:
-            raise InputError(f"metric {self.asked['metric']!r} is unknown: it is one of {', '.join(METRICS)}")
+            raise InputError(f"metric {shown(self.asked['metric'])} is unknown: it is one of {', '.join(METRICS)}")
         for row in self.asked["needles"]:
-            if sorted(row) != sorted(NEEDLE_FIELDS) or not all(isinstance(text, str) for text in row.values()):
-                raise InputError(f"a needle is a mapping of the texts {', '.join(NEEDLE_FIELDS)}, not {row}")
+            if set(row) != set(NEEDLE_FIELDS) or not all(isinstance(text, str) and text.strip() for text in row.values()):
+                raise InputError(f"a needle is a mapping of the texts {', '.join(NEEDLE_FIELDS)}, not {shown(row)}")
 
     def compare(self, *, offline: bool) -> bool:
         """Compare the facts with the model's own config; False if there is none, or if its model cannot be read.
@@ -179,7 +192,7 @@ class Plan:
             return False
         try:
             theirs = Facts.of(transformers.AutoConfig.from_pretrained(self.model, local_files_only=offline))
-        except (OSError, ValueError, UnsupportedModelError):  # not there, or not known to this transformers, or not served
+        except Exception:  # not there, not known to this transformers, not served; a broken config raises anything
             return False
         for name, value in asdict(self.facts).items():
             if getattr(theirs, name) != value:
@@ -216,12 +229,11 @@ def facts_of(model: str) -> Facts | None:
 
 def read_recipe(file: Path) -> Recipe:
     """Read and check a recipe. Raises InputError that names the file, and the nearest known name for an unknown one."""
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from None
+
+    def fail(why: str) -> InputError:
+        return InputError(f"recipe {file} {why}")
+
+    raw = parse_yaml(read_text(file, fail), fail)
     try:
         return _recipe(file, raw)
     except WinnowError as error:
@@ -232,17 +244,16 @@ def _recipe(file: Path, raw: Any) -> Recipe:
     if not isinstance(raw, dict):
         raise InputError("it is not a YAML mapping of keys to values")
     command = raw.get("command")
-    if command not in COMMANDS:
-        raise InputError(f"command {command!r} is unknown: it is one of {', '.join(COMMANDS)}")
+    if not isinstance(command, str) or command not in COMMANDS:
+        raise InputError(f"command {shown(command)} is unknown: it is one of {', '.join(COMMANDS)}")
     keys = COMMANDS[command]
     checked(raw, {**HEAD_KEYS, **NOTE_KEYS, **keys}, required=(*HEAD_KEYS, *keys), what="")
     defaults = {name: raw[name] for name in keys}
     plans = []
     for entry in raw["models"]:
         name = entry.get("name")
-        checked(
-            entry, {**MODEL_KEYS, **keys}, required=[key for key in MODEL_KEYS if key not in NOTE_KEYS], what=f"model {name}: "
-        )
+        called = f"model {name if isinstance(name, str) else shown(name)}: "
+        checked(entry, {**MODEL_KEYS, **keys}, required=[key for key in MODEL_KEYS if key not in NOTE_KEYS], what=called)
         facts = Facts(**{field.name: entry[field.name] for field in fields(Facts)})
         own = {key: value for key, value in entry.items() if key in keys}
         plan = Plan(command, name, facts, {**defaults, **own}, entry.get("note"))
@@ -255,12 +266,12 @@ def checked(found: Mapping[Any, Any], keys: Mapping[str, Check], required: Any, 
     """Raise InputError for a key that is unknown (with the nearest) or missing, and for a value of another kind."""
     for key, value in found.items():
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(key)[:SHOWN], keys, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{what}key {key!r} is unknown.{hint} Known: {', '.join(keys)}")
+            raise InputError(f"{what}key {shown(key)} is unknown.{hint} Known: {', '.join(keys)}")
         right, words = keys[key]
         if not right(value):
-            raise InputError(f"{what}{key} is {value!r}, it must be {words}")
+            raise InputError(f"{what}{key} is {shown(value)}, it must be {words}")
     for key in required:
         if key not in found:
             raise InputError(f"{what}key {key!r} is missing, it must be {keys[key][1]}")

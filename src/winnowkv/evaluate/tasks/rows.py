@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from typing import Any
 
 from winnowkv.errors import InputError
+from winnowkv.files import parse_json, read_text
 
 
 def json_rows(source: Any, what: str, hint: str = "") -> list[tuple[str, dict[str, Any]]]:
@@ -14,23 +15,21 @@ def json_rows(source: Any, what: str, hint: str = "") -> list[tuple[str, dict[st
     ``what`` says what a row is; ``hint`` is appended to errors about the whole file.
     Raises InputError with file and line for a row that is no JSON object, and for a file without rows.
     """
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} file {source} cannot be read: {getattr(error, 'strerror', None) or error}{hint}") from None
+    text = read_text(source, lambda why: InputError(f"{what} file {source} {why}{hint}"))
     rows = []
     # Not splitlines(): it also splits at separators that JSON leaves as they are inside a text.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{what} file {source}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg})") from None
+        row = parse_json(line, partial(_broken, where))
         if not isinstance(row, dict):
             raise InputError(f"{where}: not a JSON object")
         rows.append((where, row))
     if not rows:
         raise InputError(f"{what} file {source}: holds no {what}{hint}")
     return rows
+
+
+def _broken(where: str, why: str) -> InputError:
+    return InputError(f"{where}: {why}")

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from winnowkv.errors import InputError
 from winnowkv.evaluate.tasks.rows import json_rows
+from winnowkv.files import SHOWN, shown
 from winnowkv.prompt.task import Task
 
 INSTALL = "pip install 'winnowkv[eval]'"
@@ -221,6 +222,12 @@ class Babilong(EvalTask):
         "task": "a text that is not empty", "index": "a whole number",
     }  # fmt: skip
 
+    def check(self, doc: Doc, where: str) -> None:
+        """As :meth:`EvalTask.check`; the kind of question names one of lm-eval's files."""
+        super().check(doc, where)
+        if not re.fullmatch(r"qa\d{1,2}", doc["task"]):
+            raise InputError(f"{where}: field 'task' is {shown(doc['task'])}, it must be a kind of question such as qa1")
+
     @classmethod
     def make(cls, length: str) -> Babilong:
         """The task of a length, such as ``1k``."""
@@ -328,9 +335,9 @@ def find_tasks(names: Sequence[str]) -> list[EvalTask]:
     for name in names:
         makers = GROUPS.get(name) or {known: maker for known, maker in MAKERS.items() if known == name}
         if not makers:
-            near = difflib.get_close_matches(name, [*GROUPS, *MAKERS], n=1, cutoff=0.4)
+            near = difflib.get_close_matches(name[:SHOWN], [*GROUPS, *MAKERS], n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"task {name!r} is unknown.{hint} Known: {', '.join([*GROUPS, *MAKERS])}")
+            raise InputError(f"task {shown(name)} is unknown.{hint} Known: {', '.join([*GROUPS, *MAKERS])}")
         found.update(makers)
     if not found:
         raise InputError("no task was named: give at least one, for example longbench_qasper")
