@@ -15,6 +15,7 @@ from support.terminal import blocks, too_wide
 from winnowkv.cli import audit, bench, demo, eval as evaluating, needle, report
 from winnowkv.cli.tables import Column, ResultTable, columns_of, fold, key_width, keys, least_width, numbers
 from winnowkv.evaluate.audit.recommend import summarize as audit_summary
+from winnowkv.evaluate.needle.prompts import Needle
 from winnowkv.evaluate.report.summary import summarize
 from winnowkv.policies import names
 
@@ -194,6 +195,18 @@ def test_the_demo_is_one_screen_and_says_what_to_try_next(capsys: pytest.Capture
     shown, *following = lines[-3:]
     assert shown == "-- winnow found 83% in 8.0 MiB (12%), the full cache 83% in 8.0 MiB"
     assert all(line.startswith("-- ") and ": winnow " in line for line in following)
+
+
+def test_the_demo_prints_what_the_needle_test_found(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needle.measure(
+        model=str(folder), chat=False, out=tmp_path / "out", as_json=False, haystack=" ".join(["w1 w2 w3."] * 300),
+        policies=["full", "winnow"], budgets=[0.5, 128], lengths=[400], depths=[0.5], needles=[Needle("w7 w8.", "w9?", "w8")],
+        metric="correct", max_new_tokens=2, show=demo.show_screen,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert [row.split()[0] for block in blocks(out) for row in block.rows] == ["full", "winnow"]
+    assert "at 50%" in out
+    assert "-- winnow found " in out
 
 
 @pytest.fixture(scope="module")

@@ -56,17 +56,19 @@ def audit(
     Writes results.jsonl (a line for each prompt and setting) and summary.json to --out. An interrupted run continues
     where it stopped.
     """
-    from winnowkv.cli.loading import check_policies
-    from winnowkv.evaluate.audit.audit import gather_prompts
+    from winnowkv.cli.loading import check_file, check_policies
     from winnowkv.policies import split_policies
+
+    specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
+    check_policies(specs, asked)  # before transformers is imported, which takes seconds
+    from winnowkv.evaluate.audit.audit import gather_prompts
 
     names = [name for name in (part.strip() for part in tasks.split(",")) if name]
     found = gather_prompts(prompts or [], names, data, skip, limit)
-    specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
-    check_policies(specs, asked)
     if curves is not None:
         from winnowkv.evaluate.audit.curves import check_curves
 
+        check_file(curves, "--curves")
         check_curves(specs, asked, len(found))
     measure(
         model=model,

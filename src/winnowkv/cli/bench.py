@@ -106,13 +106,14 @@ def measure(
     from rich.console import Console
 
     from winnowkv.cli.loading import check_folder, check_policies, load_model, require
+
+    check_policies(policies, budgets)  # before transformers is imported, which takes seconds
     from winnowkv.evaluate.bench import bench as runner
     from winnowkv.evaluate.bench.summary import write_summary
     from winnowkv.evaluate.needle.prompts import PromptBuilder, read_haystack
     from winnowkv.evaluate.settings import settings
     from winnowkv.prompt.chat import uses_chat
 
-    check_policies(policies, budgets)
     test = runner.Bench(settings(policies, budgets), **asked)
     text = read_haystack(haystack)
     require("winnow bench", "matplotlib")

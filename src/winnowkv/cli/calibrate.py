@@ -93,16 +93,17 @@ def measure(asked: Any, model: str, chat: bool | None, out: Path, console: Conso
     """Run a calibration with a progress bar and write its profile."""
     from winnowkv.calibrate.prompts import read_filler
     from winnowkv.calibrate.run import calibrate as run, open_store
-    from winnowkv.cli.loading import check_folder, load_model
+    from winnowkv.cli.loading import check_file, check_folder, load_model
     from winnowkv.prompt.chat import uses_chat
 
     asked.check_prompts()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_file(out, "--out")
     parts = out.with_name(out.name + ".parts")
     check_folder(parts, {"model": model, "seed": asked.seed, "prompts": asked.prompts})
     with console.status(f"loading {model}"):
         loaded, tokenizer = load_model(model, asked.check)
     wanted = uses_chat(chat, tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
     store = open_store(parts, model, loaded, wanted, asked)
     total = asked.prompts + len(asked.own)
     try:

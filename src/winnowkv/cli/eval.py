@@ -106,7 +106,11 @@ def evaluate(
     killed run continues where it stopped. A recipe is a paper's claim with its protocol; each of its models has a
     folder of its own.
     """
+    from winnowkv.cli.loading import check_policies
     from winnowkv.cli.needle import asked_policies
+
+    if policies is not None and recipe is None:
+        check_policies(asked_policies(policies, False), read_budgets(budgets or DEFAULT_BUDGETS))  # before transformers
     from winnowkv.evaluate.tasks.recipes import read_recipe
 
     if recipe is not None:
@@ -123,6 +127,8 @@ def evaluate(
         raise InputError(f"{recipe} is a needle test, which runs in one process: leave out --workers and --ray")
     specs = [asked_policies(",".join(plan.asked["policies"]), False, profile) for plan in plans]
     plans = [replace(plan, asked={**plan.asked, "policies": mine}) for plan, mine in zip(plans, specs, strict=True)]
+    for plan in plans:
+        check_policies(plan.asked["policies"], plan.asked["budgets"])
     more = {"data": data and str(data), "limit": limit, "max_context": max_context, "seed": seed, "batch": batch}
     if dry_run:
         show_plans(read, [planned(plan, more) for plan in plans], as_json)
@@ -166,14 +172,13 @@ def measure(asked: Evaluation, out: Path, workers: int | None, address: str | No
     """Run an evaluation with a progress bar; returns its summary."""
     from rich.console import Console
 
-    from winnowkv.cli.loading import check_folder, check_policies
+    from winnowkv.cli.loading import check_folder
     from winnowkv.evaluate.report.lines import line_fault
     from winnowkv.evaluate.report.store import ResultStore
     from winnowkv.evaluate.settings import settings
     from winnowkv.evaluate.tasks.run import identity, missing, write_summary
 
     asked.check()
-    check_policies(asked.policies, asked.budgets)
     check_folder(out, {"protocol": asked.protocol, "command": "eval", "model": asked.model})
     rows = asked.rows()
     console = Console(stderr=True)
@@ -204,19 +209,21 @@ def answering(
     asked: Evaluation, workers: int | None, address: str | None, console: Console
 ) -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
     """Start what answers rows, this process or workers on Ray; yields the config of its lines and the function to call."""
-    if workers is None and address is None:
-        from winnowkv.cli.loading import load_model
-        from winnowkv.evaluate.settings import policies_for, settings
-        from winnowkv.evaluate.tasks.run import Worker, run
-        from winnowkv.prompt.task import TaskProfile
+    from winnowkv.cli.loading import check_config, load_model
+    from winnowkv.evaluate.settings import policies_for, settings
+    from winnowkv.prompt.task import TaskProfile
 
-        def check(checked: Any) -> None:
-            policies_for(settings(asked.policies, asked.budgets), checked, TaskProfile.of("localization"))
+    def check(checked: Any) -> None:
+        policies_for(settings(asked.policies, asked.budgets), checked, TaskProfile.of("localization"))
+
+    if workers is None and address is None:
+        from winnowkv.evaluate.tasks.run import Worker, run
 
         with console.status(f"loading {asked.model}"):
             worker = Worker(asked, load_model(asked.model, check))
         yield worker.config, partial(run, worker)
         return
+    check_config(asked.model, check)
     from winnowkv.scale import pool
 
     console.print(f"waiting for {'workers' if workers is None else f'{workers} workers'} to load {asked.model}")

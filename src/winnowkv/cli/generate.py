@@ -82,19 +82,21 @@ def generate(
     """
     text = read_prompt(prompt, file)
     from winnowkv.budget import Budget
+    from winnowkv.cache.generated import check_decode_budget
+    from winnowkv.cli.loading import check_policies, load_model
+
+    asked = Budget.of(budget)
+    check_decode_budget(decode_budget)
+    check_policies([policy], [asked.asked])  # before transformers is imported, which takes seconds
     from winnowkv.cache.cache import CompactCache
     from winnowkv.cache.compression import Compression
-    from winnowkv.cache.generated import check_decode_budget
     from winnowkv.cli.explain import as_dicts, find_token, lines
-    from winnowkv.cli.loading import check_policies, load_model
     from winnowkv.engine.sampling import Sampling
     from winnowkv.policies import policy as make_policy
     from winnowkv.prompt.chat import encode, uses_chat
     from winnowkv.prompt.task import TaskProfile
 
-    asked, given = Budget.of(budget), TaskProfile.of(task)
-    check_policies([policy], [asked.asked])
-    check_decode_budget(decode_budget)
+    given = TaskProfile.of(task)
     check_chunk(prefill_chunk)
     sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     made = make_policy(policy)

@@ -39,13 +39,18 @@ def load_model(
     from winnowkv.models import load as models
 
     transformers.utils.logging.disable_progress_bar()
-    hollow = without_weights(name)
-    if hollow is not None:
-        check(hollow)
+    check_config(name, check)
     how: dict[str, Any] = {"device": device, "dtype": None if dtype is None else getattr(torch, dtype)}
     loaded, tokenizer = models.load_random(name, **how) if random else models.load(name, **how)
     check(loaded)
     return loaded, tokenizer
+
+
+def check_config(name: str, check: Check) -> None:
+    """Call ``check`` with the model before its weights are read, if its config is enough to make it."""
+    hollow = without_weights(name)
+    if hollow is not None:
+        check(hollow)
 
 
 def without_weights(name: str) -> PreTrainedModel | None:
@@ -92,6 +97,14 @@ def require(what: str, *packages: str) -> None:
         module, extra = PACKAGES[package]
         if find_spec(module) is None:
             raise InputError(f"{what} needs the package {package}, which is not installed: pip install 'winnowkv[{extra}]'")
+
+
+def check_file(file: Path, option: str) -> None:
+    """Raise InputError for a file that will not be writable: a folder, or one in a folder that does not exist."""
+    if file.is_dir():
+        raise InputError(f"{option} {file} is a folder: give the name of a file")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{option} {file} cannot be written: the folder {file.parent} does not exist, so make it first")
 
 
 def check_folder(out: Path, known: Mapping[str, Any]) -> None:

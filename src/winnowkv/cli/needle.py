@@ -83,8 +83,11 @@ def needle(
     policy and budget) and needle_kept.png (scores against the kept fraction). An interrupted run continues where it
     stopped: finished lines are not repeated.
     """
+    from winnowkv.cli.loading import check_policies
     from winnowkv.evaluate.needle.prompts import read_haystack, read_variant
 
+    specs, asked = asked_policies(policies, factorial, profile), read_budgets(budgets)
+    check_policies(specs, asked)  # before transformers is imported, which takes seconds
     hidden = read_variant(variant, needles, count)
     measure(
         model=model,
@@ -92,8 +95,8 @@ def needle(
         out=out,
         as_json=as_json,
         haystack=read_haystack(haystack),
-        policies=asked_policies(policies, factorial, profile),
-        budgets=read_budgets(budgets),
+        policies=specs,
+        budgets=asked,
         lengths=numbers(lengths, length, "--lengths"),
         depths=fraction_list(depths, "--depths"),
         needles=hidden,
@@ -114,8 +117,10 @@ def length(text: str) -> int | str:
 
 def asked_policies(text: str, factorial: bool, profile: Path | None = None) -> list[str]:
     """The policy specs to run, or the ablations; those that need a profile and name none get ``profile``."""
-    from winnowkv.evaluate.needle.factorial import all_specs
     from winnowkv.policies import policy as make_policy, split_policies
+
+    if factorial:
+        from winnowkv.evaluate.needle.factorial import all_specs
 
     specs = all_specs() if factorial else list(dict.fromkeys(split_policies(text)))
     if profile is None:

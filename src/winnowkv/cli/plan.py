@@ -80,13 +80,14 @@ def plan(
     if quantize not in QUANTIZATIONS:
         raise InputError(f"--quantize {quantize!r} is unknown: it is one of {', '.join(QUANTIZATIONS)}")
     from winnowkv.cli.loading import check_policies
-    from winnowkv.memory.plan import MemoryPlan
-    from winnowkv.memory.shape import read_shape
-    from winnowkv.models.load import dtype_name, load_config
     from winnowkv.policies import split_policies
 
     specs = None if policies is None else list(dict.fromkeys(split_policies(policies)))
-    check_policies(specs or [], asked)
+    check_policies(specs or [], asked)  # before transformers is imported, which takes seconds
+    from winnowkv.memory.plan import MemoryPlan
+    from winnowkv.memory.shape import read_shape
+    from winnowkv.models.load import dtype_name, load_config
+
     config = load_config(model)
     number = choose_dtype(dtype, config)
     shape = read_shape(config, number.itemsize)
