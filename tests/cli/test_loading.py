@@ -63,7 +63,7 @@ SHARED = [
     (("--policies", "snapvk"), "Did you mean 'snapkv'"),
     (("--policies", "snapkv:kernel=4"), "kernel=4 must be odd"),
     (("--policies", "compresskv:profile=FILES/none.json"), "none.json cannot be read"),
-    (("--policies", "compresskv:profile=FILES/bad profile"), "bad profile is cut off or not JSON"),
+    (("--policies", "compresskv:profile=FILES/bad profile"), "bad profile is cut off or broken: not JSON"),
     (("--policies", "compresskv"), "no profile ships with the package for this model"),
     (("--budgets", "0"), "budget 0 keeps nothing"),
     (("--budgets", "many"), "budget 'many' is not a number"),
