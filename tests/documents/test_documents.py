@@ -161,14 +161,18 @@ def test_compacting_evicts_of_the_turns_only(llama: PreTrainedModel) -> None:
             doc.compact(wrong)
 
 
-def test_a_saved_document_goes_on(llama: PreTrainedModel, tmp_path: Path) -> None:
-    doc = tiny(llama)
+@pytest.mark.parametrize("make", [None, hybrid])
+def test_a_saved_document_goes_on(llama: PreTrainedModel, tmp_path: Path, make: Any) -> None:
+    model = make() if make else llama
+    doc = tiny(model, hint=QUESTION)
     doc.save(tmp_path / "read")
-    again = wk.open_document(tmp_path / "read", llama, ChatLetters())
+    again = wk.open_document(tmp_path / "read", model, ChatLetters())
     assert again.ask(QUESTION, 8).tokens == doc.ask(QUESTION, 8).tokens
     doc.chat("One?", 5)
     doc.save(tmp_path / "chat")
-    again = wk.open_document(tmp_path / "chat", llama, ChatLetters())
+    again = wk.open_document(tmp_path / "chat", model, ChatLetters())
+    with pytest.raises(wk.CacheError, match="read another turn first"):
+        again.cache.compact_layers[0].compact(1)
     assert again.ids == doc.ids
     assert again.text_tokens == doc.text_tokens
     assert again.chat("Two?", 8).tokens == doc.chat("Two?", 8).tokens
