@@ -10,7 +10,7 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next support check lint bench eval gemma peers peers-speed clean
+.PHONY: help demo test test-fast test-oldest test-next support soak check lint bench eval gemma peers peers-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
 	@echo "make test-next    the laws with the newest transformers there is, pre-releases included, in .venv-next"
 	@echo "make support      try 88 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
+	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
@@ -52,6 +53,9 @@ lint: .venv/done-dev
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+soak: .venv/done-dev
+	$(BIN)/python benchmarks/soak/run.py $(SOAK)
 
 check: lint test
 
