@@ -7,11 +7,12 @@ heads and sizes. A model that the cache refuses is refused here with the same me
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
@@ -42,7 +43,9 @@ def read_shape(config: PreTrainedConfig, itemsize: int) -> Shape:
         raise UnsupportedModelError(f"{name} is not a decoder-only language model that transformers knows") from None
     except Exception as error:  # what a config with numbers that make no sense raises is anything
         raise UnsupportedModelError(f"no model can be made of this {name}: {reason(error)}") from None
+    log = logging.getLogger(fake_tensor.__name__)
     try:
+        log.disabled = True  # it would print a traceback beside our sentence
         layers = layers_without_weights(config.get_text_config(decoder=True))
     except WinnowError:
         raise
@@ -50,6 +53,8 @@ def read_shape(config: PreTrainedConfig, itemsize: int) -> Shape:
         raise UnsupportedModelError(
             f"{name}: what its cache holds cannot be seen without weights ({reason(error)}): load it and read a run's report"
         ) from error
+    finally:
+        log.disabled = False
     return shape_of(layers, model, itemsize)
 
 
@@ -72,7 +77,7 @@ def shape_of(layers: Iterable[Any], model: PreTrainedModel, itemsize: int | None
 def layers_without_weights(config: PreTrainedConfig) -> list[Any]:
     """The layers of a :class:`CompactCache` into which the config's model has read two tokens, as fake tensors."""
     # Fake tensors and not meta ones: older releases ask the device for its autocast mode, and meta has none.
-    with FakeTensorMode():
+    with fake_tensor.FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         cache = CompactCache(model, "full", 1)
         prefill(model, torch.ones(1, 2, dtype=torch.long), cache)

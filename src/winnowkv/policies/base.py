@@ -22,6 +22,7 @@ from torch import Tensor
 
 from winnowkv.budget import Budget
 from winnowkv.errors import BudgetError, PolicyError
+from winnowkv.files import shown
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.decode_eviction import DecodeEviction
 from winnowkv.policies.parts import Allocator, ChunkEviction, Parts, PromptInfo, Scorer, Selector
@@ -249,4 +250,4 @@ class TokenPolicy(Policy):
         self.require("sinks", minimum=0)
         self.require("observe", minimum=0)
         if self.quantize not in (None, *BITS):
-            raise PolicyError(f"{self.name}: quantize={self.quantize!r} must be one of {', '.join(BITS)}")
+            raise PolicyError(f"{self.name}: quantize={shown(self.quantize)} must be one of {', '.join(BITS)}")

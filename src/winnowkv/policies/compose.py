@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from winnowkv.errors import PolicyError
+from winnowkv.files import shown
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.base import Policy
 from winnowkv.policies.decode_eviction import DecodeEviction
@@ -98,7 +99,7 @@ class SelectorWrapper(Wrapper):
     def __post_init__(self) -> None:
         if self.of.own_selector:
             raise PolicyError(
-                f"{self.name}: of={self.of.spec!r} selects tokens in a way of its own, which {self.name} would replace: "
+                f"{self.name}: of={shown(self.of.spec)} selects tokens in a way of its own, which {self.name} would replace: "
                 f"wrap a policy that scores tokens, such as {self.name}:of=snapkv"
             )
 

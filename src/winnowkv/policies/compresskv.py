@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from winnowkv.errors import PolicyError
+from winnowkv.files import shown
 from winnowkv.models.calibration import CalibrationProfile, choose_heads, find_profile
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer
@@ -52,8 +53,8 @@ class CompressKV(SnapKV):
         self.require("heads_per_layer", minimum=1)
         self.require("least", minimum=0)
         self.require("most", minimum=1)
-        if not re.fullmatch(r"srh|traditional|all|random:[1-9]\d*", self.heads):
-            raise PolicyError(f"compresskv: heads={self.heads!r} must be srh, traditional, all or random:k")
+        if not re.fullmatch(r"srh|traditional|all|random:[1-9]\d{0,8}", self.heads):
+            raise PolicyError(f"compresskv: heads={shown(self.heads)} must be srh, traditional, all or random:k")
 
     def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
         """Raise PolicyError for more heads than the model has, ProfileError if a profile is needed and missing."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from winnowkv.errors import PolicyError
+from winnowkv.files import shown
 from winnowkv.prompt.structure import Structure
 
 Task = Literal["localization", "aggregation"]
@@ -34,7 +35,7 @@ class TaskProfile:
         if value is None:
             return cls(None)
         if value not in TASKS:
-            raise PolicyError(f"task {value!r} is unknown: it is one of {', '.join(TASKS)}")
+            raise PolicyError(f"task {shown(value)} is unknown: it is one of {', '.join(TASKS)}")
         return cls(value)  # type: ignore[arg-type]
 
     def decided(self, asker: str, sure: float, fallback: Task) -> Task:
