@@ -42,7 +42,7 @@ class Run:
         self.reports: list[Report] = []
         self._settings = settings
         self._cache: CompactCache | None = None
-        self._caches: weakref.WeakSet[CompactCache] = weakref.WeakSet()
+        self._caches: list[weakref.ref[CompactCache]] = []  # a list, because helper threads add to it while the owner leaves
         self._warned: set[str] = set()
         self._open = True
 
@@ -86,15 +86,16 @@ class Run:
             tasks = read_tasks(self.tokenizer, ids, mask, self.task, policy)
         cache = CompactCache(self.model, task=tasks, keep_scores=self.keep_scores, hold=False, **self._settings)
         self.reports.append(cache.report)
-        self._caches.add(cache)
+        self._caches.append(weakref.ref(cache))
         self._cache = cache if self.keep_scores else None  # held only so that scores can be asked for
         return cache
 
     def end(self) -> None:
         """The block has ended: nothing of this thread holds the model, passes that failed in the middle neither."""
         self._open = False
-        for cache in self._caches:
-            cache.let_go()
+        for made in self._caches:
+            if (cache := made()) is not None:
+                cache.let_go()
 
     def warn(self, message: str) -> None:
         """Warn of something once."""

@@ -124,7 +124,7 @@ def texts(tmp_path, *more):
         write_model(tmp_path / "model")
         write_rows(tmp_path / "data", 4)
     words = ("texts", "--model", tmp_path / "model", "--tasks", "longeval_lines_200", "--data", tmp_path / "data", "--json")
-    asked = ("--skip", 1, "--limit", 3, "--max-new-tokens", 8, "--budgets", "40,0.05", "--out", tmp_path / "out")
+    asked = ("--skip", 1, "--limit", 3, "--max-new-tokens", 8, "--budgets", "40,3", "--out", tmp_path / "out")
     variants = ("--variants", "winnow,no structure,oracle", "--against", "snapkv,cake")
     return PARTS["main"](PARTS["parse"]([str(word) for word in (*words, *asked, *variants, *more)]))
 
@@ -146,8 +146,8 @@ def test_texts_are_compared_with_the_best_published_policy_on_the_same_rows(tmp_
     assert rows[best, 40]["kl_mean_difference"] == [0, 0, 0]
     apart = rows["winnow", 40]["kl_mean"][0] - rows[best, 40]["kl_mean"][0]
     assert rows["winnow", 40]["kl_mean_difference"][0] == pytest.approx(apart)
-    assert rows["winnow", 0.05]["prompts"] == 0  # three entries are below the sinks alone
-    assert rows["winnow", 0.05]["kl_mean"] == [None, None, None]
+    assert rows["winnow", 3]["prompts"] == 0  # three entries are below the sinks alone
+    assert rows["winnow", 3]["kl_mean"] == [None, None, None]
 
 
 def test_a_stopped_run_loses_nothing_and_continues(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from winnowkv.cli.main import one_sentence
 from winnowkv.cli.progress import resumable
 from winnowkv.evaluate.report.store import ResultStore, write_json
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 folder, presses = Path(sys.argv[1]), int(sys.argv[2])
 press = lambda: os.kill(os.getpid(), signal.SIGINT)
 
