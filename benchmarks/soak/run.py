@@ -98,8 +98,12 @@ def rows_of(name: str, about: dict[str, Any]) -> list[tuple[str, str]]:
             for kind, each in found["kinds"].items()
         }
         return [(kind, ", ".join(f"{count} {what}" for what, count in each.items())) for kind, each in kinds.items()]
-    counted = found.get("counts", found)
-    return [(key.replace("_", " "), str(value)) for key, value in counted.items() if isinstance(value, int | float)]
+    if name == "engine":
+        whole = {"requests": found["requests"], "answers": found["choices"], "engines": found["rounds"]}
+        counted = {**whole, **found["kinds"], "answers that differ from those alone": len(found["mismatches"])}
+    else:
+        counted = {**found["counts"], "threads": found["threads"], "faults": len(found["faults"])}
+    return [(key, f"{value:,}") for key, value in counted.items()]
 
 
 def render() -> str:
