@@ -17,7 +17,7 @@ help:
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
 	@echo "make test-next    the laws with the newest transformers there is, pre-releases included, in .venv-next"
-	@echo "make support      try 88 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
+	@echo "make support      try 87 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
@@ -42,7 +42,7 @@ test-oldest: .venv-oldest/done-test
 test-next: .venv-next/done
 	$(NEXT)/python -m pytest tests/laws
 
-# Half an hour for each release on two cores: most of it is torch.compile.
+# A few minutes for each release: steps are captured as one graph, and generating code is left to torch.
 support: .venv/done-dev
 	PYTHONPATH=tests $(BIN)/python -m support.matrix run
 	if [ -x $(OLD)/python ]; then PYTHONPATH=tests $(OLD)/python -m support.matrix run; fi

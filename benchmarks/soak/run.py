@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "docs" / "data"
 PAGE = ROOT / "docs" / "reliability.md"
 HERE = "benchmarks/soak"
-EXAMPLES, REQUESTS, FILES, MINUTES = 200, 1000, 2000, 12.0
+EXAMPLES, REQUESTS, FILES, MINUTES = 2000, 1000, 2000, 12.0
 
 
 @dataclass(frozen=True)

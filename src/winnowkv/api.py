@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from winnowkv.attention.generate import given_cache
 from winnowkv.attention.routing import Routing, acquire, check_model, generate_call, release
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
@@ -193,17 +194,17 @@ class _Block:
             return None
         args, kwargs, repeats = each_once(module, args, kwargs)
         cache = self.run.new_cache(_ids(args, kwargs), kwargs.get("attention_mask"))
-        given = kwargs.get("past_key_values")
+        name, given = given_cache(kwargs)
         if given is not None and any(getattr(layer, "record_past", False) for layer in given.layers):
             cache.activate_past_recording()  # assisted decoding will take tokens back
         self._repeats = repeats
-        return args, {**kwargs, "past_key_values": cache}
+        return args, {**kwargs, name: cache}
 
     def check(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
         """After a forward pass: the model must have used the cache; rows that were read once are put side by side."""
         if output is None:  # removed by another thread, as above
             return None
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)[1]
         if not isinstance(cache, CompactCache):
             return None
         cache.check_used()
@@ -263,14 +264,18 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def _starts_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this forward pass reads a prompt into a cache that is not ours: the default one, none, or another kind."""
-    given = kwargs.get("past_key_values")
-    ours = hasattr(given, "valid_entries")  # compact caches and slots
-    return given is None or (not ours and given.get_seq_length() == 0)
+    given = given_cache(kwargs)[1]
+    if given is None or hasattr(given, "valid_entries"):  # compact caches and slots
+        return given is None
+    try:
+        return bool(given.get_seq_length() == 0)
+    except ValueError:  # newer releases: a cache of states alone has no length; the model is refused when it gets ours
+        return True
 
 
 def _can_compress(run: Run, kwargs: dict[str, Any]) -> bool:
     """Whether a prompt can be given a cache of ours. If not, it is refused if ``generate`` was asked for it, else warned of."""
-    call, given = generate_call(run.model), kwargs.get("past_key_values")
+    call, given = generate_call(run.model), given_cache(kwargs)[1]
     config: Any = run.model.config
     if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
         if call is not None:

@@ -94,9 +94,15 @@ def stop_watching(model: PreTrainedModel) -> None:
         model.generate = watched.earlier
 
 
+def given_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """The name under which a forward pass is given its cache, which is ``cache`` from transformers 5.24 on, and the cache."""
+    name = "past_key_values" if kwargs.get("cache") is None else "cache"
+    return name, kwargs.get(name)
+
+
 def check_unread(call: GenerateCall, kwargs: dict[str, Any]) -> None:
     """Raise InputError if a cache of ours has read all tokens already, which transformers would then read once more."""
-    cache: Any = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)[1]
     mask, tokens = kwargs.get("attention_mask"), call.prompt_tokens
     if not hasattr(cache, "valid_entries") or tokens is None:
         return
@@ -123,7 +129,7 @@ def drafts_apart(model: PreTrainedModel, call: GenerateCall) -> Iterator[None]:
     def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if threading.get_ident() != thread or kwargs is None:
             return None
-        cache: Any = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)[1]
         ids = kwargs.get("input_ids")
         if not hasattr(cache, "valid_entries") or ids is None or ids.shape[1] <= prompt:
             return None

@@ -28,7 +28,7 @@ from winnowkv.engine.cuda_graphs import Recorded
 from winnowkv.engine.slot_layer import SlotLayer
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.devices import input_device
-from winnowkv.models.info import chunk_of_attention
+from winnowkv.models.info import chunk_of_attention, shares_keys_in_cache
 from winnowkv.types import Padding, Valid
 
 DECODE_BLOCK = 64  # columns added when a request has filled its room
@@ -92,6 +92,10 @@ class Slots(Cache):
             for home in (self.device, *(layer.keys.device for layer in self._each))
         }
         self._compiled = compiled(model) if compile else None
+        if compile and shares_keys_in_cache(model.config):  # a graph does not know keys again that came out of a dictionary
+            cause = "its layers share keys by way of the cache in this release of transformers"
+            warnings.warn(f"{type(model).__name__} cannot be compiled ({cause}): decode steps are eager", stacklevel=2)
+            self._compiled = None
         self._recorded = Recorded() if compile and self.device.type == "cuda" else None
         # On the CPU a graph of one row and one of several serve any sizes, as fast; a CUDA graph is of one shape.
         self._flexible = compile and self.device.type == "cpu"

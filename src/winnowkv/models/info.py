@@ -76,6 +76,12 @@ def chunk_of_attention(config: Any) -> int | None:
     return text.attention_chunk_size if "chunked_attention" in (getattr(text, "layer_types", None) or []) else None
 
 
+def shares_keys_in_cache(config: Any) -> bool:
+    """Whether layers get the keys that they share out of the cache object, as Gemma 3n does in older releases."""
+    text = config.get_text_config(decoder=True)
+    return bool(getattr(text, "num_kv_shared_layers", 0)) and not hasattr(text, "kv_sharing_modes")
+
+
 def takes_no_cache(model: Any) -> bool:
     """Whether the model keeps a cache class of its own in this release of transformers, and takes no other."""
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
