@@ -81,7 +81,7 @@ def check_positions(cache: wk.CompactCache, kept: Sequence[Tensor | None], token
 @DRAWN
 @given(cases, st.lists(lengths, min_size=2, max_size=4), budgets(), seeds)
 def test_rows_of_a_padded_batch_equal_single_runs(case: Case, tokens: list[int], budget: int | float, seed: int) -> None:
-    model = built("llama")
+    model = copy.deepcopy(built("llama")).double()  # or the order of sums would decide between scores that are all but equal
     if (cache := new_cache(model, case, budget, tokens)) is None:
         return
     rows = [prompt(each, seed=seed + row) for row, each in enumerate(tokens)]
