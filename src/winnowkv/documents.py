@@ -27,6 +27,7 @@ from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.request import NOT_FINITE
 from winnowkv.engine.sampling import Sampler, Sampling, choose
 from winnowkv.errors import BudgetError, InputError
+from winnowkv.models.devices import input_device
 from winnowkv.models.info import end_tokens, position_limit
 from winnowkv.policies import Policy, Tasks, policy as make_policy
 from winnowkv.prompt.chat import next_turn, open_turn, rest_of_turn, text_ending, uses_chat
@@ -170,7 +171,7 @@ class Document:
     def _read(self, ids: Sequence[int]) -> Tensor:
         """Read what is still to come of the last answer, then ``ids``; the logits after it, ``[1, vocabulary]``."""
         ids = [*self._coming, *ids]
-        inputs = torch.tensor([ids], device=self.model.device)
+        inputs = torch.tensor([ids], device=input_device(self.model))
         output = self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.ids += ids
         self._coming = []
@@ -300,7 +301,7 @@ def read(
         asked = rest_of_turn(tokenizer, text_ending(tokenizer, ids, chat=templated), hint, chat=templated)
         tasks = hinted_tasks(tokenizer, [*ids, *asked], len(asked), task, made)
     cache = CompactCache(model, made, budget, task=tasks, decode_budget=decode_budget, keep=keep)
-    inputs = torch.tensor([[*ids, *asked]], device=model.device)
+    inputs = torch.tensor([[*ids, *asked]], device=input_device(model))
     prefill(model, inputs, cache, chunk=chunk, ceiling=ceiling, hint=len(asked))
     return Document(model, tokenizer, cache, ids, chat=templated)
 

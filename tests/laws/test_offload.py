@@ -55,3 +55,12 @@ def test_an_engine_serves_an_offloaded_model(offloaded: PreTrainedModel) -> None
 def test_where_parts_work_is_known_while_their_weights_are_away(offloaded: PreTrainedModel) -> None:
     assert input_device(offloaded).type == "cpu"
     assert {device.type for device in layer_devices(offloaded, range(5))} == {"cpu"}
+
+
+def test_a_document_is_read_and_asked_with_an_offloaded_model(offloaded: PreTrainedModel) -> None:
+    text, tokenizer = " ".join(f"w{number}" for number in prompt(PROMPT)[0].tolist()), word_tokenizer()
+    answers = [
+        wk.read(model, tokenizer, text, "snapkv:observe=4", 20, chat=False).ask("w5 w6", max_new_tokens=5).tokens
+        for model in (built("llama"), offloaded)
+    ]
+    assert answers[0] == answers[1]

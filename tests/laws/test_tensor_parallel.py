@@ -46,6 +46,8 @@ def other_ways(model: PreTrainedModel, folder: Path) -> dict[str, dict[str, Any]
         "ceiling and projections": {"settings": {"policy": "defensivekv", "budget": 40}, "tokens": 200, "read": chunks},
         "batch": {"settings": {"policy": winnow, "budget": 0.4}, "rows": [72, 57, 44]},
         "batch of heads that differ": {"settings": {"policy": adakv, "budget": 0.4}, "rows": [72, 57]},
+        "protected": {"settings": {"policy": winnow, "budget": 30, "keep": [[3, 9], [40, 44]]}},
+        "protected, heads that differ": {"settings": {"policy": adakv, "budget": 30, "keep": [[3, 9]]}},
         "auto": {"settings": {"policy": adakv, "budget": auto, "keep_scores": True}},
         "explained": {"settings": {"policy": winnow, "budget": 20, "keep_scores": True}},
         "decode budget": {"settings": {"policy": snapkv, "budget": 20, "decode_budget": 64}, "new": 130},
