@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import winnowkv as wk
 from support.models import PROMPT, built, prompt
 from support.reference import positions, same_positions
-from support.tokenizers import word_tokenizer
+from support.tokenizers import ChatLetters, word_tokenizer
 from winnowkv.cache.reading import greedy, prefill
 from winnowkv.models.devices import input_device, layer_devices
 
@@ -58,9 +58,9 @@ def test_where_parts_work_is_known_while_their_weights_are_away(offloaded: PreTr
 
 
 def test_a_document_is_read_and_asked_with_an_offloaded_model(offloaded: PreTrainedModel) -> None:
-    text, tokenizer = " ".join(f"w{number}" for number in prompt(PROMPT)[0].tolist()), word_tokenizer()
+    text = "The archive was founded in 1712. Its first keeper was Mary Lund."
     answers = [
-        wk.read(model, tokenizer, text, "snapkv:observe=4", 20, chat=False).ask("w5 w6", max_new_tokens=5).tokens
+        wk.read(model, ChatLetters(), text, "snapkv:observe=4", 20).ask("Who?", max_new_tokens=5).tokens
         for model in (built("llama"), offloaded)
     ]
     assert answers[0] == answers[1]
