@@ -107,7 +107,7 @@ peers-speed: .venv/done-eval .venv-peers/done .venv-vllm/done
 	$(PYTHON) -m venv .venv-next
 	$(NEXT)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(NEXT)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]' \
-		pytest pytest-timeout hypothesis optimum-quanto
+		pytest pytest-timeout hypothesis optimum-quanto accelerate
 	$(NEXT)/pip install --quiet --disable-pip-version-check --upgrade --pre transformers
 	@touch $@
 

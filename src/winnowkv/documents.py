@@ -28,7 +28,7 @@ from winnowkv.engine.request import NOT_FINITE
 from winnowkv.engine.sampling import Sampler, Sampling, choose
 from winnowkv.errors import BudgetError, InputError
 from winnowkv.models.devices import input_device
-from winnowkv.models.info import end_tokens, position_limit
+from winnowkv.models.info import cache_argument, end_tokens, position_limit
 from winnowkv.policies import Policy, Tasks, policy as make_policy
 from winnowkv.prompt.chat import next_turn, open_turn, rest_of_turn, text_ending, uses_chat
 from winnowkv.prompt.structure import read_structure
@@ -172,7 +172,7 @@ class Document:
         """Read what is still to come of the last answer, then ``ids``; the logits after it, ``[1, vocabulary]``."""
         ids = [*self._coming, *ids]
         inputs = torch.tensor([ids], device=input_device(self.model))
-        output = self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(input_ids=inputs, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
         self.ids += ids
         self._coming = []
         return output.logits[:, -1]

@@ -67,10 +67,11 @@ def test_attention_that_bypasses_the_interface_is_refused(llama: PreTrainedModel
     """A model that looks right, with one layer whose attention stores keys and never comes to our function."""
     inner = llama.model.layers[2].self_attn
 
-    def bypass(hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+    def bypass(hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor, None]:
         shape = (*hidden_states.shape[:-1], -1, inner.head_dim)
         key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (inner.k_proj, inner.v_proj))
-        past_key_values.update(key, value, inner.layer_idx)
+        cache = given["past_key_values"] if given.get("cache") is None else given["cache"]  # its name in newer releases
+        cache.update(key, value, inner.layer_idx)
         return hidden_states, None
 
     inner.forward = bypass

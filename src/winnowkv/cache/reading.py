@@ -14,6 +14,7 @@ from winnowkv.cache.forks import fork_layer
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.stacked import row_mask
 from winnowkv.errors import InputError
+from winnowkv.models.info import cache_argument
 
 
 @torch.no_grad()
@@ -51,7 +52,8 @@ def prefill(
         return _prefill_in_chunks(model, input_ids, cache, attention_mask, chunk, ceiling, hint)
     if ceiling is not None:
         raise InputError(f"ceiling={ceiling} is for what is held between chunks: give chunk= too, or leave it out")
-    output = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **cache_argument(model, cache)}
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
     cache.check_used()
     return output.logits[:, -1]
 
@@ -84,7 +86,7 @@ def _prefill_in_chunks(
         for number, part in enumerate(input_ids.split(sizes, 1), 1):
             if hint and number == len(sizes):
                 others = {index: fork_layer(layer) for index, layer in others.items()}
-            output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
             cache.end_chunk()
         if hint:
             for index, layer in others.items():  # as they were before the hint
@@ -107,7 +109,7 @@ def greedy(
         yield token
         if step + 1 < max_new_tokens:
             ids = torch.tensor([[token]], device=logits.device)
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(input_ids=ids, **cache_argument(model, cache), use_cache=True).logits[:, -1]
 
 
 @torch.no_grad()
@@ -120,5 +122,10 @@ def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: 
     places = begin[:, None] + torch.arange(ids.shape[1], device=ids.device)
     mask = row_mask(cache, positions, ids.shape[1], ids.device)
     return model(
-        input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=last
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=places,
+        **cache_argument(model, cache),
+        use_cache=True,
+        logits_to_keep=last,
     ).logits

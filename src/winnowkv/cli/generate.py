@@ -175,7 +175,7 @@ def write_answer(
     from winnowkv.engine.detokenizer import TextStream
     from winnowkv.engine.request import NOT_FINITE
     from winnowkv.engine.sampling import Sampler, choose
-    from winnowkv.models.info import end_tokens
+    from winnowkv.models.info import cache_argument, end_tokens
 
     stop, pieces = end_tokens(model, tokenizer), TextStream(tokenizer)
     sampler = Sampler(sampling, stop, model.device)
@@ -193,7 +193,7 @@ def write_answer(
             break
         with torch.no_grad():
             newest = torch.tensor([[token]], device=model.device)
-            logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(input_ids=newest, **cache_argument(model, cache), use_cache=True).logits[:, -1]
     show(pieces.flush())
     return pieces.text
 

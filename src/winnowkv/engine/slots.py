@@ -28,7 +28,7 @@ from winnowkv.engine.cuda_graphs import Recorded
 from winnowkv.engine.slot_layer import SlotLayer
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.devices import input_device
-from winnowkv.models.info import chunk_of_attention, shares_keys_in_cache
+from winnowkv.models.info import cache_argument, chunk_of_attention, shares_keys_in_cache
 from winnowkv.types import Padding, Valid
 
 DECODE_BLOCK = 64  # columns added when a request has filled its room
@@ -305,7 +305,7 @@ class Slots(Cache):
         return self._forward(self.model, **inputs)
 
     def _forward(self, model: Callable[..., Any], **inputs: Tensor) -> Tensor:
-        return model(**inputs, past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return model(**inputs, **cache_argument(self.model, self), use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _addresses(self) -> Hashable:
         """Addresses and shapes of all buffers, for which a recorded step is valid."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from winnowkv.models.rope import Rotation, read_rotation
@@ -98,6 +101,17 @@ def compressed_layers(config: Any) -> int | None:
         return None
     shared = getattr(config, "num_kv_shared_layers", None) or 0  # the last ones read the cache of an earlier layer
     return list(kinds)[: len(kinds) - shared].count(FULL_ATTENTION)
+
+
+@cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    names = inspect.signature(forward).parameters
+    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
+
+
+def cache_argument(model: Any, given: Any) -> dict[str, Any]:
+    """The argument by which a forward pass is given its cache: ``past_key_values``, from transformers 5.24 on ``cache``."""
+    return {_cache_name(type(model).forward): given}
 
 
 def position_limit(model: Any) -> int | None:
