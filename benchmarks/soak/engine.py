@@ -3,7 +3,7 @@
 A round is one engine (a tiny random model, a policy, a budget, chunks, rows, memory) and a dozen requests that come at random
 steps, some of them bad, some with several choices, some cancelled, some over a token whose embedding is not a number. Alone is
 the same engine with nothing else in it; greedy answers are also those of ``model.generate`` in a compress block. Models are in
-float64, so that a draw never hangs on the last bit of a sum.
+float64, so that a draw never depends on the last bit of a sum.
 
     python benchmarks/soak/engine.py [--count 1000] [--seed 0] [--json out.json]
 

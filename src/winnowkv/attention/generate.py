@@ -18,13 +18,8 @@ from transformers import PreTrainedModel
 from winnowkv.errors import InputError
 
 DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options that make generate() use drafts
-BY_TOKEN = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache_position",
-    "token_type_ids",
-)  # inputs whose last axis is tokens
+# Inputs of a forward pass whose last axis is tokens.
+BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "cache_position", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class WatchedGenerate:
     """Stands for a routed model's ``generate``: notes what was asked for while it runs, by thread."""
 
     def __init__(self, model: PreTrainedModel, calls: dict[int, GenerateCall]) -> None:
-        self.earlier = vars(model).get("generate")  # of somebody else who stands for it
+        self.earlier = vars(model).get("generate")  # set on the instance by other code
         self._model, self._calls = weakref.ref(model), calls
         own: Any = model.generate
         self.__signature__ = inspect.signature(own)

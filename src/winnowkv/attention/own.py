@@ -87,10 +87,11 @@ def attend_as(
     # SDPA knows no such terms: releases in which such a model may run on it leave them out, and so it computes here.
     terms = base != "sdpa" and any(kwargs.get(term) is not None for term in EAGER_TERMS)
     flash = "flash" in base
-    if mask is not None and base in ("sdpa", "eager"):  # of a prompt that is not plainly causal
-        own = own_attention(module, base)
-        return own(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)[0]
-    if base not in ("sdpa", "eager") and valid is None and (queries in (1, entries) or flash) and not (terms and not flash):
+    if base in ("sdpa", "eager"):
+        serves = mask is not None  # of a prompt that is not plainly causal
+    else:
+        serves = valid is None and (flash or (queries in (1, entries) and not terms))
+    if serves:
         own = own_attention(module, base)
         return own(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)[0]
     if terms or base == "eager":

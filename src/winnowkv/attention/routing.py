@@ -1,4 +1,4 @@
-"""Routing a model's attention through ours, for as long as somebody needs it.
+"""Routing a model's attention through ours, for as long as it is needed.
 
 The model's config names, in place of its own attention, one of ours that knows which one that was. Nothing else of the model
 changes. Whoever needs a model routed holds it; the last one to let go puts everything back.
@@ -28,7 +28,7 @@ PREFIX = "winnow_"  # our keys in transformers' two registries: the model's own 
 ROUTING = "_winnow_routing"  # attribute of a routed model; gone once it is not needed any more
 
 _lock = threading.Lock()
-_given_back: deque[Routing] = deque()  # one for each hold that nobody has taken off yet
+_given_back: deque[Routing] = deque()  # one for each hold that is to be taken off
 
 
 @dataclass
@@ -71,24 +71,19 @@ def check_model(model: PreTrainedModel) -> None:
 def acquire(model: PreTrainedModel) -> Routing:
     """Route the model's attention through ours until :func:`release` was called as often. Thread-safe."""
     check_model(model)
+    routing = take_hold(model, route=True)
+    assert routing is not None
+    return routing
+
+
+def take_hold(model: PreTrainedModel, *, route: bool) -> Routing | None:
+    """One hold more. A model that is not routed is routed now, or, without ``route``, not held: None."""
     try:
         with _lock:
-            routing = routing_of(model) or start(model)
-            routing.holders += 1
+            routing = routing_of(model) or (start(model) if route else None)
+            if routing is not None:
+                routing.holders += 1
             return routing
-    finally:
-        take_back()
-
-
-def acquire_if_routed(model: PreTrainedModel) -> bool:
-    """Hold a model that somebody else holds already; False if nobody does."""
-    try:
-        with _lock:
-            routing = routing_of(model)
-            if routing is None:
-                return False
-            routing.holders += 1
-            return True
     finally:
         take_back()
 
@@ -125,10 +120,11 @@ class Hold:
         self._thread: int | None = None  # that took it
 
     def take(self, model: PreTrainedModel, *, route: bool = True) -> bool:
-        """Hold a model, unless that is done already; False if nobody routed it and ``route`` says that we do not."""
-        if self._routing is None and (route or acquire_if_routed(model)):
-            self._routing = acquire(model) if route else routing_of(model)
-            self._model, self._thread = model, threading.get_ident()
+        """Hold a model, unless that is done already; False if it is not routed and ``route`` says that we do not."""
+        if self._routing is None:
+            self._routing = acquire(model) if route else take_hold(model, route=False)
+            if self._routing is not None:
+                self._model, self._thread = model, threading.get_ident()
         return self._routing is not None
 
     def give_back(self, thread: int | None = None) -> None:
