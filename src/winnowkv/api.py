@@ -182,7 +182,12 @@ class _Block:
         """Before a forward pass: a prompt gets its cache."""
         if kwargs is None:  # torch's way to call a hook that another thread has just removed
             return None
-        if module is not self.run.model or not _starts_prompt(args, kwargs):
+        if module is not self.run.model:
+            return None
+        if not _starts_prompt(args, kwargs):
+            given = given_cache(kwargs)[1]
+            if isinstance(given, CompactCache):
+                given.before_pass(_named(args, kwargs))
             return None
         mine = [block for block in self.routing.blocks if block.thread == threading.get_ident()]
         if not mine:
@@ -256,6 +261,11 @@ def _classify(tokenizer: Any, row: Tensor) -> TaskProfile:
     """The task of one prompt; both ends are all that the classifier reads."""
     ends = row if len(row) <= 2 * CLASSIFIED_TOKENS else torch.cat([row[:CLASSIFIED_TOKENS], row[-CLASSIFIED_TOKENS:]])
     return task_profile(tokenizer.decode(ends, skip_special_tokens=True))
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass, the token ids by their name, too."""
+    return {**kwargs, "input_ids": args[0]} if args else kwargs
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -36,6 +36,9 @@ class Report:
     decode_tokens: tokens read after the prompt; decode_seconds: from the first layer of the
         first of them to the last layer of the last; decode_entries: entries held of them per layer and KV head,
         fewer if a decode budget evicts.
+    lookahead_tokens: tokens of the answer that were generated while the whole prompt was held.
+    draft_tokens, draft_seconds: generated from a compact copy only to hear their queries, and thrown away; the time it took.
+    refitted: share of the layers' KV heads whose values were changed by least squares.
     notes: what the user should know, in sentences.
     """
 
@@ -55,6 +58,10 @@ class Report:
     decode_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     quantize: Literal["int8", "int4"] | None = None
+    lookahead_tokens: int = 0
+    draft_tokens: int = 0
+    draft_seconds: float = 0.0
+    refitted: float = 0.0
 
     @property
     def kept_fraction(self) -> float:

@@ -109,6 +109,39 @@ def check_unread(call: GenerateCall, kwargs: dict[str, Any]) -> None:
         )
 
 
+def refuse_chunks(call: GenerateCall | None) -> None:
+    """Raise InputError if ``generate`` was asked to read the prompt in chunks of its own."""
+    chunk = None if call is None else call.options("prefill_chunk_size")
+    if chunk is not None and call is not None and (call.prompt_tokens or chunk + 1) > chunk:
+        raise InputError(
+            f"prefill_chunk_size={chunk} would compress the first chunk alone: leave it out, or read the prompt with "
+            f"wk.prefill(model, ids, cache, chunk={chunk}) and let generate() go on from there"
+        )
+
+
+class PassWatch:
+    """Tells a cache of the inputs of each forward pass into it (``before_pass``), until either is gone or it is closed."""
+
+    def __init__(self, model: PreTrainedModel, cache: Any) -> None:
+        self._model, self._cache = weakref.ref(model), weakref.ref(cache)
+        self._hook = model.register_forward_pre_hook(self._tell, with_kwargs=True)
+        weakref.finalize(cache, self._hook.remove).atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassWatch:
+        """This one: a copied model has its hooks, which do nothing there."""
+        return self
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
+
+    def _tell(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        cache = self._cache()
+        if kwargs is None or cache is None or module is not self._model() or given_cache(kwargs)[1] is not cache:
+            return
+        cache.before_pass({**kwargs, "input_ids": args[0]} if args else kwargs)
+
+
 @contextmanager
 def drafts_apart(model: PreTrainedModel, call: GenerateCall) -> Iterator[None]:
     """In assisted decoding: let the model read the prompt by itself, so that what stays of it does not depend on a draft.

@@ -11,34 +11,36 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from copy import copy, deepcopy
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
+from winnowkv.attention.generate import PassWatch, refuse_chunks
 from winnowkv.attention.hooks import Observer, bypassed, tag_states
 from winnowkv.attention.projection import output_projections
 from winnowkv.attention.routing import Hold, check_model, generate_call
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.compression import Compression
-from winnowkv.cache.explain import Choices, Explanation
+from winnowkv.cache.explain import Choices, Explanation, found_choices
 from winnowkv.cache.generated import check_decode_budget
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.looking import Heard, Looking, decide
+from winnowkv.cache.other_layers import check_windows, free_slid, shared_layer
 from winnowkv.cache.reports import new_report, report_decode
-from winnowkv.cache.session import PrefillSession, Recording
+from winnowkv.cache.session import PrefillSession, Recording, check_recorded
+from winnowkv.cache.storage import LayerStorage
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Tasks
 from winnowkv.report import Report
 from winnowkv.types import Padding, Valid
 
-SLIDING_SLACK = 2  # a sliding layer's view is copied out of storage that is larger than so many times itself
 
-
-class CompactCache(Cache):
+class CompactCache(LayerStorage):
     """A KV cache that keeps what a policy selects from each prompt; pass it as ``past_key_values``.
 
     Parameters
@@ -85,15 +87,7 @@ class CompactCache(Cache):
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
         self.compression = Compression.of(model, policy, budget, task, keep_scores=keep_scores, keep=keep)
-        eviction = self.compression.policy.decode_eviction()
-        layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        # Sliding-window layers are small already and stay as the framework made them.
-        layers = [CompactLayer(decode_budget, eviction) if type(layer) is DynamicLayer else layer for layer in layers]
-        super().__init__(layers=layers)
-        compact = [index for index, layer in enumerate(self.layers) if isinstance(layer, CompactLayer)]
-        self._numbers = {index: number for number, index in enumerate(compact)}
-        if not compact:
-            raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer: nothing can be compressed")
+        super().__init__(model, decode_budget, self.compression.policy.decode_eviction())
         self._record = record
         self._model = weakref.ref(model)
         self._forget()
@@ -116,13 +110,8 @@ class CompactCache(Cache):
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update({name: deepcopy(value, memo) for name, value in vars(self).items() if name != "_hold"})
         copied._set_hold(self._holds_on)
+        copied._watch_passes()
         return copied
-
-    def __getstate__(self) -> Any:
-        """Raise CacheError: a cache belongs to a model, which pickle would take along."""
-        raise CacheError(
-            "a compact cache cannot be pickled: save it with wk.save_cache(cache, model, path), or use copy.deepcopy"
-        )
 
     def _forget(self) -> None:
         self.report = new_report(self.compression)
@@ -130,6 +119,8 @@ class CompactCache(Cache):
             self.compression, self.compact_layers, self.report, self._projections
         )
         self.recording = Recording(self._record) if self._record else None
+        self.looking: Looking | None = None  # while a prompt that was read is held whole
+        self.heard: Heard | None = None  # of a copy that a draft reads into
         self._choices: Choices | None = None
         self._unobserved: int | None = None  # the layer whose keys went out and whose queries did not come back yet
         self._resumed = 0.0  # when the first token after the prompt came
@@ -156,28 +147,29 @@ class CompactCache(Cache):
         return model
 
     @property
-    def compact_layers(self) -> list[CompactLayer]:
-        """The layers whose cache is compressed, first to last."""
-        return [layer for layer in self.layers if isinstance(layer, CompactLayer)]
-
-    @property
-    def sliding_layers(self) -> list[DynamicSlidingWindowLayer]:
-        """The layers that slide over a window of the last tokens and stay as the framework made them."""
-        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-
-    @property
-    def recurrent_layer(self) -> str | None:
-        """The kind of the first layer that keeps a state and no keys (Mamba, linear attention); None if there is none."""
-        return next((type(layer).__name__ for layer in self.layers if not hasattr(layer, "keys")), None)
-
-    def layer_number(self, layer_idx: int) -> int:
-        """A layer's place among the compressed layers."""
-        return self._numbers[layer_idx]
-
-    @property
     def held_bytes(self) -> int:
-        """Storage of keys and values of the compressed layers now, room for growth included."""
-        return sum(layer.held_bytes for layer in self.compact_layers)
+        """Storage of keys and values of the compressed layers now, room for growth and queries kept to choose by included."""
+        return sum(layer.held_bytes for layer in self.compact_layers) + (self.looking.held_bytes if self.looking else 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        super().batch_select_indices(indices)
+        self._select_looking(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take over the rows that beam search goes on with."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # the framework says LongTensor
+        self._select_looking(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        rows = torch.arange(len(self.compact_layers[0].pads)).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self._select_looking(rows)
+
+    def _select_looking(self, rows: Tensor) -> None:
+        if self.looking is not None:
+            self.looking.select_rows(rows)
 
     def _projections(self) -> list[nn.Module | None]:
         found = output_projections(self.model)
@@ -190,9 +182,8 @@ class CompactCache(Cache):
         if layer_idx not in self._numbers:
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             layer: Any = self.layers[layer_idx]
-            if layer in self.sliding_layers and layer.keys.untyped_storage().nbytes() > SLIDING_SLACK * layer.keys.nbytes:
-                # A view of the last tokens keeps the whole prompt in memory. One token more than the window does no harm.
-                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            if layer in self.sliding_layers:
+                free_slid(layer)
             return states
         self.check_observed()
         if self._numbers[layer_idx] == 0:
@@ -214,18 +205,14 @@ class CompactCache(Cache):
                 "make a new one, and read the prompt again"
             )
         if self.session is None:
+            if self.looking is not None and self.looking.ready:
+                decide(self)
             if self._read_before is None:
                 self._read_before = layers[0].seen - layers[0].prompt
             self._resumed = self._resumed or time.perf_counter()
             return
         self.session.begin()
-        call = generate_call(self.model)
-        chunk = None if call is None else call.options("prefill_chunk_size")
-        if chunk is not None and call is not None and (call.prompt_tokens or chunk + 1) > chunk:
-            raise InputError(
-                f"prefill_chunk_size={chunk} would compress the first chunk alone: leave it out, or read the prompt with "
-                f"wk.prefill(model, ids, cache, chunk={chunk}) and let generate() go on from there"
-            )
+        refuse_chunks(generate_call(self.model))
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Physical length and our mark. Raises CacheError if the compress block of this cache has ended."""
@@ -245,16 +232,12 @@ class CompactCache(Cache):
         back = -tokens if tokens <= 0 else self.get_seq_length() - tokens
         if back <= 0 or not self.get_seq_length():
             return
-        for layer in self.sliding_layers:
-            held: Tensor = layer.keys  # type: ignore[assignment]  # typed as missing until the first update
-            if held.shape[2] - back < min(layer.get_seq_length() - back, layer.sliding_window - 1):
-                raise CacheError(
-                    f"cannot crop {back} tokens: a layer's window of {layer.sliding_window} tokens has slid on and lost what "
-                    "stood before them; replay the recorded prompt, or read it again"
-                )
+        check_windows(self.sliding_layers, back)
         may_refuse_first: list[Any] = sorted(self.layers, key=lambda layer: not isinstance(layer, CompactLayer))
         for one in may_refuse_first:
             one.crop(-back)
+        if self.looking is not None:
+            self.looking.heard.crop(back)
         self._count_decoded(self.report.decode_seconds)
 
     def begin_chunks(self, tokens: int, chunk: int | None, ceiling: int | float | None = None, *, hint: int = 0) -> list[int]:
@@ -327,6 +310,9 @@ class CompactCache(Cache):
             if self.session.observe(number, queries, scale):
                 self._settle()
         else:
+            heard = self.heard if self.looking is None else self.looking.heard
+            if heard is not None:
+                heard.take(number, queries)
             layer.trim(queries, scale)
         if number == len(self._numbers) - 1:
             if not self._holds_on:
@@ -341,10 +327,38 @@ class CompactCache(Cache):
             report_decode(self.report, max(tokens, 0), layer.generated, seconds)
 
     def _settle(self) -> None:
-        """The prompt is read: from here on the cache only holds."""
-        if self.session is not None and self.compression.keep_scores:
-            self._choices = Choices(self.session.selections, self.session.held)
-        self.session = None
+        """The prompt is read: from here on the cache only holds, or it looks at what comes before it chooses."""
+        session, self.session = self.session, None
+        assert session is not None
+        if not self.compression.policy.looks:
+            self._note_choices(session)
+            return
+        self.looking = Looking(session)
+        self._watch_passes()
+        if not (self.compression.policy.lookahead or self.compression.policy.draft):
+            decide(self)
+
+    def _watch_passes(self) -> None:
+        """A draft begins from the inputs of the next forward pass; of a compress block's cache the block tells them."""
+        if self.looking is not None and self.compression.policy.draft and self._holds_on:
+            self.looking.watch = PassWatch(self.model, self)
+
+    def settled(self, looking: Looking) -> None:
+        """What stays of a prompt that was held whole is decided."""
+        self.looking = None
+        looking.close()
+        self.report.lookahead_tokens = min(looking.heard.tokens, looking.policy.lookahead)
+        looking.session.report_settled()
+        self._note_choices(looking.session)
+
+    def _note_choices(self, session: PrefillSession) -> None:
+        if self.compression.keep_scores:
+            self._choices = Choices(session.selections, session.held)
+
+    def before_pass(self, inputs: Mapping[str, Any]) -> None:
+        """Before a forward pass with these inputs into this cache: if the answer has begun, what stays is decided now."""
+        if self.looking is not None and self.looking.ready and self.session is None:
+            decide(self, inputs)
 
     def explain(self, layer: int, token: int, row: int = 0) -> list[Explanation]:
         """Why a token of the prompt stayed or went, for each KV head of a compressed layer.
@@ -353,11 +367,7 @@ class CompactCache(Cache):
         was read. Raises CacheError without ``keep_scores=True`` and before a prompt was read, InputError for a layer, token or
         row that is not there.
         """
-        if not self.compression.keep_scores:
-            raise CacheError("explain() needs the importance scores: make the cache with keep_scores=True and read a prompt")
-        if self._choices is None:
-            raise CacheError("explain() needs a prompt, and none was read into this cache yet: read one first")
-        return self._choices.explain(layer, token, row)
+        return found_choices(self._choices, self.compression.keep_scores).explain(layer, token, row)
 
     def replay(
         self,
@@ -375,23 +385,13 @@ class CompactCache(Cache):
         quantized or generated, the policy observes more queries than were recorded, or a layer
         neither attends to everything nor slides over a window.
         """
-        layers, recording = self.compact_layers, self.recording
-        whole = all(p is None for layer in layers for p in layer.positions) and layers[0].seen == layers[0].prompt
-        read = self.session is None and self.compression.policy.quantize is None
-        if recording is None or not (read and whole):
-            raise CacheError("replay needs CompactCache(model, 'full', record=...) fresh from prefill")
+        check_recorded(self.compact_layers, self.recording, self.session, self.compression)
         other = CompactCache(self.model, policy, budget, task=task, decode_budget=self.decode_budget, keep_scores=keep_scores)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                other.layers[index] = copy(layer)
-            elif not (isinstance(layer, CompactLayer) or shares_keys(layer)):
-                raise CacheError(f"replay works on full attention and sliding windows, not on a {type(layer).__name__}")
+            if index not in self._numbers:
+                other.layers[index] = shared_layer(layer)
         assert other.session is not None
-        other.session.replay(recording, layers, self.report.prefill_seconds)
+        assert self.recording is not None
+        other.session.replay(self.recording, self.compact_layers, self.report.prefill_seconds)
         other._settle()
         return other
-
-
-def shares_keys(layer: Any) -> bool:
-    """Whether a layer of a cache that was read into keeps nothing: its attention, if it has any, reads another layer's keys."""
-    return getattr(layer, "keys", layer) is None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.selection import PromptSelection
-from winnowkv.errors import InputError
+from winnowkv.errors import CacheError, InputError
 
 Reason = Literal[
     "everything kept",
@@ -143,3 +143,14 @@ def _fate(
     score = scores[place]
     rank = 1 + int((scores > score).sum()) + int((scores[:place] == score).sum())
     return stays, reason, float(score), rank, threshold, competing
+
+
+def found_choices(choices: Choices | None, keep_scores: bool) -> Choices:
+    """The choices of a cache. Raises CacheError if its scores are not kept, or nothing was chosen yet."""
+    if not keep_scores:
+        raise CacheError("explain() needs the importance scores: make the cache with keep_scores=True and read a prompt")
+    if choices is None:
+        raise CacheError(
+            "explain() needs a prompt, and none was read into this cache yet, or nothing was chosen of it: read one first"
+        )
+    return choices

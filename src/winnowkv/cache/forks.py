@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.other_layers import fork_layer
 from winnowkv.cache.reports import report_decode
 from winnowkv.errors import CacheError
 
@@ -36,14 +35,6 @@ def fork(cache: CompactCache) -> CompactCache:
     for index, layer in enumerate(cache.layers):
         other.layers[index] = fork_layer(layer)
     return other
-
-
-def fork_layer(layer: Any) -> Any:
-    """A layer of any kind that goes on by itself."""
-    if isinstance(layer, CompactLayer):
-        return layer.fork()
-    # A sliding window is replaced with each token, never written to; what other layers do is not known.
-    return copy(layer) if isinstance(layer, DynamicSlidingWindowLayer) else deepcopy(layer)
 
 
 def stored_bytes(caches: Iterable[CompactCache]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from winnowkv.attention.hooks import COMPACT_OFFSET
-from winnowkv.cache.generated import DECODE_BLOCK
+from winnowkv.cache.generated import DECODE_BLOCK, check_crop
 from winnowkv.cache.quantized import Quantized, quantize, stored_bytes
 from winnowkv.errors import CacheError, InputError
 from winnowkv.policies.decode_eviction import DecodeEviction
-from winnowkv.scoring.select import columns_of, gather_entries, side_by_side
-from winnowkv.types import Entries, Padding, Quantization
+from winnowkv.scoring.select import columns_of, gather_entries, side_by_side, with_later
+from winnowkv.types import Padding, Quantization
 
 BUFFER_GROWTH = 64  # entries added to a full buffer at once; copying a small cache every 64 tokens costs nothing
 
@@ -147,14 +147,14 @@ class CompactLayer(CacheLayerMixin):
         return keys, values
 
     def quantize(self, stored: Quantization) -> None:
-        """Store what stays in fewer bits, once, when the prompt is read; what comes after it stays as it is."""
-        valid = None if self.valid is None else self.valid[..., : self.length]
-        states = self.entries_in_use()
+        """Store what stays of the prompt in fewer bits, once; what comes after it stays as it is."""
+        states, end = self.entries_in_use(), self.length - self.generated
+        valid = None if self.valid is None else self.valid[..., :end]
         self.quantized = tuple(
-            quantize(part, stored, per_channel=is_keys, valid=valid)
+            quantize(part[:, :, :end], stored, per_channel=is_keys, valid=valid)
             for part, is_keys in zip(states, (True, False), strict=True)
         )
-        self.keys, self.values = (part.new_empty(*part.shape[:2], 0, part.shape[3]) for part in states)
+        self.keys, self.values = (part[:, :, end:].clone() for part in states)
 
     def mark(self, padding: Padding, added: int) -> None:
         """Honour a 2D padding mask for the ``added`` newest entries; at prefill it also gives the rows' padding."""
@@ -194,8 +194,10 @@ class CompactLayer(CacheLayerMixin):
 
         ``dense``: one row, whose heads keep equally many; to find that out the host would have to wait for an accelerator.
         """
+        later = self.generated  # entries after the prompt's, which stay
+        end, before = self.length - later, self.valid
         rows = [
-            columns_of(wanted, held, self.prompt - pad, self.length, self.keys.device, dense=dense)
+            columns_of(wanted, held, self.prompt - pad, end, self.keys.device, dense=dense)
             for wanted, held, pad in zip(positions, self.positions, self.pads, strict=True)
         ]
         self.valid, columns = None, rows[0][None]
@@ -203,12 +205,24 @@ class CompactLayer(CacheLayerMixin):
             columns = side_by_side(rows)
             valid = columns >= 0
             self.valid, columns = None if bool(valid.all()) else valid, columns.clamp(min=0)
+        if later:
+            newest = torch.arange(end, self.length, device=columns.device)
+            columns = torch.cat([columns, newest.expand(*columns.shape[:2], -1)], -1)
+            self.valid = with_later(self.valid, before, end, self.length, columns)
         self.keys, self.values = gather_entries((self.keys, self.values), columns)
         if self.valid is not None:  # not a number there would pass every mask
             for states in (self.keys, self.values):
                 states.masked_fill_(~self.valid[..., None], 0)
         self.length = self.keys.shape[2]
+        self.forked = False
         self.positions = [None if p is None else p.to(torch.int32) for p in positions]
+
+    def replace_values(self, rows: Sequence[Tensor | None]) -> None:
+        """Put values ``[Hkv, n, D]`` in the place of those of each row's last ``n`` prompt entries; None changes none."""
+        end = self.length - self.generated
+        for row, values in enumerate(rows):
+            if values is not None:
+                self.values[row, :, end - values.shape[1] : end] = values
 
     def drop(self, stays: Tensor) -> None:
         """Between the chunks of one prompt: evict all entries but these, ascending ``[n]`` counted from the first; in place."""
@@ -303,12 +317,6 @@ class CompactLayer(CacheLayerMixin):
         held = (kept >= 0).sum(-1).tolist()
         return held if len(held) == heads else held * heads
 
-    def entries(self, row: int) -> Entries:
-        """Entries that a row holds of the prompt per KV head, mean over heads."""
-        counts = self.counts(row)
-        mean = Fraction(sum(counts), len(counts))
-        return int(mean) if mean.denominator == 1 else mean
-
     def kept_bytes(self, row: int) -> int:
         """Bytes that a row's entries of the prompt take as they are stored, scales and zero points included."""
         counts = self.counts(row)
@@ -380,15 +388,8 @@ class CompactLayer(CacheLayerMixin):
             return
         if back > self.seen - self.prompt:
             raise CacheError(f"cannot crop {back} tokens: only {self.seen - self.prompt} came after the compressed prompt")
-        if (
-            self.decode_budget is not None
-            and self.dropped
-            and back > (whole := self.generated - self.decode_budget + self.decode_eviction.recent)
-        ):
-            raise CacheError(
-                f"cannot crop {back} tokens: the decode budget of {self.decode_budget} has evicted entries among them, only "
-                f"the last {whole} tokens are whole; crop fewer, or raise decode_budget"
-            )
+        if self.decode_budget is not None and self.dropped:
+            check_crop(back, self.generated - self.decode_budget + self.decode_eviction.recent, self.decode_budget)
         self.length, self.seen = self.length - back, self.seen - back
         self.queries = None if self.queries is None else self.queries[:, :, :-back]
         self.hidden = None if self.hidden is None else self.hidden[:, :-back]

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
-from winnowkv.cache.forks import fork_layer
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.other_layers import fork_layer
 from winnowkv.cache.stacked import row_mask
 from winnowkv.errors import InputError
 from winnowkv.models.info import cache_argument

@@ -6,7 +6,8 @@ A session lives from the first layer of a prompt to its last one. It decides wha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,11 +21,13 @@ from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.reports import report_prefill
 from winnowkv.cache.selection import PromptSelection
 from winnowkv.cache.stopwatch import Stopwatch
-from winnowkv.errors import CacheError
+from winnowkv.errors import CacheError, InputError
 from winnowkv.models.head_group import HeadGroup
 from winnowkv.policies import LayerStates
 from winnowkv.report import Report
-from winnowkv.types import Indices, Projection
+from winnowkv.types import Indices, Projection, Queries
+
+Selections = Sequence[PromptSelection | AutoSelection]
 
 
 class Recording:
@@ -43,6 +46,15 @@ class Recording:
             self.layers[number] = (together[:, :, -self.count :].clone(), scale)
 
 
+def check_recorded(
+    layers: Sequence[CompactLayer], recording: Recording | None, session: PrefillSession | None, compression: Compression
+) -> None:
+    """Raise CacheError unless a prefill was recorded that is whole, fresh and over."""
+    whole = all(p is None for layer in layers for p in layer.positions) and layers[0].seen == layers[0].prompt
+    if recording is None or session is not None or compression.policy.quantize is not None or not whole:
+        raise CacheError("replay needs CompactCache(model, 'full', record=...) fresh from prefill")
+
+
 class PrefillSession:
     """One prompt, or one padded batch of prompts, on its way into the compressed layers of a cache.
 
@@ -56,6 +68,7 @@ class PrefillSession:
     Attributes
     ----------
     selections: what stays of each row, made when the first layer is there.
+    asked: of a policy that looks, by layer: the queries ``[1, Hq, W, D]`` that it wants of each row, and attention's scale.
     """
 
     def __init__(
@@ -67,6 +80,9 @@ class PrefillSession:
     ) -> None:
         self.compression, self.layers, self.report = compression, layers, report
         self.selections: list[PromptSelection | AutoSelection] = []
+        self.asked: list[
+            tuple[list[Queries], float]
+        ] = []  # by layer, of each row what its policy wants, if it looks; the scale
         self._positions: list[Tensor] = []  # of each row, where the queries stand that its policy wants
         self._projections: Sequence[nn.Module | None] | None = None
         self._ask_projections = projections
@@ -110,6 +126,11 @@ class PrefillSession:
 
     def begin_chunks(self, tokens: int, chunk: int | None, ceiling: int | float | None, recorded: bool, hint: int) -> list[int]:
         """Get ready to read one prompt in chunks; returns their lengths. See :meth:`CompactCache.begin_chunks`."""
+        if hint and self.compression.policy.looks:
+            raise InputError(
+                f"{self.compression.policy.spec}: lookahead, draft and refit are for a prompt that is answered, and a hint is "
+                "not: leave them out, or the hint"
+            )
         asked = self.compression = replace(self.compression, hint=hint)
         prompt = asked.prompt(tokens, len(self.layers), asked.each_task(1)[0])
         sizes = cut(asked, prompt, chunk, ceiling)
@@ -156,26 +177,41 @@ class PrefillSession:
         if not self.selections:
             self._open()
         self._note_peak()
+        rows = range(len(self.selections))
+        asked = [self._pick(number, row, queries) for row in rows]
+        if self.compression.policy.looks:  # looking.py chooses once the last layer is read, or later
+            self.asked.append(([each.clone() for each in asked], scale))
+            layer.own()
+            return
         changed: set[int] = set()
         for row, selection in enumerate(self.selections):
             with naming_row(row, len(self.selections)):
-                changed.update(selection.observe(self._states(number, row, queries, scale)))
-        dense = len(self.selections) == 1 and not self.compression.policy.per_head
+                changed.update(selection.observe(self.states(number, row, asked[row], scale)))
         for index in changed:
-            kept = [self._positions_here(index, selection.kept[index], dense) for selection in self.selections]
-            self.layers[index].keep(kept, dense=dense)
+            self.keep(index)
         if number not in changed:
             layer.own()
         if layer is self.layers[-1]:
-            self._store()
+            self.store()
 
-    def _store(self) -> None:
-        """All layers are read: the hint goes, and what stays is quantized if the policy says so."""
+    def keep(self, number: int, chosen: Selections | None = None, layer: CompactLayer | None = None) -> None:
+        """Evict what was not chosen from a layer, or from a copy of it; ``chosen``: for each row, the session's own if None."""
+        selections = self.selections if chosen is None else chosen
+        dense = len(selections) == 1 and not self.compression.policy.per_head
+        kept = [self._positions_here(number, selection.kept[number], dense) for selection in selections]
+        (layer or self.layers[number]).keep(kept, dense=dense and kept[0] is not None)
+
+    def store(self) -> None:
+        """What stays is decided: the hint goes, and the rest is quantized if the policy says so."""
         for layer in self.layers:
             if self.compression.hint:
                 layer.take_back(self.compression.hint)
             if (stored := self.compression.policy.quantize) is not None:
                 layer.quantize(stored)
+
+    def own_positions(self, number: int, positions: Indices) -> Tensor:
+        """Of the places ``[1, H, n]`` chosen among what a layer holds those of this process's heads, ``[H, n]``."""
+        return own(positions[0], self._heads(number), dense=False)
 
     def _positions_here(self, number: int, positions: Indices | None, dense: bool) -> Tensor | None:
         """What stays of the prompt in a layer's heads that are in this process, ``[H, n]``, on the layer's device."""
@@ -185,15 +221,20 @@ class PrefillSession:
             positions = self._chunked.text_positions(positions)
         return own(positions[0], self._heads(number), dense).to(self.layers[number].keys.device)
 
-    def _states(self, number: int, row: int, queries: Tensor, scale: float) -> LayerStates:
-        """What a row's policy gets to see of a layer."""
-        layer = self.layers[number]
-        held = slice(layer.pads[row], layer.length)
-        keys, values = layer.keys[row : row + 1, :, held], layer.values[row : row + 1, :, held]
+    def _pick(self, number: int, row: int, queries: Tensor) -> Queries:
+        """The queries that a row's policy wants, of those of a forward pass."""
         asked = queries[row : row + 1]
-        if self._chunked is None:  # what comes out of chunks is what was asked for already
-            asked = pick(asked, self._positions[row] + (queries.shape[2] - keys.shape[2]))
-        return LayerStates(number, asked, keys, values, scale, self._projection(number, queries), self._heads(number))
+        if self._chunked is not None:  # what comes out of chunks is what was asked for already
+            return asked
+        layer = self.layers[number]
+        return pick(asked, self._positions[row] + (queries.shape[2] - (layer.length - layer.pads[row])))
+
+    def states(self, number: int, row: int, asked: Queries, scale: float) -> LayerStates:
+        """What a row's policy gets to see of a layer: the queries it ``asked`` for, and the entries of the prompt."""
+        layer = self.layers[number]
+        held = slice(layer.pads[row], layer.length - layer.generated)
+        keys, values = layer.keys[row : row + 1, :, held], layer.values[row : row + 1, :, held]
+        return LayerStates(number, asked, keys, values, scale, self._projection(number, asked), self._heads(number))
 
     def _heads(self, number: int) -> HeadGroup:
         """The processes that share a layer's heads."""
@@ -230,8 +271,19 @@ class PrefillSession:
                 made.append(asked.selection(asked.prompt(tokens, len(self.layers), task)))
         return made
 
-    def _note_peak(self) -> None:
-        self.report.peak_bytes = max(self.report.peak_bytes, sum(layer.held_bytes for layer in self.layers))
+    def _note_peak(self, beside: int = 0) -> None:
+        self.report.peak_bytes = max(self.report.peak_bytes, sum(layer.held_bytes for layer in self.layers) + beside)
+
+    @contextmanager
+    def compressing(self, held_bytes: int) -> Iterator[None]:
+        """Count what is done inside as compression; ``held_bytes`` are held beside the layers meanwhile."""
+        self._note_peak(held_bytes)
+        with self._compressing.running(self.layers[0].keys.device):
+            yield
+
+    def report_settled(self) -> None:
+        """Fill the report anew, when what stays was decided after the prompt was read."""
+        self._finish(self.report.prefill_seconds)
 
     def _finish(self, seconds: float) -> None:
         notes = [self._chunked.sizes.note] if self._chunked is not None else []

@@ -318,7 +318,7 @@ def _counts_fault(cache: CompactCache) -> str | None:
         return None
     tokens = layers[0].prompt - layers[0].pads[0]
     held = {
-        "prompt_tokens": [tokens], "kept_entries": [[float(layer.entries(0)) for layer in layers]],
+        "prompt_tokens": [tokens], "kept_entries": [[sum(layer.counts(0)) / len(layer.counts(0)) for layer in layers]],
         "kept_bytes": sum(layer.kept_bytes(0) for layer in layers),
         "full_bytes": sum(tokens * layer.entry_bytes for layer in layers),
     }  # fmt: skip

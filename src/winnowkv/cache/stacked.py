@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnowkv.cache.cache import CompactCache, shares_keys
+from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.other_layers import shares_keys
 from winnowkv.errors import CacheError
 
 

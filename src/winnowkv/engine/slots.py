@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache
 
 from winnowkv.attention.hooks import Observer, tag_states
 from winnowkv.attention.routing import acquire, release_later
-from winnowkv.cache.cache import CompactCache, shares_keys
+from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.other_layers import shares_keys
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
 from winnowkv.engine.cuda_graphs import Recorded

@@ -89,6 +89,11 @@ class Policy:
     sinks: int
     observe: int
     quantize: Quantization | None
+    lookahead: int
+    draft: int
+    rounds: int
+    heard: float
+    refit: bool
 
     def require(self, option: str, *, minimum: float, maximum: float = math.inf, odd: bool = False) -> None:
         """Raise PolicyError if an option lies outside its bounds, is not finite or is not odd."""
@@ -101,6 +106,11 @@ class Policy:
             raise PolicyError(f"{self.name}: {option}={value} is too large, it must be at most {maximum}")
         if value is not None and odd and value % 2 == 0:
             raise PolicyError(f"{self.name}: {option}={value} must be odd")
+
+    @property
+    def looks(self) -> bool:
+        """Whether the whole prompt is held until it was read and, if asked for, tokens of the answer were heard."""
+        return self.evicts and bool(self.lookahead or self.draft or self.refit)
 
     @property
     def spec(self) -> str:
@@ -235,6 +245,13 @@ class TokenPolicy(Policy):
     sinks: first tokens that always stay.
     observe: observation window ``W``, the last prompt tokens; they always stay.
     quantize: ``int8`` or ``int4`` stores the entries that stay in 8 or 4 bits once the prompt is read.
+    lookahead: hold the whole prompt until so many tokens of the answer were generated from it; their queries then choose what
+        stays, beside the policy's own. The tokens are those of the full cache.
+    draft: after that generate so many tokens from what would stay, only to hear their queries, throw them away and choose
+        again from the whole prompt, which is still held; ``rounds`` times.
+    heard: weight of the queries of lookahead and draft, 0 to 1; the policy's own have the rest.
+    refit: change the values that stay by least squares so that attention over them gives what attention over all gave, in
+        every KV head in which queries that were held out say that it helps (:mod:`winnowkv.scoring.refit`).
 
     Raises
     ------
@@ -245,9 +262,20 @@ class TokenPolicy(Policy):
     sinks: int = 0
     observe: int = 0
     quantize: Quantization | None = None
+    lookahead: int = 0
+    draft: int = 0
+    rounds: int = 1
+    heard: float = 0.7
+    refit: bool = False
 
     def __post_init__(self) -> None:
-        self.require("sinks", minimum=0)
-        self.require("observe", minimum=0)
+        for option in ("sinks", "observe", "lookahead", "draft"):
+            self.require(option, minimum=0)
+        self.require("rounds", minimum=1)
+        self.require("heard", minimum=0, maximum=1)
+        if not self.evicts and (self.lookahead or self.draft or self.refit):
+            raise PolicyError(
+                f"{self.name}: keeps everything, so there is nothing to look for: leave lookahead, draft and refit out"
+            )
         if self.quantize not in (None, *BITS):
             raise PolicyError(f"{self.name}: quantize={shown(self.quantize)} must be one of {', '.join(BITS)}")

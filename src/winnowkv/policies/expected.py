@@ -112,12 +112,21 @@ class ExpectedScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """Attention of the moved queries, ``[1, Hkv, C]``; scaled so that its sum is the layer's preference."""
-        queries = states.queries
-        columns, by = sample_columns(self.tokens, self.context, self.sinks, self.samples, self.ahead, queries.device)
-        moved = self.move(queries.index_select(2, columns), by)
-        scores, preference = expected_attention(moved, states.keys, states.scale, self.context, states.heads)
+        moved = self.answer_queries(states)
+        scores, preference = expected_attention(
+            moved, states.keys, states.scale, self.context, states.heads, heard=states.heard, weight=states.weight
+        )
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
         return scores * (preference / scores.sum().clamp(min=1e-30))
+
+    def with_heard(self, scores: Scores, states: LayerStates) -> Scores:
+        """They are in the scores already, and in the layer's preference."""
+        return scores
+
+    def answer_queries(self, states: LayerStates) -> Queries:
+        """The moved ones."""
+        columns, by = sample_columns(self.tokens, self.context, self.sinks, self.samples, self.ahead, states.queries.device)
+        return self.move(states.queries.index_select(2, columns), by)
 
     def move(self, queries: Queries, by: Tensor) -> Queries:
         """Turned by the model's rotation, if it is known."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from winnowkv.models.head_group import ALL_HEADS, HeadGroup
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import uniform
+from winnowkv.scoring.attention import heard_attention
 from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
 from winnowkv.types import Entries, HeadScores, Indices, Keys, Projection, Queries, Scores, Spans, Values
 
@@ -55,6 +56,8 @@ class LayerStates:
     keys, values: of the whole prompt, ``[1, Hkv, S, D]``, KV heads unexpanded.
     scale: what attention multiplies its logits by.
     projection: the layer's output projection ``[Hq, D, M]``, if the policy needs it.
+    heard: queries ``[1, Hq, k, D]`` of tokens after the prompt, None if there are none; ``weight``: theirs, beside the
+        prompt's own.
     heads: the processes that share the layer's heads, if the model runs with tensor parallelism. ``Hq`` and ``Hkv`` are then
         those of this process for a part that :attr:`Scorer.shares_heads`, those of the model for any other.
     """
@@ -66,6 +69,8 @@ class LayerStates:
     scale: float
     projection: Projection | None = None
     heads: HeadGroup = ALL_HEADS
+    heard: Queries | None = None
+    weight: float = 0.0
 
     @property
     def kv_heads(self) -> int:
@@ -78,7 +83,8 @@ class LayerStates:
             return self
         queries, keys, values = (self.heads.whole(states) for states in (self.queries, self.keys, self.values))
         projection = None if self.projection is None else self.heads.whole(self.projection, 0)
-        return LayerStates(self.layer, queries, keys, values, self.scale, projection)
+        heard = None if self.heard is None else self.heads.whole(self.heard)
+        return LayerStates(self.layer, queries, keys, values, self.scale, projection, heard=heard, weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,29 @@ class Scorer:
         raise TypeError(f"{type(self).__name__} does not define score()")
 
     def score_all(self, states: LayerStates) -> Scores:
-        """:meth:`score`, with what it needs of the heads of other processes."""
-        return self.score(states if self.shares_heads else states.of_all_heads())
+        """:meth:`score`, with what it needs of the heads of other processes, and what was heard after the prompt."""
+        given = states if self.shares_heads else states.of_all_heads()
+        scores = self.score(given)
+        return scores if given.heard is None else self.with_heard(scores, given)
+
+    def with_heard(self, scores: Scores, states: LayerStates) -> Scores:
+        """The policy's own scores, and the attention of ``states.heard``, by ``states.weight``; ``[1, H, C]``.
+
+        Of the heard queries a token scores the root mean square of their attention. Both sides are brought to the same sum over
+        the layer, which stays that of the policy's own: budgets of layers are still by these.
+        """
+        assert states.heard is not None
+        heads = states.keys.shape[1] if scores.shape[1] <= states.keys.shape[1] else states.queries.shape[1]
+        attention = heard_attention(states.heard, states.keys, states.scale, scores.shape[-1], heads, states.heads)
+        if scores.shape[1] == 1:
+            attention = attention.mean(1, keepdim=True)
+        total = scores.sum()
+        share = states.weight * total / attention.sum().clamp(min=1e-30)
+        return scores * (1 - states.weight) + attention * share
+
+    def answer_queries(self, states: LayerStates) -> Queries:
+        """Of ``states.queries`` those that stand in for the answer's, as if they came after the prompt; for refit."""
+        return states.queries
 
     def leader(self, layer: int) -> int:
         """The layer whose scores and selection this layer uses; itself if nothing is shared."""

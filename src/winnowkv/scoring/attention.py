@@ -194,8 +194,28 @@ def moments(
     return mean[..., :context] / count, square[..., :context] / count, entropy.clamp(min=0) / share
 
 
+def heard_attention(
+    queries: Queries, keys: Keys, scale: float, context: int, heads: int, group: HeadGroup = ALL_HEADS
+) -> HeadScores:
+    """Attention of queries that stand after all ``S`` keys on the first ``context``, root mean square over them.
+
+    ``[B, heads, context]``: ``heads`` are this process's query heads, or its KV heads for the mean over each GQA group; the
+    result is of all heads of the ``group``.
+    """
+    _, square, _ = moments(queries, keys, scale, context, causal=False, half=True, every=queries.shape[2])
+    found = square.sqrt()
+    return group.whole(found if heads == queries.shape[1] else group_reduce(found, heads))
+
+
 def expected_attention(
-    queries: Queries, keys: Keys, scale: float, context: int, group: HeadGroup = ALL_HEADS
+    queries: Queries,
+    keys: Keys,
+    scale: float,
+    context: int,
+    group: HeadGroup = ALL_HEADS,
+    *,
+    heard: Queries | None = None,
+    weight: float = 0.0,
 ) -> tuple[Scores, Tensor]:
     """Attention of queries that stand after all ``S`` keys on the first ``context`` of them, and the layer's preference.
 
@@ -203,8 +223,16 @@ def expected_attention(
     queries need much counts more than one that all need a little. The preference is entropy times
     variance (CAKE, arXiv 2503.12491), its entropy from every fourth query: it tells layers apart, and those differ by far more
     than a quarter's sampling. Both are of all heads of the ``group``, of which queries and keys are this process's.
+    ``heard``: queries of another kind, whose mean square counts by ``weight`` and that of ``queries`` by the rest.
     """
     mean, square, entropy = moments(queries, keys, scale, context, causal=False, half=True, every=4)
+    if heard is not None:
+        theirs = moments(heard, keys, scale, context, causal=False, half=True, every=4)
+        entropy, more = entropy / queries.shape[2], theirs[2] / heard.shape[2]
+        mean, square, entropy = (
+            mine * (1 - weight) + other * weight
+            for mine, other in zip((mean, square, entropy), (*theirs[:2], more), strict=True)
+        )
     entropy, variance = group.total(torch.stack([entropy, (square - mean.square()).sum().clamp(min=0)]))
     return group.whole(group_reduce(square.sqrt(), keys.shape[1])), entropy * variance
 

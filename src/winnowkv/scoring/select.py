@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from winnowkv.types import Indices, Scores, WindowScores
+from winnowkv.types import Indices, Scores, Valid, WindowScores
 
 
 def top_tokens(scores: Scores, n: int) -> Indices:
@@ -101,6 +101,25 @@ def side_by_side(columns: Sequence[Tensor]) -> Tensor:
     """Each row's columns ``[H, n]`` in one tensor ``[B, H, longest n]``, right-aligned, with -1 in front of shorter rows."""
     width, heads = (max(index.shape[axis] for index in columns) for axis in (1, 0))
     return torch.stack([F.pad(row.expand(heads, -1), (width - row.shape[1], 0), value=-1) for row in columns])
+
+
+def with_later(kept: Valid | None, before: Valid | None, begin: int, end: int, columns: Tensor) -> Valid | None:
+    """Flags of the entries kept and of those after them, which stood at ``begin`` to ``end``; None if all count.
+
+    ``kept``: flags ``[B, H, n]`` of the entries kept, ``before``: of all entries before; None if all count. ``columns``
+    ``[B, H, n + end - begin]`` of the entries afterwards.
+    """
+    if kept is None and (before is None or bool(before[..., begin:end].all())):
+        return None
+    flags = torch.ones_like(columns, dtype=torch.bool)
+    if kept is not None:
+        flags[..., : kept.shape[-1]] = kept
+    if before is not None:
+        later = before[..., begin:end]
+        if later.shape[1] > flags.shape[1]:
+            flags = flags.repeat(1, later.shape[1], 1)
+        flags[..., flags.shape[-1] - (end - begin) :] = later
+    return flags
 
 
 def gather_entries(states: Sequence[Tensor], columns: Tensor) -> list[Tensor]:

@@ -1,0 +1,229 @@
+"""Lookahead: a prompt is held whole until its answer has begun, and the answer's own queries choose what stays.
+
+``prompt read -> lookahead from the whole cache -> choose -> (draft from a compact copy -> choose again) -> evict, refit``
+
+The lookahead's tokens are real output, exactly the full cache's. A draft's tokens are thrown away: only their queries count.
+What stays is chosen as late as it can be, when the first token after the lookahead comes: an answer that ends before evicts
+nothing, and tokens that were taken back (assisted decoding) are not heard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from winnowkv.attention.generate import PassWatch, given_cache
+from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.other_layers import fork_layer
+from winnowkv.cache.session import PrefillSession, Selections
+from winnowkv.errors import CacheError
+from winnowkv.models.info import cache_argument
+from winnowkv.policies import LayerStates, PromptInfo
+from winnowkv.scoring.refit import refit_values
+from winnowkv.types import Queries
+
+if TYPE_CHECKING:
+    from winnowkv.cache.cache import CompactCache
+
+
+class Heard:
+    """Queries of tokens after a prompt, layer by layer ``[B, Hq, k, D]``."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers: list[list[Queries]] = [[] for _ in range(layers)]
+
+    def take(self, number: int, queries: Queries) -> None:
+        """Add a layer's queries of one forward pass."""
+        self._layers[number].append(queries.detach())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the last layer has heard."""
+        return sum(part.shape[2] for part in self._layers[-1])
+
+    def of(self, number: int, most: int | None = None) -> Queries | None:
+        """A layer's queries, of the first ``most`` tokens; None if there are none."""
+        parts = self._layers[number]
+        return torch.cat(parts, 2)[:, :, :most] if parts and most != 0 else None
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens."""
+        self._layers = [[torch.cat(parts, 2)[:, :, :-tokens]] if parts else [] for parts in self._layers]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        self._layers = [[part.index_select(0, rows.to(part.device)) for part in parts] for parts in self._layers]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all queries."""
+        return sum(part.nbytes for parts in self._layers for part in parts)
+
+
+class Looking:
+    """A prompt, or a batch of them, that was read and is held whole until its answer's first tokens are there.
+
+    Parameters
+    ----------
+    session: of the prompt, over; what it asked of each layer is taken over.
+    """
+
+    def __init__(self, session: PrefillSession) -> None:
+        self.session, self.policy = session, session.compression.policy
+        self.heard = Heard(len(session.layers))
+        self._asked, session.asked = session.asked, []
+        self.watch: PassWatch | None = None  # tells the inputs of the next forward pass, for a draft
+        self._prompts: list[PromptInfo] = [selection.bound.prompt for selection in session.selections]
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
+        if self.watch is not None:
+            self.watch.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was heard to choose."""
+        return self.heard.tokens >= self.policy.lookahead
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        numbers = rows.tolist()
+        self.heard.select_rows(rows)
+        self._prompts = [self._prompts[row] for row in numbers]
+        self._asked = [([queries[row] for row in numbers], scale) for queries, scale in self._asked]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the queries that are kept until something is chosen."""
+        return self.heard.held_bytes + sum(each.nbytes for queries, _ in self._asked for each in queries)
+
+    def choose(self, drafted: Heard | None = None) -> Selections:
+        """What stays of each row by the policy's own queries, those heard so far, and those of a draft."""
+        chosen = []
+        for row, prompt in enumerate(self._prompts):
+            selection = self.session.compression.selection(prompt)
+            for number in range(len(self._asked)):
+                selection.observe(self._states(number, row, drafted))
+            chosen.append(selection)
+        return chosen
+
+    def _states(self, number: int, row: int, drafted: Heard | None) -> LayerStates:
+        queries, scale = self._asked[number]
+        states = self.session.states(number, row, queries[row], scale)
+        spoken = self.heard.of(number, self.policy.lookahead)
+        parts = [part for part in (spoken, None if drafted is None else drafted.of(number)) if part is not None]
+        if not parts:
+            return states
+        heard = torch.cat([part[row : row + 1].to(states.keys.device) for part in parts], 2)
+        return replace(states, heard=heard, weight=self.policy.heard)
+
+    def settle(self, chosen: Selections, drafted: Heard | None = None) -> None:
+        """Evict all that was not chosen, layer by layer, and refit and quantize what stays if the policy says so."""
+        session, refitted = self.session, 0
+        session.selections = list(chosen)
+        changed = {at for one in chosen for at, kept in enumerate(one.kept) if kept is not None}
+        for number, layer in enumerate(session.layers):
+            if number not in changed:
+                continue
+            values = self._refitted(number, chosen, drafted) if self.policy.refit else None
+            session.keep(number)
+            if values is not None:
+                layer.replace_values([row for row, _ in values])
+                refitted += sum(used for _, used in values)
+        session.store()
+        if self.policy.refit:
+            heads = sum(layer.keys.shape[1] for layer in session.layers) * len(chosen)
+            session.report.refitted = refitted / heads
+
+    def _refitted(self, number: int, chosen: Selections, drafted: Heard | None) -> list[tuple[Tensor | None, int]]:
+        """Of each row the values ``[Hkv, n, D]`` that take the place of those kept, and in how many heads they differ."""
+        found: list[tuple[Tensor | None, int]] = []
+        for row, selection in enumerate(chosen):
+            kept = selection.kept[number]
+            if kept is None:
+                found.append((None, 0))
+                continue
+            states = self._states(number, row, drafted)
+            own = selection.bound.parts.scorer.answer_queries(states)
+            mine = self.session.own_positions(number, kept)
+            values, used = refit_values(own, states.heard, states.keys, states.values, mine, states.scale, states.weight)
+            found.append((values, int(used.sum())))
+        return found
+
+
+def decide(cache: CompactCache, inputs: Mapping[str, Any] | None = None) -> None:
+    """Choose what stays of a cache whose prompt is still held whole, draft if the policy says so, and evict the rest.
+
+    ``inputs``: those of the forward pass that comes next, from which a draft goes on; without them there is no draft.
+    """
+    looking = cache.looking
+    if looking is None:
+        return
+    session, policy = looking.session, looking.policy
+    report = session.report
+    with session.compressing(looking.held_bytes):
+        chosen, drafted = looking.choose(), None
+    evicts = any(kept is not None for one in chosen for kept in one.kept)
+    if policy.draft and inputs is not None and evicts:
+        for _ in range(policy.rounds):
+            begin = time.perf_counter()
+            trial = compact_copy(cache, chosen)
+            drafted = draft(trial, inputs, policy.draft)
+            report.draft_tokens += policy.draft
+            report.draft_seconds += time.perf_counter() - begin
+            with session.compressing(looking.held_bytes):
+                chosen = looking.choose(drafted)
+    with session.compressing(looking.held_bytes):
+        looking.settle(chosen, drafted)
+    cache.settled(looking)
+
+
+def compact_copy(cache: CompactCache, chosen: Selections) -> CompactCache:
+    """A cache that holds only what was chosen, and hears the queries of what is read into it; ``cache`` stays as it is."""
+    other = type(cache)(cache.model, "full", 1, hold=False)
+    other.resume(other.report)
+    session = cache.looking.session if cache.looking is not None else None
+    if session is None:
+        raise CacheError("nothing is left to choose in this cache")
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, CompactLayer):
+            other.layers[index] = fork_layer(layer)
+            continue
+        number, mine = cache.layer_number(index), copy(layer)
+        mine.pads, mine.positions = list(mine.pads), list(mine.positions)
+        other.layers[index] = mine
+        session.keep(number, chosen, mine)  # copies what stays
+    other.heard = Heard(len(cache.compact_layers))
+    return other
+
+
+@torch.no_grad()
+def draft(trial: CompactCache, inputs: Mapping[str, Any], tokens: int) -> Heard:
+    """Read the inputs of a forward pass and go on with the most likely tokens, ``tokens`` in all; the queries heard."""
+    model, heard = trial.model, trial.heard
+    assert heard is not None
+    mine = cache_argument(model, trial)
+    given = {name: value for name, value in inputs.items() if name not in (*GIVEN, given_cache(dict(inputs))[0])}
+    logits = model(**given, **mine, use_cache=True, logits_to_keep=1).logits[:, -1]
+    places = {name: inputs[name][..., -1:] for name in PLACES if isinstance(inputs.get(name), Tensor)}
+    mask = inputs.get("attention_mask")
+    while heard.tokens < tokens:
+        newest = logits.argmax(-1, keepdim=True)
+        places = {name: value + 1 for name, value in places.items()}
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        logits = model(
+            input_ids=newest.to(mask.device if mask is not None else newest.device),
+            attention_mask=mask, **places, **mine, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+    return heard
+
+
+GIVEN = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "labels")
+PLACES = ("position_ids", "cache_position")
