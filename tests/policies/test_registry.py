@@ -100,7 +100,9 @@ def test_a_finished_policy_passes_through_and_takes_no_options() -> None:
 def test_an_unknown_option_suggests_the_nearest_and_lists_the_options() -> None:
     with pytest.raises(PolicyError, match=r"snapkv has no option 'kernal'\. Did you mean 'kernel'\?") as error:
         policy("snapkv", kernal=5)
-    assert str(error.value).endswith("Options: sinks, observe, quantize, lookahead, draft, rounds, heard, refit, kernel, pooling, group_by")
+    assert str(error.value).endswith(
+        "Options: sinks, observe, quantize, lookahead, draft, rounds, heard, refit, kernel, pooling, group_by"
+    )
     with pytest.raises(PolicyError, match="has no option 'name'"):  # class variables are no options
         policy("snapkv:name=x")
 

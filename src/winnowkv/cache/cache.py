@@ -133,6 +133,8 @@ class CompactCache(LayerStorage):
             layer.keys = layer.values = None
             layer.is_initialized = False
         super().reset()
+        if self.looking is not None:
+            self.looking.close()
         self._forget()
 
     def resume(self, report: Report) -> None:

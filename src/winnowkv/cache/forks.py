@@ -10,6 +10,7 @@ from torch import Tensor
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.looking import check_decided
 from winnowkv.cache.other_layers import fork_layer
 from winnowkv.cache.reports import report_decode
 from winnowkv.errors import CacheError
@@ -22,10 +23,11 @@ def fork(cache: CompactCache) -> CompactCache:
     shared for good). ``held_bytes`` of each counts what it uses, shared or not; :func:`stored_bytes` counts it once.
     The report is a copy, its tokens after the prompt are counted from here on.
 
-    Raises CacheError before a prompt was read.
+    Raises CacheError before a prompt was read, and while it is held whole for its answer's first tokens.
     """
     if cache.session is not None:
         raise CacheError("nothing was read into this cache yet, or not all of it: read a prompt, then fork")
+    check_decided(cache, "fork")
     asked = cache.compression
     settings: dict[str, Any] = {"task": asked.tasks, "decode_budget": cache.decode_budget, "keep": asked.keep}
     other = CompactCache(cache.model, asked.policy, asked.budget, **settings)

@@ -157,6 +157,16 @@ class Looking:
         return found
 
 
+def check_decided(cache: CompactCache, verb: str) -> None:
+    """Raise CacheError if the prompt is still held whole; ``verb``: what is to be done with the cache."""
+    if cache.looking is not None:
+        policy = cache.compression.policy
+        raise CacheError(
+            f"cannot {verb} a cache that still looks: {policy.name} holds the whole prompt until {policy.lookahead} tokens of "
+            "the answer were read and one more comes; go on until then, or leave lookahead and draft out"
+        )
+
+
 def decide(cache: CompactCache, inputs: Mapping[str, Any] | None = None) -> None:
     """Choose what stays of a cache whose prompt is still held whole, draft if the policy says so, and evict the rest.
 

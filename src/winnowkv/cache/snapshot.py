@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.looking import check_decided
 from winnowkv.cache.quantized import Quantized
 from winnowkv.cache.reading import prefill
 from winnowkv.cache.reports import saved_report
@@ -77,15 +78,17 @@ def save_cache(
     Raises
     ------
     CacheError
-        Before the prompt was read, for another model's cache, for layers that are neither full attention nor a sliding window,
-        for tokens that are not those that the cache has seen, for a file that exists, unless ``overwrite`` is set, and for a
-        path that is no regular file or cannot be written. Also for a cache whose report does not count what it holds.
+        Before the prompt was read and while it is held whole (lookahead), for another model's cache, for layers that are
+        neither full attention nor a sliding window, for tokens that are not those that the cache has seen, for a file that
+        exists, unless ``overwrite`` is set, and for a path that is no regular file or cannot be written. Also for a cache whose
+        report does not count what it holds.
     """
     HeadGroup.of(model).check_alone("saving a cache")
     if cache.model is not model:
         raise CacheError("this cache belongs to another model: save it with the model that read it")
     if not cache.report.prompt_tokens:
         raise CacheError("nothing was read into this cache yet: there is nothing to save")
+    check_decided(cache, "save")
     eviction = cache.compact_layers[0].decode_eviction
     if cache.decode_budget is not None and eviction != DecodeEviction():
         raise CacheError(

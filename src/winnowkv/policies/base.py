@@ -274,8 +274,6 @@ class TokenPolicy(Policy):
         self.require("rounds", minimum=1)
         self.require("heard", minimum=0, maximum=1)
         if not self.evicts and (self.lookahead or self.draft or self.refit):
-            raise PolicyError(
-                f"{self.name}: keeps everything, so there is nothing to look for: leave lookahead, draft and refit out"
-            )
+            raise PolicyError(f"{self.name} keeps everything, nothing is chosen: leave lookahead, draft and refit out")
         if self.quantize not in (None, *BITS):
             raise PolicyError(f"{self.name}: quantize={shown(self.quantize)} must be one of {', '.join(BITS)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from winnowkv.types import Indices, Keys, Queries, Values
 
 RIDGE = 0.01  # of the mean diagonal of the normal equations
-HELD_OUT = 4  # every fourth query decides, and is not fitted
+HELD_OUT = 4  # the queries of every fourth token decide, and are not fitted
 
 
 def refit_values(
@@ -25,8 +25,8 @@ def refit_values(
 
     Per KV head, in float32, with ``X`` the attention of the queries over the kept entries and ``Y`` their output over all:
     ``V' = V + X' (X X' + lam I)^-1 (Y - X V)``, which is ``(X'X + lam I)^-1 X' (Y - X V)`` in its dual form; whichever is
-    smaller is solved. A ridge pulls towards the original values. Every fourth query is held out: a head takes the new values
-    only if these queries' output comes closer to ``Y`` with them.
+    smaller is solved. A ridge pulls towards the original values. Every fourth token is held out: a head takes the new values
+    only if the output of its queries comes closer to ``Y`` with them.
     Source: design notes after Attention Matching (arXiv 2602.16284), which fits keys and biases, too.
 
     Parameters
@@ -36,7 +36,7 @@ def refit_values(
     kept: positions that stay, ``[H, n]`` ascending, with -1 in front of a shorter head's.
     weight: share of the heard queries in the sum of squares.
     """
-    kv_heads, count = keys.shape[1], kept.shape[-1]
+    kv_heads, count, group = keys.shape[1], kept.shape[-1], own.shape[1] // keys.shape[1]
     kept = kept.to(keys.device).expand(kv_heads, -1)
     parts = [(own, 1.0 if heard is None else 1 - weight)] + ([] if heard is None else [(heard, weight)])
     fitted = values.new_zeros(kv_heads, count, values.shape[3])
@@ -49,7 +49,7 @@ def refit_values(
         whole = logits.softmax(-1) @ values[0, head].float()
         attention, before = logits[:, columns].softmax(-1), values[0, head, columns].float()
         missing = whole - attention @ before
-        held = torch.arange(len(asking), device=keys.device) % HELD_OUT == HELD_OUT - 1
+        held = torch.arange(len(asking), device=keys.device) // group % HELD_OUT == HELD_OUT - 1
         change = ridge(attention[~held] * weights[~held, None], missing[~held] * weights[~held, None])
         after = missing[held] - attention[held] @ change
         better = (after.square().sum(-1) * weights[held].square()).sum() < (
