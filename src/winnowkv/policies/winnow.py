@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from winnowkv.errors import ProfileError
@@ -39,6 +39,7 @@ class Winnow(Expected):
     Without a profile the heads that attend most to one span of this prompt stand in, and all is held until the last layer
     has voted; without the prompt's structure (:func:`winnowkv.read_structure`) spans are 16 tokens and the question is the
     last ``observe``. ``observe="context"``: no question is known yet, so that all goes as ``expected``.
+    With ``lookahead`` or ``draft`` the sentences' share is what ``heard`` leaves of it: who was heard says where to look.
     """
 
     name: ClassVar[str] = "winnow"
@@ -75,6 +76,17 @@ class Winnow(Expected):
     def blind(self) -> Expected:
         """What is left of the policy if no question is known."""
         return Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize)
+
+    @property
+    def beside_heard(self) -> Winnow:
+        """The policy with what its sentences get beside heard queries: these have their share of the evidence.
+
+        Nothing waits for heads then, since the whole prompt is held anyway.
+        """
+        if not self.looks:
+            return self
+        left = 1 - self.heard if self.lookahead or self.draft else 1
+        return replace(self, share=self.share * left, least=int(self.least * left), progressive=False)
 
     def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
         """Raise ProfileError for a profile that was asked for and does not serve the model."""
@@ -124,7 +136,7 @@ class Winnow(Expected):
         heads = None if profile is None else tuple(
             profile.strong_heads() if self.heads is None else profile.top_heads(self.heads)
         )  # fmt: skip
-        allocator = SentenceAllocator(prompt, always=self.sinks + recent, options=self, heads=heads)
+        allocator = SentenceAllocator(prompt, always=self.sinks + recent, options=self.beside_heard, heads=heads)
         longest = self.longest if structure is prompt.task.structure else min(SPAN_WIDTH, self.longest)
         shared = SentenceVotes(
             structure, longest, self.sinks, self.top, profile, heads, self.heads or GUESSED_HEADS, allocator.sentence_room
