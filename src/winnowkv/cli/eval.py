@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TASKS, DEFAULT_POLICIES = "longbench", "full,winnow,snapkv"
 DEFAULT_OUT = Path("winnow-out")
+GROUP_NAMES = "longbench, babilong, ruler, ruler13, longeval"
 
 
 class RayCommand(TyperCommand):
@@ -57,7 +58,7 @@ class RayCommand(TyperCommand):
 def evaluate(
     tasks: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated tasks or groups: longbench, babilong, ruler, longeval. Default: {DEFAULT_TASKS}."),
+        typer.Option(help=f"Comma-separated tasks or groups ({GROUP_NAMES}). Default: {DEFAULT_TASKS}."),
     ] = None,
     policies: Annotated[str | None, typer.Option(help=f"{POLICIES_HELP}. Default: {DEFAULT_POLICIES}.")] = None,
     budgets: Annotated[str | None, typer.Option(help=f"{BUDGETS_HELP}. Default: {DEFAULT_BUDGETS}.")] = None,
@@ -295,7 +296,7 @@ def show_plans(recipe: Recipe | None, plans: Sequence[dict[str, Any]], as_json: 
             say(f"{name}: {text}")
     for plan in plans:
         counts = list(plan["rows"].values())
-        rows = "rows of the hub" if None in counts else f"{sum(counts)} rows"
+        rows = "rows of the hub, or made by lm-eval," if None in counts else f"{sum(counts)} rows"
         facts = plan["facts"]
         shape = f", {facts['layers']} layers x {facts['kv_heads']} KV heads of {facts['head_size']}" if facts else ""
         checked = ", as its config says" if plan["compared_with_config"] else ""

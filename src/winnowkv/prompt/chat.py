@@ -43,11 +43,14 @@ def encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     return apply_template(tokenizer, user_message(text)) if chat else tokenizer(text).input_ids
 
 
-def render(tokenizer: Any, text: str) -> str:
-    """The chat template around one user message, as text. Raises InputError for a tokenizer without a template."""
+def render(tokenizer: Any, text: str, **options: Any) -> str:
+    """The chat template around one user message, as text; ``options`` are the template's own.
+
+    Raises InputError for a tokenizer without a template.
+    """
     if not tokenizer.chat_template:
         raise InputError("this model's tokenizer has no chat template: use --no-chat")
-    return tokenizer.apply_chat_template(user_message(text), add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(user_message(text), add_generation_prompt=True, tokenize=False, **options)
 
 
 def user_message(text: str) -> list[dict[str, Any]]:
@@ -72,12 +75,12 @@ def token_ids(tokenizer: Any, prompt: AnyPrompt) -> list[int]:
     return apply_template(tokenizer, parts, "give the prompt as text")
 
 
-def template_ends(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before a user's message and after it.
+def template_ends(tokenizer: Any, **options: Any) -> tuple[str, str]:
+    """What the chat template puts before a user's message and after it; ``options`` are the template's own.
 
     Raises InputError for a tokenizer without a template, or with one that changes or repeats the message.
     """
-    head, found, tail = render(tokenizer, PLACEHOLDER).partition(PLACEHOLDER)
+    head, found, tail = render(tokenizer, PLACEHOLDER, **options).partition(PLACEHOLDER)
     if not found or PLACEHOLDER in tail:
         raise InputError("this model's chat template changes or repeats the user's message: use --no-chat")
     return head, tail

@@ -9,6 +9,7 @@ import yaml
 import winnowkv as wk
 from support.evaluation import write_model, write_rows
 from support.paths import ROOT
+from winnowkv.budget import Budget
 from winnowkv.evaluate.tasks.recipes import SMOLLM2_135M, Facts, read_recipe
 from winnowkv.models import load as models
 
@@ -54,7 +55,7 @@ def test_every_recipe_of_the_repository_dry_runs(winnow, file):
         full, *budgets = plan["sizes"]
         facts = plan["facts"]
         assert full["bytes"] == 4 * facts["layers"] * facts["kv_heads"] * facts["head_size"] * plan["context"]
-        assert [size["entries"] for size in budgets] == plan["budgets"]
+        assert [size["entries"] for size in budgets] == [Budget.of(one).entries(plan["context"]) for one in plan["budgets"]]
         assert full["entries"] == plan["context"] <= facts["positions"]
     code, out, _ = winnow("eval", "--recipe", file, "--dry-run")
     assert code == 0

@@ -8,6 +8,8 @@ cut before the chat template is put around it; few-shot and code tasks get no te
 ``context-only``: the same token ids, cut the same way, but only the text before the question is
 compressed, so that the question cannot decide what is kept. A token that covers the end of the context
 and the beginning of the question counts as part of the question.
+
+If a task gives the answer's first words (RULER), they follow the chat template, or the raw prompt and a space.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ def encode_row(row: Row, task: EvalTask, tokenizer: Any, protocol: str, limit: i
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r} is unknown: it is one of {', '.join(PROTOCOLS)}")
     templated = chat and task.chat
-    head, tail = template_ends(tokenizer) if templated else ("", "")
+    # An answer that the task begins leaves no room for thinking before it.
+    options = {"enable_thinking": False} if row.prefix else {}
+    head, tail = template_ends(tokenizer, **options) if templated else ("", " " if row.prefix else "")
+    tail += row.prefix
     prompt, question = row.prompt, len(row.before + row.context)
     ids, spans = tokenize(tokenizer, head + prompt + tail, special=not templated)
     whole = len(ids)

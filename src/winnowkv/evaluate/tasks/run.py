@@ -55,10 +55,11 @@ class Evaluation:
     ----------
     tasks, policies, budgets: as the user wrote them (``longbench``, ``snapkv:observe=16``, ``0.12``).
     protocol: ``official`` or ``context-only``.
-    max_context: most prompt tokens; longer prompts are truncated by protocol. None: the model's limit.
+    max_context: most prompt tokens; longer prompts are truncated by protocol. None: the model's limit. Rows that are made
+        (RULER's 13 tasks) are made for this length instead, answer included; None: for 4096 tokens.
     batch: rows of a task whose answers are decoded together; as many full caches are held at once.
     limit: most rows of each task; the first ones, or drawn with ``seed`` if that is not 0.
-    data: folder of local rows; None reads rows from the hub.
+    data: folder of local rows; None reads rows from the hub. Rows that are made come from neither.
     """
 
     tasks: tuple[str, ...]
@@ -89,7 +90,7 @@ class Evaluation:
     def rows(self) -> list[tuple[EvalTask, Row]]:
         """Every row of every task, limited. Raises InputError for broken or missing data."""
         found = []
-        for task in find_tasks(self.tasks):
+        for task in (one.for_model(self.model, self.max_context) for one in find_tasks(self.tasks)):
             rows = task.rows(Path(self.data) if self.data else None)
             if self.limit is not None and self.limit < len(rows):
                 rows = random.Random(self.seed).sample(rows, self.limit) if self.seed else rows[: self.limit]
@@ -173,7 +174,8 @@ class Worker:
 
     def read(self, task: EvalTask, work: Work) -> Read:
         """Read a row's prompt once, and compress it by each setting."""
-        limit = self.limit(task.max_new_tokens)
+        most = None if task.sized else self.asked.max_context
+        limit = prompt_limit(self.model, task.max_new_tokens, most)
         encoded = encode_row(work.row, task, self.tokenizer, self.asked.protocol, limit, self.chat)
         context, question = encoded.ids[: encoded.context_end], tuple(encoded.ids[encoded.context_end :])
         # A text that is compressed without its question is classified without it, too.

@@ -4,7 +4,8 @@ A prompt is ``before + context + after``: the context is what may be compressed 
 question is known, and the question is in ``after``. LongBench's and BABILong's prompts and metrics
 are read from the installed lm-eval; what departs from the authors' is corrected
 (:data:`CORRECTIONS`, :func:`code_similarity`, :attr:`EvalTask.first_line`); RULER's metric is
-lm-eval's too; LongEval, which lm-eval does not have, is scored as its authors do.
+lm-eval's too, and so are the rows of its 13 tasks (:mod:`ruler`); LongEval, which lm-eval does not
+have, is scored as its authors do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +36,11 @@ LOCALIZATION = (
 AGGREGATION = ("gov_report", "qmsum", "multi_news", "trec", "samsum", "passage_count", "lcc", "repobench-p")
 FIRST_LINE = ("trec", "triviaqa", "samsum")
 CODE = ("lcc", "repobench-p")
+# RULER's tasks by lm-eval's files, whose rows lm-eval makes.
+RULER_TASKS = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multiquery", "niah_multivalue", "vt", "cwe", "fwe", "qa_squad", "qa_hotpot",
+)  # fmt: skip
 # Ends of prompts in lm-eval 0.4.13 that differ from LongBench's dataset2prompt.json: wrong, right.
 CORRECTIONS: Mapping[str, tuple[str, str]] = {
     "triviaqa": (f"{CONTEXT}\n{QUESTION}", f"{CONTEXT}\n\n{QUESTION}"),  # the blank line before the question is lost
@@ -64,10 +70,11 @@ class Row:
     after: str
     answers: tuple[str, ...]
     doc: Doc
+    prefix: str = ""  # the answer's first words, if the task gives them
 
     @property
     def prompt(self) -> str:
-        """The whole prompt, without a chat template."""
+        """The whole prompt, without a chat template and without the answer's first words."""
         return self.before + self.context + self.after
 
 
@@ -96,16 +103,25 @@ class EvalTask(ABC):
     first_line: bool = False
     fields: ClassVar[Mapping[str, str]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}
+    sized: ClassVar[bool] = False  # rows are made as long as prompts may be, and so are not cut
+
+    def for_model(self, model: str, max_context: int | None) -> EvalTask:
+        """The task for a model, if its rows depend on the tokenizer and on how long prompts may be."""
+        return self
 
     def rows(self, data: Path | None, limit: int | None = None) -> list[Row]:
         """The first ``limit`` rows (None: all) from a data folder, or from the hub if ``data`` is None.
 
         Raises InputError with file and line for a broken row, and if no rows can be read.
         """
-        docs = list(self.hub() if data is None else json_rows(data / self.file, self.name, "; --data is the folder above"))
+        docs = list(self.docs(data))
         for where, doc in docs:
             self.check(doc, where)
         return [self.row(number, doc) for number, doc in enumerate(self.ordered([doc for _, doc in docs])[:limit])]
+
+    def docs(self, data: Path | None) -> Iterable[tuple[str, Doc]]:
+        """Every row as it is read, each with its place in words for error messages."""
+        return self.hub() if data is None else json_rows(data / self.file, self.name, "; --data is the folder above")
 
     def check(self, doc: Doc, where: str) -> None:
         """Raise InputError for a row that lacks a field."""
@@ -263,30 +279,6 @@ class Babilong(EvalTask):
 
 
 @dataclass(frozen=True)
-class Ruler(EvalTask):
-    """A RULER task (arXiv 2404.06654) with rows from a file. No chat template: the prompt itself begins the answer."""
-
-    fields: ClassVar = {"input": "a text that is not empty", "outputs": "a list of texts"}
-
-    @classmethod
-    def make(cls, stem: str) -> Ruler:
-        """The task of a file."""
-        tokens = definition("ruler/niah_single_1.yaml", functions=False)["generation_kwargs"]["max_gen_toks"]
-        return cls(f"ruler_{stem}", f"ruler/{stem}.jsonl", "localization", "string_match_all", tokens, chat=False)
-
-    def row(self, number: int, doc: Doc) -> Row:
-        """The row's prompt; its last line is the question."""
-        context, after = last_line(doc["input"])
-        return Row(self.name, str(doc.get("index", number)), "", context, after, tuple(doc["outputs"]), doc)
-
-    def judge(self, doc: Doc, answer: str) -> float:
-        """The share of the wanted strings that are in the answer."""
-        from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
-
-        return string_match_all(postprocess_pred([answer]), [doc["outputs"]])
-
-
-@dataclass(frozen=True)
 class LongEval(EvalTask):
     """LongEval's line retrieval (LongChat, 2023): the first number of the answer must be the right one."""
 
@@ -317,10 +309,18 @@ class LongEval(EvalTask):
         return re.search(r"\d\D", prediction) is not None
 
 
+def ruler(stem: str, *, made: bool) -> EvalTask:
+    """A RULER task with rows that lm-eval makes, or with rows from a file."""
+    from winnowkv.evaluate.tasks.ruler import MadeRuler, Ruler
+
+    return (MadeRuler if made else Ruler).make(stem)
+
+
 GROUPS: Mapping[str, Mapping[str, Callable[[], EvalTask]]] = {
     "longbench": {f"longbench_{dataset}": partial(LongBench.make, dataset) for dataset in (*LOCALIZATION, *AGGREGATION)},
     "babilong": {f"babilong_{length}": partial(Babilong.make, length) for length in ("1k", "2k")},
-    "ruler": {f"ruler_{stem}": partial(Ruler.make, stem) for stem in ("niah_multikey_3_4096",)},
+    "ruler": {f"ruler_{stem}": partial(ruler, stem, made=False) for stem in ("niah_multikey_3_4096",)},
+    "ruler13": {f"ruler_{stem}": partial(ruler, stem, made=True) for stem in RULER_TASKS},
     "longeval": {f"longeval_{stem}": partial(LongEval.make, stem) for stem in ("lines_200",)},
 }
 MAKERS = {name: maker for makers in GROUPS.values() for name, maker in makers.items()}
@@ -378,5 +378,5 @@ def last_line(prompt: str) -> tuple[str, str]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another package's error message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of another package's error message; nltk puts a line of stars above it."""
+    return (str(error).strip("* \n").splitlines() or [type(error).__name__])[0]
