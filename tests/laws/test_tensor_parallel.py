@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 import winnowkv as wk
 from support.auto import profile_file
-from support.cases import CASES, QUANTIZED
+from support.cases import CASES, EVICTING, QUANTIZED
+from support.looking import looking
 from support.models import built
 from support.processes import PROCESSES, heads_kept, in_processes, outcome
 from winnowkv.models.curve import Curve
 
 KV_HEADS = 2
+LOOKING = "lookahead=2:draft=2:refit=true"  # decided before the last of the few tokens
 EVERY = [*CASES, *QUANTIZED]
 STORAGE = ("held_bytes", "peak_bytes")  # of a report
 
@@ -26,7 +28,7 @@ def test_processes_that_share_heads_keep_what_one_process_keeps(tmp_path: Path) 
     models = {"llama": built("llama"), "qwen2": built("qwen2")}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    ways = {str(case): {"settings": case.settings} for case in EVERY}
+    ways = {str(case): {"settings": case.settings} for case in [*EVERY, *(looking(each, LOOKING) for each in EVICTING[::3])]}
     every = {"qwen2": dict(list(ways.items())[1::9]), "llama": {**ways, **other_ways(models["llama"], tmp_path)}}
     shared = in_processes(tmp_path, {name: list(jobs.values()) for name, jobs in every.items()})
     assert len(shared) == PROCESSES

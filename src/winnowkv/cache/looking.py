@@ -139,6 +139,7 @@ class Looking:
         session.store()
         if self.policy.refit:
             heads = sum(layer.keys.shape[1] for layer in session.layers) * len(chosen)
+            refitted, heads = session.of_all_processes([refitted, heads])
             session.report.refitted = refitted / heads
 
     def _refitted(self, number: int, chosen: Selections, drafted: Heard | None) -> list[tuple[Tensor | None, int]]:

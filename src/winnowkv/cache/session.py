@@ -18,7 +18,7 @@ from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.chunked import ChunkedPrompt, cut
 from winnowkv.cache.compression import Compression, naming_row
 from winnowkv.cache.layer import CompactLayer
-from winnowkv.cache.reports import report_prefill
+from winnowkv.cache.reports import added, report_prefill
 from winnowkv.cache.selection import PromptSelection
 from winnowkv.cache.stopwatch import Stopwatch
 from winnowkv.errors import CacheError, InputError
@@ -87,7 +87,7 @@ class PrefillSession:
         self._projections: Sequence[nn.Module | None] | None = None
         self._ask_projections = projections
         self._chunked: ChunkedPrompt | None = None
-        self._started = 0.0
+        self._started, self._peak = 0.0, 0  # the most bytes held in this process
         self._compressing = Stopwatch()
 
     def begin(self) -> None:
@@ -272,7 +272,7 @@ class PrefillSession:
         return made
 
     def _note_peak(self, beside: int = 0) -> None:
-        self.report.peak_bytes = max(self.report.peak_bytes, sum(layer.held_bytes for layer in self.layers) + beside)
+        self._peak = max(self._peak, sum(layer.held_bytes for layer in self.layers) + beside)
 
     @contextmanager
     def compressing(self, held_bytes: int) -> Iterator[None]:
@@ -281,6 +281,13 @@ class PrefillSession:
         with self._compressing.running(self.layers[0].keys.device):
             yield
 
+    def of_all_processes(self, numbers: list[int]) -> list[int]:
+        """Each number, summed over the processes that share the model's heads."""
+        return added(numbers, self._all_heads(), self.layers[0].keys.device)
+
+    def _all_heads(self) -> HeadGroup:
+        return max((self._heads(number) for number in range(len(self.layers))), key=lambda group: group.size)
+
     def report_settled(self) -> None:
         """Fill the report anew, when what stays was decided after the prompt was read."""
         self._finish(self.report.prefill_seconds)
@@ -288,8 +295,8 @@ class PrefillSession:
     def _finish(self, seconds: float) -> None:
         notes = [self._chunked.sizes.note] if self._chunked is not None else []
         clock = {"seconds": seconds, "compress_seconds": self._compressing.seconds}
-        heads = max((self._heads(number) for number in range(len(self.layers))), key=lambda group: group.size)
-        report_prefill(self.report, self.layers, self.selections, heads, notes=notes, **clock)
+        self.report.peak_bytes = self._peak
+        report_prefill(self.report, self.layers, self.selections, self._all_heads(), notes=notes, **clock)
         for layer in self.layers:
             layer.room = 0
 

@@ -134,7 +134,8 @@ class Scorer:
         the layer, which stays that of the policy's own: budgets of layers are still by these.
         """
         assert states.heard is not None
-        heads = states.keys.shape[1] if scores.shape[1] <= states.keys.shape[1] else states.queries.shape[1]
+        by_query = scores.shape[1] > states.kv_heads * states.heads.size
+        heads = states.heard.shape[1] if by_query else states.kv_heads
         attention = heard_attention(states.heard, states.keys, states.scale, scores.shape[-1], heads, states.heads)
         if scores.shape[1] == 1:
             attention = attention.mean(1, keepdim=True)
