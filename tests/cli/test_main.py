@@ -28,7 +28,7 @@ def test_policies_as_json(winnow):
     rows = {row["policy"]: row for row in json.loads(out)["policies"]}
     assert code == 0
     assert set(rows) == set(names())
-    assert rows["windowkv"]["options"]["group"] == 6
+    assert rows["windowkv"]["options"]["sure"] == 0.75
 
 
 def test_policies_say_what_each_is_for_and_which_is_the_default(winnow):
@@ -46,7 +46,7 @@ def test_a_named_policy_is_shown_with_options_and_source(winnow):
     code, out, _ = winnow("policies", "windowkv")
     assert code == 0
     assert "2503.17922" in out
-    assert "group=6" in out
+    assert "sure=0.75" in out
     assert [row["policy"] for row in json.loads(winnow("policies", "windowkv", "full", "--json")[1])["policies"]] == [
         "windowkv",
         "full",

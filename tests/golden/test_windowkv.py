@@ -34,8 +34,9 @@ def repo_policy(case: Case) -> Any:
 
 def with_numbers(made: Any, case: Case) -> Any:
     """The policy with the preset's numbers for its task as options."""
-    observe, window, top = made.numbers(case.prompt(case["n"]))
-    return replace(made, observe=observe, window=window, top=top)
+    prompt = case.prompt(case["n"])
+    review = made.review(prompt)
+    return replace(made, observe=made.observation_window(prompt), window=review.window, top=review.top)
 
 
 def leader(case: Case, ours: Policy, layer: int) -> int:

@@ -101,7 +101,7 @@ def test_an_unknown_option_suggests_the_nearest_and_lists_the_options() -> None:
     with pytest.raises(PolicyError, match=r"snapkv has no option 'kernal'\. Did you mean 'kernel'\?") as error:
         policy("snapkv", kernal=5)
     assert str(error.value).endswith(
-        "Options: sinks, observe, quantize, lookahead, draft, rounds, heard, refit, kernel, pooling, group_by"
+        "Options: sinks, observe, quantize, lookahead, draft, rounds, heard, refit, preset, kernel, pooling, group_by"
     )
     with pytest.raises(PolicyError, match="has no option 'name'"):  # class variables are no options
         policy("snapkv:name=x")

@@ -43,6 +43,7 @@ CASES = [
     Case("streaming:sinks=2"),
     Case("snapkv:observe=8:kernel=3"),
     Case("snapkv:observe=4:kernel=5:pooling=avg:group_by=max:sinks=3"),
+    Case("snapkv:observe=question", budget=40),  # no structure: the paper's window
     Case("pyramidkv:observe=4:kernel=3:slope=5"),
     Case("pyramidkv:observe=4:sinks=2"),
     Case("dynamickv:observe=4:kernel=3:every=2:ceiling=2"),
@@ -51,6 +52,7 @@ CASES = [
     Case("h2o:recent=0.3:sinks=2:observe=3:group_by=max"),
     Case("tova"),
     Case("tova:sinks=2:observe=3"),
+    Case("cake:preset=paper", budget=40),
     Case("cake:observe=4:kernel=3"),
     Case("cake:observe=8:sinks=2:tau1=0.5:tau2=2"),
     Case("adakv:of=snapkv:observe=4:kernel=3"),

@@ -45,7 +45,7 @@ def described(name: str) -> dict[str, Any]:
     options = {option: shown(getattr(made, option)) for option in in_order}
     return {
         "policy": name, "default": name == DEFAULT_POLICY, "purpose": kind.purpose or kind.scope, "scope": kind.scope,
-        "source": kind.source, "options": options,
+        "source": kind.source, "looks_from": getattr(made, "looks_from", None), "options": options,
     }  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def show_options(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         say(f"{row['policy']}{' (the default)' if row['default'] else ''}: {row['purpose']}", indent=2)
         say(f"  keeps: {row['scope']}", indent=9)
+        if row["looks_from"]:
+            say(f"  looks from: {row['looks_from']}", indent=14)
         say(f"  source: {row['source']}", indent=10)
         listed = " ".join(f"{key}={'-' if value is None else value}" for key, value in row["options"].items())
         say(f"  options and defaults: {listed or 'none'}", indent=4)

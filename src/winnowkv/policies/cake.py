@@ -10,6 +10,7 @@ import torch
 
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.cascade import CascadeAllocator
+from winnowkv.policies.observation import WindowScorer
 from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.scoring.allocate import apportion
@@ -34,6 +35,8 @@ class CAKE(SnapKV):
     scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's attention"
     purpose: ClassVar[str] = "summaries and other prompts in which much of the text matters"
 
+    fewest: ClassVar[int] = 2  # one query has no variance
+
     kernel: int = 5
     pooling: PoolKind = "avg"
     group_by: GroupKind = "max"
@@ -43,22 +46,22 @@ class CAKE(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("observe", minimum=2)  # one query has no variance
         self.require("gamma", minimum=0)
         self.require("tau1", minimum=0.01)
         self.require("tau2", minimum=0.01)
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By mean and variance of the window's attention."""
-        return MomentScorer(prompt.tokens, self.observe, options=self)
+        window = self.observed(prompt)
+        return MomentScorer(prompt.tokens, window.size, tail=window.tail, options=self)
 
     def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
         """By the layers' preferences."""
-        return PreferenceAllocator(prompt, window=self.observe, sinks=self.sinks)
+        return PreferenceAllocator(prompt, recent=self.observed(prompt).recent, sinks=self.sinks)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentScorer(Scorer):
+class MomentScorer(WindowScorer):
     """Mean plus ``gamma`` times the variance of the observation window's attention."""
 
     options: CAKE
@@ -66,8 +69,9 @@ class MomentScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """Mean plus variance, pooled, ``[1, Hkv, C]``; scaled so that their sum is the layer's preference."""
+        states = self.seen(states)
         asked, window = self.options, states.queries.shape[2]
-        mean, square, entropy = moments(states.queries, states.keys, states.scale, self.tokens - window, causal=True)
+        mean, square, entropy = moments(states.queries, states.keys, states.scale, self.tokens - self.window, causal=True)
         variance = (square - mean.square()).clamp_(min=0) * (window / (window - 1))
         entropy, spread = states.heads.total(torch.stack([entropy, variance.sum()]))
         preference = entropy ** (1 / asked.tau1) * spread ** (1 / asked.tau2)
@@ -79,14 +83,14 @@ class MomentScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceAllocator(CascadeAllocator):
-    """In proportion to the sums of the layers' scores, which are their preferences."""
+    """In proportion to the sums of the layers' scores, which are their preferences; ``recent`` entries on top."""
 
-    window: int
+    recent: int
     sinks: int
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
         """The sum is exact once all layers are there."""
-        caps = [int(entries) - self.window for entries in held]
-        total = min((self.prompt.budget - self.window) * self.prompt.layers, sum(caps))
+        caps = [int(entries) - self.recent for entries in held]
+        total = min((self.prompt.budget - self.recent) * self.prompt.layers, sum(caps))
         context = apportion(totals(scores), total, caps, [self.sinks] * len(caps))
-        return [entries + self.window for entries in context]
+        return [entries + self.recent for entries in context]

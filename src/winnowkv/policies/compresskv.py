@@ -10,6 +10,7 @@ from winnowkv.errors import PolicyError
 from winnowkv.files import shown
 from winnowkv.models.calibration import CalibrationProfile, choose_heads, find_profile
 from winnowkv.models.info import ModelInfo
+from winnowkv.policies.observation import WindowScorer
 from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer
 from winnowkv.policies.snapkv import SnapKV
 from winnowkv.prompt.task import TaskProfile
@@ -36,7 +37,8 @@ class CompressKV(SnapKV):
     purpose: ClassVar[str] = "one fact in a long text, with a profile; all heads keep alike"
     needs_profile: ClassVar[bool] = True
 
-    observe: int = 8
+    published: ClassVar[int] = 8
+
     kernel: int = 5
     pooling: PoolKind = "avg"
     profile: str | CalibrationProfile | None = None
@@ -70,18 +72,20 @@ class CompressKV(SnapKV):
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By the chosen heads."""
-        return ChosenHeadsScorer(prompt.tokens, self.observe, options=self, profile=self.read_profile(model))
+        window, profile = self.observed(prompt), self.read_profile(model)
+        return ChosenHeadsScorer(prompt.tokens, window.size, tail=window.tail, options=self, profile=profile)
 
     def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
         """By the layers' eviction errors, or the same for all."""
         profile = self.read_profile(model)
-        return Allocator(prompt) if self.budgets == "uniform" or profile is None else ErrorAllocator(
-            prompt, options=self, errors=profile.errors
-        )  # fmt: skip
+        if self.budgets == "uniform" or profile is None:
+            return Allocator(prompt)
+        always = self.sinks + self.observed(prompt).recent
+        return ErrorAllocator(prompt, always=always, options=self, errors=profile.errors)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenHeadsScorer(Scorer):
+class ChosenHeadsScorer(WindowScorer):
     """Attention of a few query heads of each layer."""
 
     options: CompressKV
@@ -90,6 +94,7 @@ class ChosenHeadsScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """Mean over the chosen heads after pooling, ``[1, 1, C]``, or ``[1, Hkv, C]`` for ``per-kv-head``."""
+        states = self.seen(states)
         asked, group = self.options, states.queries.shape[1] // states.kv_heads
         kv_heads = states.kv_heads * states.heads.size
         heads = choose_heads(asked.heads, self.profile, states.layer, asked.heads_per_layer, kv_heads * group, asked.seed)
@@ -102,13 +107,14 @@ class ChosenHeadsScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorAllocator(Allocator):
-    """Layers by their share in the measured eviction ``errors``."""
+    """Layers by their share in the measured eviction ``errors``, none below what it ``always`` keeps."""
 
+    always: int
     options: CompressKV
     errors: tuple[float, ...]
 
     def prefill_limits(self) -> list[int]:
         """``least`` entries each, the rest by error, none above ``most`` times the mean."""
         asked, prompt = self.options, self.prompt
-        safe = max(min(asked.least, prompt.budget), asked.sinks + asked.observe)
+        safe = max(min(asked.least, prompt.budget), self.always)
         return list(weighted(self.errors, prompt.budget, safe, min(int(asked.most * prompt.budget), prompt.tokens)))

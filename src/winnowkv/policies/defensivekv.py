@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.adakv import AdaptiveHeads
-from winnowkv.policies.base import TokenPolicy
-from winnowkv.policies.parts import Allocator, LayerStates, Parts, PromptInfo, Scorer
+from winnowkv.policies.observation import WindowPolicy, WindowScorer
+from winnowkv.policies.parts import Allocator, LayerStates, Parts, PromptInfo
 from winnowkv.scoring.attention import worst_case_attention
 from winnowkv.scoring.values import projected_norms
 from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefensiveKV(TokenPolicy):
+class DefensiveKV(WindowPolicy):
     """The most attention that a query of the window pays, at least the mean over tokens, times ``|W_O v|`` (arXiv 2510.13334).
 
     The norm counts as a KV head's share of all heads' at the same token, as in the authors' code. All heads of a layer
@@ -31,22 +31,24 @@ class DefensiveKV(TokenPolicy):
     own_selector: ClassVar[bool] = True
     needs_projection: ClassVar[bool] = True
 
-    observe: int = 32
+    published: ClassVar[int] = 32
+
     kernel: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("observe", "kernel"):
-            self.require(option, minimum=1, odd=option == "kernel")
+        self.require("kernel", minimum=1, odd=True)
 
     def parts(self, model: ModelInfo, prompt: PromptInfo) -> Parts:
         """The worst case scores, one top-k over all heads selects."""
-        scorer = DefensiveScorer(prompt.tokens, self.observe, kernel=self.kernel)
-        return Parts(scorer, Allocator(prompt), AdaptiveHeads(prompt.tokens, self.observe, self.sinks, floor=0.0))
+        window = self.observed(prompt)
+        scorer = DefensiveScorer(prompt.tokens, window.size, tail=window.tail, kernel=self.kernel)
+        selector = AdaptiveHeads(prompt.tokens, window.size, self.sinks, window.recent, floor=0.0)
+        return Parts(scorer, Allocator(prompt), selector)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefensiveScorer(Scorer):
+class DefensiveScorer(WindowScorer):
     """Maximum over window and group, bounded from below by its mean, times the head's share of the projected values' norms."""
 
     kernel: int
@@ -54,8 +56,8 @@ class DefensiveScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """``[1, Hkv, C]``."""
+        states, context = self.seen(states), self.tokens - self.window
         assert states.projection is not None
-        context = self.tokens - self.window
         worst = worst_case_attention(states.queries, states.keys, states.scale, context, self.kernel)
         norms = states.heads.whole(projected_norms(states.values, states.projection)[..., :context])
         return states.heads.whole(worst) * (norms / norms.sum(1, keepdim=True).clamp(min=1e-30))

@@ -34,7 +34,8 @@ class DynamicKV(SnapKV):
     scope: ClassVar[str] = "tokens per KV head, budgets over layers by this prompt's scores"
     purpose: ClassVar[str] = "prompts whose layers differ; the whole cache is held meanwhile"
 
-    observe: int = 8
+    published: ClassVar[int] = 8
+
     pooling: PoolKind = "avg"
     every: int = 4
     ceiling: float = 10.0
@@ -48,20 +49,21 @@ class DynamicKV(SnapKV):
 
     def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
         """Progressively, by a global top-k."""
-        return GlobalTopK(prompt, options=self)
+        return GlobalTopK(prompt, recent=self.observed(prompt).recent, options=self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalTopK(Allocator):
-    """A layer's share of the best scores of all layers read so far is its share of their budget."""
+    """A layer's share of the best scores of all layers read so far is its share of their budget, above ``recent`` each."""
 
+    recent: int
     options: DynamicKV
 
     def prefill_limits(self) -> list[int]:
         """``ceiling`` times the mean context budget, as far as the prompt has it."""
-        prompt, window = self.prompt, self.options.observe
-        most = int(self.options.ceiling * (prompt.budget - window))
-        return [min(most + window, prompt.tokens)] * prompt.layers
+        prompt, recent = self.prompt, self.recent
+        most = int(self.options.ceiling * (prompt.budget - recent))
+        return [min(most + recent, prompt.tokens)] * prompt.layers
 
     def shrink(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
         """At every ``every``-th layer the layers read so far share their part of the budget."""
@@ -70,11 +72,10 @@ class GlobalTopK(Allocator):
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
         """Shares of one global top-k over the layers read; the sum is exact."""
-        window = self.options.observe
-        mean = self.prompt.budget - window
+        mean = self.prompt.budget - self.recent
         total = mean * len(scores)
         winners = global_top_k(scores, total * scores[0].shape[1])
-        caps = [int(entries) - window for entries in held]
+        caps = [int(entries) - self.recent for entries in held]
         least = max(self.options.sinks, int(min(self.options.floor, 1.0) * mean))
         context = apportion(winners, total, caps, [min(least, cap) for cap in caps])
-        return [entries + window for entries in context]
+        return [entries + self.recent for entries in context]

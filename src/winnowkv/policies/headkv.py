@@ -54,30 +54,33 @@ class HeadKV(SnapKV):
             return []
         profile = find_profile(self.profile, model)
         weights = tuple(w**self.temperature for w in profile.kv_weights(self.heads))
-        mean, cap = prompt.budget - self.observe, prompt.tokens - self.observe
+        window = self.observed(prompt)
+        mean, cap = prompt.budget - window.recent, prompt.tokens - window.size
         safe = max(mean - int(mean / self.beta), self.sinks)
         flat, heads = weighted(weights, mean, safe, cap), profile.model_info.kv_heads
         return [flat[at : at + heads] for at in range(0, len(flat), heads)]
 
     def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
         """By head importance."""
-        return HeadAllocator(prompt, window=self.observe, budgets=self.budgets(model, prompt))
+        return HeadAllocator(prompt, recent=self.observed(prompt).recent, budgets=self.budgets(model, prompt))
 
     def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
         """As many tokens of each head as it was given."""
-        return HeadSelector(prompt.tokens, self.observe, self.sinks, budgets=self.budgets(model, prompt))
+        window = self.observed(prompt)
+        budgets = self.budgets(model, prompt)
+        return HeadSelector(prompt.tokens, window.size, self.sinks, window.recent, budgets=budgets)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadAllocator(Allocator):
-    """Every head has its own budget: ``budgets`` are context entries by layer and KV head."""
+    """Every head has its own budget: ``budgets`` are context entries by layer and KV head, above ``recent`` ones."""
 
-    window: int
+    recent: int
     budgets: list[tuple[int, ...]]
 
     def prefill_limits(self) -> list[Entries]:
         """The mean over a layer's heads; a fraction if they do not divide."""
-        return [Fraction(sum(heads), len(heads)) + self.window for heads in self.budgets]
+        return [Fraction(sum(heads), len(heads)) + self.recent for heads in self.budgets]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,4 +92,4 @@ class HeadSelector(Selector):
     def select(self, layer: int, scores: Scores, entries: Entries) -> Indices:
         """As many tokens of each head as it was given."""
         context = ragged_tokens(with_sinks(scores, self.sinks), self.budgets[layer])
-        return with_recent(context, self.tokens, self.window)
+        return with_recent(context, self.tokens, self.recent_tokens(scores.shape[-1], entries))

@@ -25,7 +25,8 @@ class PyramidKV(SnapKV):
     scope: ClassVar[str] = "tokens per KV head, falling budgets over layers"
     purpose: ClassVar[str] = "to compare: early layers keep more than late ones"
 
-    observe: int = 8
+    published: ClassVar[int] = 8
+
     slope: float = 20.0
 
     def __post_init__(self) -> None:
@@ -34,19 +35,19 @@ class PyramidKV(SnapKV):
 
     def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
         """A pyramid over the context's entries."""
-        return PyramidAllocator(prompt, window=self.observe, sinks=self.sinks, slope=self.slope)
+        return PyramidAllocator(prompt, recent=self.observed(prompt).recent, sinks=self.sinks, slope=self.slope)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidAllocator(Allocator):
-    """Budgets that fall linearly; ``window`` entries on top and ``sinks`` at least stay in every layer."""
+    """Budgets that fall linearly; ``recent`` entries on top and ``sinks`` at least stay in every layer."""
 
-    window: int
+    recent: int
     sinks: int
     slope: float
 
     def prefill_limits(self) -> list[int]:
-        """The pyramid over context entries, sinks as every layer's floor, plus the window that every layer keeps."""
-        prompt, window = self.prompt, self.window
-        context = pyramid(prompt.layers, prompt.budget - window, self.slope, prompt.tokens - window, self.sinks)
-        return [entries + window for entries in context]
+        """The pyramid over context entries, sinks as every layer's floor, plus the recent tokens that every layer keeps."""
+        prompt, recent = self.prompt, self.recent
+        context = pyramid(prompt.layers, prompt.budget - recent, self.slope, prompt.tokens - recent, self.sinks)
+        return [entries + recent for entries in context]

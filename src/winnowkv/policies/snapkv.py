@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from winnowkv.models.info import ModelInfo
-from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.observation import WindowPolicy, WindowScorer
 from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer
 from winnowkv.scoring.attention import GroupKind, PoolKind, group_reduce, pool, window_attention
 from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(TokenPolicy):
-    """Pooled attention of the last ``observe`` queries, top tokens per KV head (arXiv 2404.14469).
+class SnapKV(WindowPolicy):
+    """Pooled attention of the observation window, top tokens per KV head (arXiv 2404.14469).
 
     Defaults are those of the authors' LongBench configuration (window 32, kernel 7, max
     pooling). Departure from their code: a GQA group votes together (``group_by``), so
     that keys are stored unexpanded; there every query head keeps its own copy.
+    The question looks where it is known, not the last 32 tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "snapkv"
@@ -26,23 +27,26 @@ class SnapKV(TokenPolicy):
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
     purpose: ClassVar[str] = "a question at the prompt's end, with no time to spare for reading"
 
-    observe: int = 32
+    published: ClassVar[int] = 32
+
     kernel: int = 7
     pooling: PoolKind = "max"
     group_by: GroupKind = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("observe", minimum=1)
         self.require("kernel", minimum=1, odd=True)
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By the observation window's attention."""
-        return WindowScorer(prompt.tokens, self.observe, kernel=self.kernel, pooling=self.pooling, group_by=self.group_by)
+        window = self.observed(prompt)
+        return PooledScorer(
+            prompt.tokens, window.size, tail=window.tail, kernel=self.kernel, pooling=self.pooling, group_by=self.group_by
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowScorer(Scorer):
+class PooledScorer(WindowScorer):
     """Attention of the observation window."""
 
     kernel: int
@@ -52,6 +56,7 @@ class WindowScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """Attention summed over the window, reduced over each GQA group, then pooled, ``[1, Hkv, C]``."""
+        states = self.seen(states)
         attention = window_attention(states.queries, states.keys, states.scale)
         scores = group_reduce(attention, states.kv_heads, self.group_by)
         return states.heads.whole(pool(scores, self.kernel, self.pooling))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from winnowkv.models.info import ModelInfo
-from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.observation import WindowPolicy, WindowScorer
 from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer
 from winnowkv.scoring.attention import window_attention
 from winnowkv.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVA(TokenPolicy):
+class TOVA(WindowPolicy):
     """Attention of the last query, mean over heads, one selection a layer (arXiv 2401.06104, section 3.2).
 
     Departures: the paper drops one token at every step, here the last query of the prompt
@@ -25,22 +25,22 @@ class TOVA(TokenPolicy):
     scope: ClassVar[str] = "tokens, same for all heads of a layer, same budget for all layers"
     purpose: ClassVar[str] = "to compare: what the last token looks at"
 
-    observe: int = 1
+    published: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("observe", minimum=1)
+    observe: int | Literal["question"] | None = 1
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By the last query's attention."""
-        return MeanWindowScorer(prompt.tokens, self.observe)
+        window = self.observed(prompt)
+        return MeanWindowScorer(prompt.tokens, window.size, tail=window.tail)
 
 
-class MeanWindowScorer(Scorer):
+class MeanWindowScorer(WindowScorer):
     """Attention of the observation window, the same score for all heads."""
 
     shares_heads: ClassVar[bool] = True
 
     def score(self, states: LayerStates) -> Scores:
         """Mean over query heads, ``[1, 1, C]``."""
+        states = self.seen(states)
         return states.heads.whole(window_attention(states.queries, states.keys, states.scale)).mean(1, keepdim=True)

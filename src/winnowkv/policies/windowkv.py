@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from winnowkv.models.info import ModelInfo
-from winnowkv.policies.base import TokenPolicy
+from winnowkv.policies.observation import WindowPolicy, WindowScorer
 from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer, Selector
 from winnowkv.prompt.task import Task, TaskProfile
 from winnowkv.scoring.allocate import arithmetic_groups
@@ -20,15 +20,32 @@ PRESETS = {
     "paper": {"localization": (16, 8, 8), "aggregation": (32, 16, 8)},
     "repo": {"localization": (32, 8, 4), "aggregation": (16, 8, 8)},
 }
+GROUP, SLOPE = 6, 14.0  # of paper and repository
+
+
+class Review(NamedTuple):
+    """Windows of ``window`` tokens, scored by their ``top`` best, for ``group`` layers at a time; the budgets' ``slope``."""
+
+    window: int
+    top: int
+    group: int
+    slope: float
+
+
+# For a question that looks at one place of the text: measured on tuning needles, docs/log.md.
+QUESTION_REVIEW = Review(window=16, top=4, group=3, slope=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowKV(TokenPolicy):
+class WindowKV(WindowPolicy):
     """Best windows of ``window`` tokens, one selection for each ``group`` of layers (arXiv 2503.17922).
 
     A window scores the mean of its ``top`` best tokens, mean over heads. Paper and repository
     (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options that are
     given win over it. The paper does not state its top-p for windows of 16: half of it here.
+
+    Without a preset the question looks where it is known, and if the task is localization, groups are of 3 layers, budgets
+    equal and windows of 16 tokens, which finds twice as much (docs/log.md); the repository's numbers else.
 
     Departures from the repository: the budget includes the window and is met to the entry, the
     group's size does not bend the pyramid, no selection is stale, every prompt of a batch votes alone.
@@ -42,19 +59,20 @@ class WindowKV(TokenPolicy):
     keeps_spans: ClassVar[bool] = True
     own_selector: ClassVar[bool] = True
 
-    observe: int | None = None  # type: ignore[assignment]  # None takes the preset's number for the prompt's task
+    published: ClassVar[int] = 32  # of localization; see PRESETS
+
     window: int | None = None
     top: int | None = None
-    group: int = 6
-    slope: float = 14.0
-    preset: Literal["paper", "repo"] = "repo"
+    group: int | None = None
+    slope: float | None = None
+    preset: Literal["paper", "repo"] | None = None  # type: ignore[assignment]
     task: Task | None = None
     fallback: Task = "localization"  # if a classifier is less than ``sure``
     sure: float = 0.75
 
     def __post_init__(self) -> None:
-        for option in ("sinks", "observe", "window", "top", "group", "slope", "sure"):
-            self.require(option, minimum=0 if option in ("sinks", "sure") else 1)
+        for option in ("window", "top", "group", "slope", "sure"):
+            self.require(option, minimum=0 if option == "sure" else 1)
         super().__post_init__()
 
     def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
@@ -66,31 +84,38 @@ class WindowKV(TokenPolicy):
         """The task to work with."""
         return self.task or task.decided(self.name, self.sure, self.fallback)
 
-    def numbers(self, prompt: PromptInfo) -> tuple[int, int, int]:
-        """Observation window, width of a review window and how many of its tokens score it, for the prompt's task."""
-        observe, window, top = PRESETS[self.preset][self.decided(prompt.task)]
-        return self.observe or observe, self.window or window, self.top or top
+    def published_window(self, prompt: PromptInfo) -> int:
+        """The preset's for the prompt's task."""
+        return PRESETS[self.preset or "repo"][self.decided(prompt.task)][0]
 
-    def observation_window(self, prompt: PromptInfo) -> int:
-        """As given, or the preset's for the prompt's task."""
-        return self.numbers(prompt)[0]
+    def review(self, prompt: PromptInfo) -> Review:
+        """As given, or the preset's for the prompt's task, or those for a question that looks."""
+        task = self.decided(prompt.task)
+        found = Review(*PRESETS[self.preset or "repo"][task][1:], GROUP, SLOPE)
+        if self.preset is None and task == "localization" and self.asking(prompt) is not None:
+            found = QUESTION_REVIEW
+        given = {name: value for name in Review._fields if (value := getattr(self, name)) is not None}
+        return found._replace(**given)
 
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> Scorer:
         """By the observation window's attention, once for a group of layers."""
-        return GroupScorer(prompt.tokens, self.numbers(prompt)[0], group=self.group)
+        window = self.observed(prompt)
+        return GroupScorer(prompt.tokens, window.size, tail=window.tail, group=self.review(prompt).group)
 
     def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
         """Falling from group to group."""
-        return GroupAllocator(prompt, window=self.numbers(prompt)[0], sinks=self.sinks, group=self.group, slope=self.slope)
+        review, recent = self.review(prompt), self.observed(prompt).recent
+        return GroupAllocator(prompt, recent=recent, sinks=self.sinks, group=review.group, slope=review.slope)
 
     def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
         """Whole review windows."""
-        observe, width, top = self.numbers(prompt)
-        return ReviewWindows(prompt.tokens, observe, self.sinks, width=width, top=top)
+        review, window = self.review(prompt), self.observed(prompt)
+        end = (prompt.tokens, window.size, self.sinks, window.recent)
+        return ReviewWindows(*end, width=review.window, top=review.top)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupScorer(Scorer):
+class GroupScorer(WindowScorer):
     """Attention of the first layer of each ``group`` of layers."""
 
     group: int
@@ -102,24 +127,25 @@ class GroupScorer(Scorer):
 
     def score(self, states: LayerStates) -> Scores:
         """Attention of every query head, ``[1, Hq, C]``: windows are scored head by head in the selector."""
+        states = self.seen(states)
         return states.heads.whole(window_attention(states.queries, states.keys, states.scale))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupAllocator(Allocator):
-    """Budgets that fall in equal steps from group to group; ``window`` entries on top, ``sinks`` at least."""
+    """Budgets that fall in equal steps from group to group; ``recent`` entries on top, ``sinks`` at least."""
 
-    window: int
+    recent: int
     sinks: int
     group: int
     slope: float
 
     def prefill_limits(self) -> list[int]:
         """Falling in equal steps from group to group; sinks are every layer's floor."""
-        prompt, window = self.prompt, self.window
-        mean, cap = prompt.budget - window, prompt.tokens - window
+        prompt, recent = self.prompt, self.recent
+        mean, cap = prompt.budget - recent, prompt.tokens - recent
         budgets = arithmetic_groups(prompt.layers, self.group, mean, self.slope, cap, self.sinks)
-        return [entries + window for entries in budgets]
+        return [entries + recent for entries in budgets]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +157,8 @@ class ReviewWindows(Selector):
 
     def select(self, layer: int, scores: Scores, entries: Entries) -> Indices:
         """The best windows by the mean over heads, ``[1, 1, entries]``."""
+        recent = self.recent_tokens(scores.shape[-1], entries)
         windows = window_reduce(with_sinks(scores, self.sinks), self.width, self.top).mean(1, keepdim=True)
         tokens = with_sinks(scores.mean(1, keepdim=True), self.sinks)
-        context = top_windows(windows, tokens, int(entries) - self.window, self.width)
-        return with_recent(context, self.tokens, self.window)
+        context = top_windows(windows, tokens, int(entries) - recent, self.width)
+        return with_recent(context, self.tokens, recent)

@@ -44,6 +44,13 @@ def test_there_is_a_recipe_for_each_headline_claim():
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_keep_the_papers_observation_windows(file):
+    specs = [spec for plan in read_recipe(file).plans for spec in plan.asked["policies"]]
+    assert len(specs) > 3
+    assert not [spec for spec in specs if wk.policy(spec).uses_structure]
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_of_the_repository_dry_runs(winnow, file):
     code, out, _ = winnow("eval", "--recipe", file, "--dry-run", "--json")
     assert code == 0
