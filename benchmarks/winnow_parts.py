@@ -4,8 +4,10 @@
 0.1, 0.3, 0.5, 0.7, 0.9 in turn. The package's needles were used to choose the policy; ``--needles`` reads others.
 
 ``texts``: rows of ``winnow eval``'s tasks. Every variant reads the full cache's own greedy answer; measured are how often
-its token is the most likely one, and the KL divergence of the probabilities. Intervals are bootstrapped over rows;
-differences are to the published policy of ``--against`` whose KL is lowest at that budget, on the same rows.
+its token is the most likely one, and the KL divergence of the probabilities, of all tokens but the first and of those after
+the first ``--after``. Variants with lookahead read their first tokens over the whole cache, as they do live. Intervals are
+bootstrapped over rows; differences are to the published policy of ``--against`` whose KL is lowest at that budget, on the
+same rows.
 
 One recorded prefill serves all variants of a prompt. An interrupted run continues where it stopped.
 
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from winnow_tables import show
 from winnow_variants import VARIANTS, AnswerAttention, Oracle, Variant
 
 import winnowkv as wk
@@ -36,17 +39,17 @@ from winnowkv.cli.loading import load_model
 from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets, numbers
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import ResultTable, keys, numbers as number_columns, say
 from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
-from winnowkv.evaluate.audit.audit import agreement, fidelity
+from winnowkv.evaluate.audit.audit import after, agreement, by_spoken, fidelity, of_full_cache
+from winnowkv.evaluate.lookahead import FirstTokens, looked
 from winnowkv.evaluate.needle import needle as runner
 from winnowkv.evaluate.needle.prompts import Needle, PromptBuilder, read_haystack, read_needles
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.plot import same
 from winnowkv.evaluate.report.stats import mean_interval, paired
 from winnowkv.evaluate.report.store import ResultStore, write_json
-from winnowkv.evaluate.settings import Kept, Setting, batches, read_prompt
+from winnowkv.evaluate.settings import Kept, Setting, batches, begun, read_prompt
 from winnowkv.evaluate.tasks.protocol import encode_row
 from winnowkv.evaluate.tasks.tasks import find_tasks
 from winnowkv.models.info import end_tokens, prompt_limit
@@ -61,7 +64,6 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_CACHES_HELD = 24  # of one prompt
 MIN_ANSWER_TOKENS = 3  # the first token comes from the prompt, and a single one has no variance
 DECIDING_PACKAGES = ("policies", "scoring", "cache", "prompt", "models", "budget")
-COLUMNS = {"needles": ("found",), "texts": ("rows", "same token", "KL, nats", "same token - best", "KL - best")}
 Line = dict[str, Any]
 Found = tuple[Variant, Asked, list[Line]]
 Todo = Sequence[tuple[Variant, Asked]]
@@ -86,14 +88,19 @@ def code_digest() -> str:
 
 
 def keep(
-    recorded: wk.CompactCache, variant: Variant, budget: Asked, found: TaskProfile, recorded_attention: Sequence[Any] = ()
+    recorded: wk.CompactCache,
+    variant: Variant,
+    budget: Asked,
+    found: TaskProfile,
+    recorded_attention: Sequence[Any] = (),
+    first: FirstTokens | None = None,
 ) -> Kept:
-    """What a variant keeps of a recorded prompt, or why it fails."""
+    """What a variant keeps of a recorded prompt, after the lookahead and draft that it may have, or why it fails."""
     policy = replace(variant.policy, recorded=recorded_attention) if isinstance(variant.policy, Oracle) else variant.policy
     setting = Setting(variant.label, budget)
     try:
         # The task is given to the replay, since variants of one prompt may have different tasks.
-        return Kept(setting, recorded.replay(policy, budget, task=variant.profile(found)))
+        return begun(setting, recorded.replay(policy, budget, task=variant.profile(found)), first)
     except WinnowError as error:
         return Kept(setting, None, str(error))
 
@@ -128,14 +135,14 @@ def measure_needle(
     found = TaskProfile("localization", structure=read_structure(tokenizer, ids))
     read = read_prompt(model, ids, [make_policy("expected")], found)
     reading = runner.Reading(model, tokenizer, *read, needle.answers, limit, end_tokens(model, tokenizer))
-    ((_, full),) = reading.answer([(Setting("full", 1), reading.cache.replay("full", 1))])
+    ((_, full),) = reading.answer([Kept(Setting("full", 1), reading.cache.replay("full", 1))])
     if not full["correct"]:
         yield from skipped(todo, "not answered by the full cache")
         return
     for part in parts(todo):
-        kept = [keep(reading.cache, variant, budget, found) for variant, budget in part]
+        kept = [keep(reading.cache, variant, budget, found, first=reading.first) for variant, budget in part]
         yield from ({**asdict(one.setting), "failed": one.failed} for one in kept if one.cache is None)
-        for setting, line in reading.answer([(one.setting, one.cache) for one in kept if one.cache is not None]):
+        for setting, line in reading.answer([one for one in kept if one.cache is not None]):
             yield {**asdict(setting), **line}
 
 
@@ -171,14 +178,25 @@ def measure_text(model: Any, tokenizer: Any, ids: list[int], found: TaskProfile,
         "answer": tokenizer.decode(tokens), "compared_tokens": len(tokens) - 1, "classified": found.task,
         "full_agreement": agreement(truth, tokens[1:]).float().mean().item(),
     }  # fmt: skip
+    first = FirstTokens.known(model, tokens, torch.cat([logits, truth]))
     for part in parts(todo):
-        kept = [keep(recorded, variant, budget, found, answering.recorded) for variant, budget in part]
+        kept = [keep(recorded, variant, budget, found, answering.recorded, first) for variant, budget in part]
         yield from ({**asdict(one.setting), **full, "failed": one.failed} for one in kept if one.cache is None)
-        for batch in batches(kept):
-            bytes_of = [{"kept_bytes": one.cache.report.kept_bytes, "full_bytes": one.cache.report.full_bytes} for one in batch]
-            rows = fidelity(model, [one.cache for one in batch], truth, tokens, seen)
-            for one, size, row in zip(batch, bytes_of, rows, strict=True):
-                yield {**asdict(one.setting), **full, **size, **row}
+        for one in kept:
+            if one.ended is not None:
+                yield {**asdict(one.setting), **full, **cost(one), **of_full_cache(truth, tokens)}
+        for batch in (batch for group in by_spoken(kept) for batch in batches(group)):
+            costs = [cost(one) for one in batch]
+            rows = fidelity(model, [one.cache for one in batch], truth, tokens, seen, len(batch[0].spoken))
+            for one, spent, row in zip(batch, costs, rows, strict=True):
+                yield {**asdict(one.setting), **full, **spent, **row}
+
+
+def cost(one: Kept) -> Line:
+    """Bytes of what a setting keeps, and what it has looked at."""
+    report = one.cache.report
+    sizes = {"kept_bytes": report.kept_bytes, "full_bytes": report.full_bytes}
+    return {**sizes, "compress_s": round(report.compress_seconds, 4), **looked(one.cache)}
 
 
 def text_identity(line: Line) -> Hashable:
@@ -232,13 +250,30 @@ def text_rows(args: argparse.Namespace, store: ResultStore, prompts: Sequence[As
         rivals = [(v.label, theirs) for v, b, theirs in found if v.label in args.against and same(b, budget) and theirs]
         best, theirs = min(rivals, key=lambda rival: mean_of(rival[1], "kl_mean")[0], default=(None, lines))
         row = {**asdict(Setting(variant.label, budget)), "prompts": len(lines), "against": best}
-        for metric in ("agreement", "kl_mean"):
-            old, new = ([line[metric] for line in side] for side in (theirs if lines else [], lines))
-            apart = paired(old, new, strata=[line["task"] for line in lines])
-            difference = plain(apart.mean_difference, apart.low, apart.high)
-            row |= {metric: plain(*mean_of(lines, metric)), f"{metric}_difference": difference}
+        row |= measures(lines, theirs if lines else [])
+        # Whether an answer has tokens after so many does not depend on the variant: the rows stay paired.
+        later, others = ([late for line in side if (late := late_tokens(line, args.after))] for side in (lines, theirs))
+        row |= {"after": args.after, "prompts_after": len(later)}
+        row |= {f"{name}_after": value for name, value in measures(later, others if later else []).items()}
         rows.append(row)
     return rows
+
+
+def late_tokens(line: Line, tokens: int) -> Line | None:
+    """The measures of a line's tokens after the first ``tokens``; None if its answer has none."""
+    found = after(line, tokens)
+    return None if found is None else {"task": line["task"], "agreement": found[0], "kl_mean": found[1]}
+
+
+def measures(lines: Sequence[Line], theirs: Sequence[Line]) -> Line:
+    """Means with intervals, and paired differences to the lines of the best published policy."""
+    row: Line = {}
+    for metric in ("agreement", "kl_mean"):
+        old, new = ([line[metric] for line in side] for side in (theirs, lines))
+        apart = paired(old, new, strata=[line["task"] for line in lines])
+        difference = plain(apart.mean_difference, apart.low, apart.high)
+        row |= {metric: plain(*mean_of(lines, metric)), f"{metric}_difference": difference}
+    return row
 
 
 def plain(*numbers: float) -> list[float | None]:
@@ -249,38 +284,6 @@ def plain(*numbers: float) -> list[float | None]:
 def mean_of(lines: Sequence[Line], metric: str) -> tuple[float, float, float]:
     """The mean over tasks, and its interval."""
     return mean_interval([line[metric] for line in lines], strata=[line["task"] for line in lines])
-
-
-def show(summary: Line) -> None:
-    """Print the table: a row for each setting, a section for each budget."""
-    where, of, rows = summary["machine"], summary["config"], summary["rows"]
-    ran = f"{of['model']} in {of['dtype']}, {where['accelerator'] or where['processor']}, {where['threads']} threads"
-    columns = [*keys("variant", "budget"), *number_columns(COLUMNS[summary["table"]])]
-    table = ResultTable(columns, f"Parts of winnow, {summary['table']}: {ran}")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        cells = text_cells(row) if "kl_mean" in row else [f"{row['found']} of {row['prompts']}"]
-        table.add(row["policy"], str(row["budget"]), *cells)
-        if after is not None and not same(after["budget"], row["budget"]):
-            table.section()
-    table.print()
-    for budget, best in {str(row["budget"]): row.get("against") for row in rows}.items():
-        if best:
-            say(f"best published by KL at {budget}: {best}")
-    say(f"{summary['prompts']} prompts asked; counted are those with a result for all settings; files in {summary['folder']}")
-
-
-def text_cells(row: Line) -> list[str]:
-    """Rows, both means and both differences, each with its interval."""
-    if not row["prompts"]:
-        return ["0", *["-"] * 4]
-    forms = {"agreement": "{:.1f}%", "kl_mean": "{:.3f}", "agreement_difference": "{:+.1f}", "kl_mean_difference": "{:+.3f}"}
-    return [str(row["prompts"]), *(interval(row[name], form, 100 if "agree" in name else 1) for name, form in forms.items())]
-
-
-def interval(numbers: Sequence[float | None], form: str, times: int) -> str:
-    """A mean and its interval; a single row has no interval."""
-    center, *ends = (form.format(times * number) for number in numbers if number is not None)
-    return f"{center} ({' to '.join(ends)})" if ends else center
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -298,6 +301,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     texts.add_argument(
         "--against", default="cake,compresskv,snapkv", help="variants are compared with the one of these that has the lowest KL"
     )
+    texts.add_argument("--after", type=int, default=32, help="compare the tokens after so many by themselves, too")
     for table, new_tokens in ((needles, 24), (texts, 64)):
         table.add_argument("--model", default=EMBEDDED)
         table.add_argument("--variants", default="", help="comma-separated labels; default: all")

@@ -24,6 +24,7 @@ from winnowkv.cache.generated import check_decode_budget
 from winnowkv.errors import CacheError, InputError
 from winnowkv.policies import Policy, Tasks
 from winnowkv.policies.protected import read_spans
+from winnowkv.policies.quality import with_quality
 from winnowkv.prompt.classifier import task_profile
 from winnowkv.prompt.structure import read_structure
 from winnowkv.prompt.task import TaskProfile
@@ -115,6 +116,7 @@ def compress(
     decode_budget: int | None = None,
     keep_scores: bool = False,
     keep: Sequence[tuple[int, int]] = (),
+    quality: str | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Run]:
     """Compress the KV cache of everything that this thread lets the model read inside the block.
@@ -129,6 +131,10 @@ def compress(
     Parameters
     ----------
     model, policy, budget, task, decode_budget, keep_scores, keep: as for :class:`CompactCache`.
+    quality: how much memory and time at an answer's start is spent on choosing what stays. ``lean``: none, the prompt alone
+        decides. ``balanced``: the whole prompt is held until the answer's first tokens are out, which are the full cache's, and
+        they decide. ``best``: a draft is generated from what would stay, thrown away and heard, too, which is a pause in the
+        answer, and values are refitted. None: as the policy's own options say.
     tokenizer: if the policy scores by task and ``task`` is None, each prompt is read back with it and
         classified (:func:`winnowkv.task_profile`), every row of a batch by itself; if the policy uses the prompt's
         structure, that is read with it, too.
@@ -157,6 +163,7 @@ def compress(
     read = Budget.of(budget)
     classified = tokenizer is not None and task is None
     # Complain now, not in the middle of a forward pass.
+    policy = with_quality(policy, quality)
     made = Compression.of(model, policy, read, task, task_is_known=not classified).policy
     settings: dict[str, Any] = {"policy": policy, "budget": read, "decode_budget": decode_budget, "keep": read_spans(keep)}
     run = Run(model, made, settings, task, tokenizer, keep_scores)

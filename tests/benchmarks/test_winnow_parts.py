@@ -13,6 +13,7 @@ from support.evaluation import write_model, write_rows
 from support.models import prompt
 from support.paths import BENCHMARKS
 from support.profiles import PROFILES
+from support.terminal import too_wide
 from winnowkv.cache.reading import extend, prefill
 from winnowkv.errors import InputError
 from winnowkv.evaluate.report.store import ResultStore
@@ -119,13 +120,13 @@ def test_the_oracle_keeps_what_it_recorded(llama):
         assert torch.equal(layer.positions[0][:, :16].long(), best)
 
 
-def texts(tmp_path, *more):
+def texts(tmp_path, *more, chosen="winnow,no structure,oracle"):
     if not (tmp_path / "model").exists():
         write_model(tmp_path / "model")
         write_rows(tmp_path / "data", 4)
     words = ("texts", "--model", tmp_path / "model", "--tasks", "longeval_lines_200", "--data", tmp_path / "data", "--json")
     asked = ("--skip", 1, "--limit", 3, "--max-new-tokens", 8, "--budgets", "40,3", "--out", tmp_path / "out")
-    variants = ("--variants", "winnow,no structure,oracle", "--against", "snapkv,cake")
+    variants = ("--variants", chosen, "--against", "snapkv,cake")
     return PARTS["main"](PARTS["parse"]([str(word) for word in (*words, *asked, *variants, *more)]))
 
 
@@ -148,6 +149,31 @@ def test_texts_are_compared_with_the_best_published_policy_on_the_same_rows(tmp_
     assert rows["winnow", 40]["kl_mean_difference"][0] == pytest.approx(apart)
     assert rows["winnow", 3]["prompts"] == 0  # three entries are below the sinks alone
     assert rows["winnow", 3]["kl_mean"] == [None, None, None]
+
+
+def test_answers_are_heard_before_anything_is_evicted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    labels = ("lookahead", "lookahead + draft + refit", "lookahead of 1")
+    summary = texts(tmp_path, "--after", 3, "--max-new-tokens", 40, chosen=",".join(labels))
+    rows = {row["policy"]: row for row in summary["rows"] if row["budget"] == 40}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {line["lookahead_tokens"] for line in lines if line["policy"] == labels[0] and not line.get("failed")} == {32}
+    assert {line["draft_tokens"] for line in lines if line["policy"] == labels[1] and not line.get("failed")} == {64}
+    mine = [line for line in lines if (line["policy"], line["budget"]) == ("lookahead", 40)]
+    assert all(line["kl_tokens"][:31] == [0] * 31 for line in mine), "the lookahead's tokens are the full cache's"
+    assert any(line["kl_tokens"][34] > 0 for line in mine)
+    assert rows["lookahead"]["prompts_after"] == 3
+    later = [sum(line["kl_tokens"][2:]) / len(line["kl_tokens"][2:]) for line in mine]
+    assert rows["lookahead"]["kl_mean_after"][0] == pytest.approx(sum(later) / 3)
+    assert rows["lookahead of 1"]["kl_mean"][0] > rows["lookahead"]["kl_mean"][0]
+    best = rows[rows["lookahead"]["against"]]
+    assert best["kl_mean_difference_after"][0] == 0
+    capsys.readouterr()
+    PARTS["show"](summary)
+    shown = capsys.readouterr().out
+    assert too_wide(shown) == []
+    assert "Of the same answers the tokens after 3" in shown
+    assert "lookahead + draft + refit" in shown
 
 
 def test_a_stopped_run_loses_nothing_and_continues(tmp_path, monkeypatch):

@@ -92,12 +92,14 @@ def test_a_whole_cache_gives_lm_evals_own_answers(loaded):
 
 
 @torch.no_grad()
-def test_loglikelihood_reads_the_continuation_over_the_compressed_context(loaded):
+@pytest.mark.parametrize("more", ["", ":lookahead=1", ":lookahead=1:draft=4", ":draft=4"])
+def test_loglikelihood_reads_the_continuation_over_the_compressed_context(loaded, more):
     model, tokenizer = loaded
-    found = winnow(loaded, **SNAP).loglikelihood(choices(), disable_tqdm=True)
+    snap = {**SNAP, "policy": f"{SNAP['policy']}{more}"}
+    found = winnow(loaded, **snap).loglikelihood(choices(), disable_tqdm=True)
     for request, (likelihood, greedy) in zip(choices(), found, strict=True):
         context, continuation = (tokenizer(text, return_tensors="pt").input_ids for text in request.args)
-        cache = wk.CompactCache(model, **SNAP)
+        cache = wk.CompactCache(model, **snap)
         logits = [model(context, past_key_values=cache, use_cache=True).logits[:, -1]]
         logits += [
             model(token[None], past_key_values=cache, use_cache=True).logits[:, -1] for token in continuation[0, :-1, None]

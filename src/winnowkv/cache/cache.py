@@ -61,8 +61,8 @@ class CompactCache(LayerStorage):
     keep_scores: keep the importance scores, so that :meth:`explain` can answer and the report has ``kept_mass``.
     keep: spans ``(start, end)`` of token positions that every layer and head keeps, whatever they score, such as a system
         prompt; counted from the prompt's first token without padding. They count in the budget.
-    hold: keep the model's attention routed while the cache lives. A compress block, which
-        routes it for its own time, passes False; its caches end with it.
+    quality: ``lean``, ``balanced`` or ``best``: options of the policy (:func:`~winnowkv.policies.quality.with_quality`).
+    hold: keep the model's attention routed while the cache lives; False for a block's caches, which end with it.
 
     Raises
     ------
@@ -81,12 +81,13 @@ class CompactCache(LayerStorage):
         record: int = 0,
         keep_scores: bool = False,
         keep: Sequence[tuple[int, int]] = (),
+        quality: str | None = None,
         hold: bool = True,
     ) -> None:
         check_model(model)
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
-        self.compression = Compression.of(model, policy, budget, task, keep_scores=keep_scores, keep=keep)
+        self.compression = Compression.of(model, policy, budget, task, keep_scores=keep_scores, keep=keep, quality=quality)
         super().__init__(model, decode_budget, self.compression.policy.decode_eviction())
         self._record = record
         self._model = weakref.ref(model)
@@ -381,11 +382,10 @@ class CompactCache(LayerStorage):
     ) -> CompactCache:
         """A new cache that keeps what another policy selects from this recorded prefill.
 
-        Equal to a prefill with that policy, because eviction changes nothing that prefill
-        computes. Sliding windows are shared with it until either goes on, which puts new ones in
-        their place. Raises CacheError if nothing was recorded, something was already evicted,
-        quantized or generated, the policy observes more queries than were recorded, or a layer
-        neither attends to everything nor slides over a window.
+        Equal to a prefill with that policy, because eviction changes nothing that prefill computes. Sliding windows are shared
+        with it until either goes on, which puts new ones in their place. Raises CacheError if nothing was recorded, something
+        was already evicted, quantized or generated, the policy observes more queries than were recorded, or a layer neither
+        attends to everything nor slides over a window.
         """
         check_recorded(self.compact_layers, self.recording, self.session, self.compression)
         other = CompactCache(self.model, policy, budget, task=task, decode_budget=self.decode_budget, keep_scores=keep_scores)

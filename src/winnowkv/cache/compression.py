@@ -22,6 +22,7 @@ from winnowkv.policies import Policy, PromptInfo, Tasks, policy as make_policy
 from winnowkv.policies.chunk_eviction import ExpectedSpans
 from winnowkv.policies.parts import ChunkEviction
 from winnowkv.policies.protected import read_spans
+from winnowkv.policies.quality import with_quality
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.types import Spans
 
@@ -74,12 +75,15 @@ class Compression:
         task_is_known: bool = True,
         keep_scores: bool = False,
         keep: Sequence[tuple[int, int]] = (),
+        quality: str | None = None,
     ) -> Compression:
         """Check everything that can be checked before a prompt is there.
 
-        ``task_is_known`` is False if the prompts' tasks will be classified later.
+        ``task_is_known`` is False if the prompts' tasks will be classified later. ``quality`` gives the policy the options of
+        a level (:func:`~winnowkv.policies.quality.with_quality`).
         Raises PolicyError, BudgetError, ProfileError, InputError and UnsupportedModelError.
         """
+        policy = with_quality(policy, quality)
         made, info, heads = make_policy(policy), ModelInfo.of(model), HeadGroup.of(model)
         rows = [task] if task is None or isinstance(task, TaskProfile | str) else list(task)
         tasks = tuple(TaskProfile.of(row) for row in rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
-from winnowkv.cache.looking import check_decided
+from winnowkv.cache.looking import check_chosen
 from winnowkv.cache.other_layers import fork_layer
 from winnowkv.cache.reports import report_decode
 from winnowkv.errors import CacheError
@@ -27,7 +27,7 @@ def fork(cache: CompactCache) -> CompactCache:
     """
     if cache.session is not None:
         raise CacheError("nothing was read into this cache yet, or not all of it: read a prompt, then fork")
-    check_decided(cache, "fork")
+    check_chosen(cache, "forked")
     asked = cache.compression
     settings: dict[str, Any] = {"task": asked.tasks, "decode_budget": cache.decode_budget, "keep": asked.keep}
     other = CompactCache(cache.model, asked.policy, asked.budget, **settings)

@@ -78,6 +78,10 @@ class Looking:
         self.session, self.policy = session, session.compression.policy
         self.heard = Heard(len(session.layers))
         self._asked, session.asked = session.asked, []
+        session.report.notes.append(
+            "the prompt is held whole until its answer has begun: an answer that ends before, within "
+            f"lookahead={self.policy.lookahead}, evicts nothing"
+        )  # until something is chosen: the report is filled anew then
         self.watch: PassWatch | None = None  # tells the inputs of the next forward pass, for a draft
         self._prompts: list[PromptInfo] = [selection.bound.prompt for selection in session.selections]
 
@@ -158,16 +162,6 @@ class Looking:
         return found
 
 
-def check_decided(cache: CompactCache, verb: str) -> None:
-    """Raise CacheError if the prompt is still held whole; ``verb``: what is to be done with the cache."""
-    if cache.looking is not None:
-        policy = cache.compression.policy
-        raise CacheError(
-            f"cannot {verb} a cache that still looks: {policy.name} holds the whole prompt until {policy.lookahead} tokens of "
-            "the answer were read and one more comes; go on until then, or leave lookahead and draft out"
-        )
-
-
 def decide(cache: CompactCache, inputs: Mapping[str, Any] | None = None) -> None:
     """Choose what stays of a cache whose prompt is still held whole, draft if the policy says so, and evict the rest.
 
@@ -193,6 +187,16 @@ def decide(cache: CompactCache, inputs: Mapping[str, Any] | None = None) -> None
     with session.compressing(looking.held_bytes):
         looking.settle(chosen, drafted)
     cache.settled(looking)
+
+
+def check_chosen(cache: CompactCache, what: str) -> None:
+    """Raise CacheError for a cache whose prompt is held whole still, and so cannot be ``what`` yet."""
+    if cache.looking is not None:
+        spec, lacking = cache.looking.policy.spec, cache.looking.policy.lookahead - cache.looking.heard.tokens
+        raise CacheError(
+            f"the cache of {spec} holds its whole prompt until {max(lacking, 0) + 1} more tokens of its answer come, and "
+            f"cannot be {what} before: read them into it first, or leave lookahead and draft out of the policy"
+        )
 
 
 def compact_copy(cache: CompactCache, chosen: Selections) -> CompactCache:

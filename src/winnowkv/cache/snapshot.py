@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
-from winnowkv.cache.looking import check_decided
+from winnowkv.cache.looking import check_chosen
 from winnowkv.cache.quantized import Quantized
 from winnowkv.cache.reading import prefill
 from winnowkv.cache.reports import saved_report
@@ -88,7 +88,7 @@ def save_cache(
         raise CacheError("this cache belongs to another model: save it with the model that read it")
     if not cache.report.prompt_tokens:
         raise CacheError("nothing was read into this cache yet: there is nothing to save")
-    check_decided(cache, "save")
+    check_chosen(cache, "saved")
     eviction = cache.compact_layers[0].decode_eviction
     if cache.decode_budget is not None and eviction != DecodeEviction():
         raise CacheError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.looking import check_chosen
 from winnowkv.cache.other_layers import shares_keys
 from winnowkv.errors import CacheError
 
@@ -24,13 +25,15 @@ def stack(caches: Sequence[CompactCache]) -> CompactCache:
     Rows that hold fewer entries than the longest are right-aligned. Quantized entries are stacked
     as they read, in full precision: what a request holds is in its own cache's report.
     Raises CacheError for no cache, caches of several models or decode budgets, one with a decode budget
-    that has generated already, and layers of another kind.
+    that has generated already, one that still holds its whole prompt to choose from, and layers of another kind.
     """
     if not caches:
         raise CacheError("no cache was given to stack: give at least one")
     model = caches[0].model
     if any(cache.model is not model for cache in caches):
         raise CacheError("the caches belong to several models: stack those of one model")
+    for cache in caches:
+        check_chosen(cache, "stacked")
     limits = [cache.decode_budget for cache in caches]
     if len(set(limits)) > 1:
         raise CacheError(f"the caches have several decode budgets ({', '.join(map(str, limits))}): stack those of one")

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from winnowkv.cli.options import Budgets, Chat, Data, Json, MaxContext, Model, Out, Policies, budgets as read_budgets
+from winnowkv.cli.options import (
+    Budgets,
+    Chat,
+    Data,
+    Json,
+    MaxContext,
+    Model,
+    Out,
+    Policies,
+    Quality,
+    budgets as read_budgets,
+    with_quality,
+)
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import Column, ResultTable, note, numbers, say
 
@@ -40,6 +52,15 @@ def audit(
     ] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated tasks of `winnow eval` whose prompts are added.")] = "",
     data: Data = None,
+    after: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compare the tokens after so many by themselves, too. Default: the largest lookahead.",
+            show_default=False,
+        ),
+    ] = None,
+    quality: Quality = None,
     skip: Annotated[int, typer.Option(min=0, help="Skip this many prompts of each file and task.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of each file and task.")] = None,
     curves: Annotated[
@@ -59,7 +80,7 @@ def audit(
     from winnowkv.cli.loading import check_file, check_policies
     from winnowkv.policies import split_policies
 
-    specs, asked = list(dict.fromkeys(split_policies(policies))), read_budgets(budgets)
+    specs, asked = with_quality(list(dict.fromkeys(split_policies(policies))), quality), read_budgets(budgets)
     check_policies(specs, asked)  # before transformers is imported, which takes seconds
     from winnowkv.evaluate.audit.audit import gather_prompts
 
@@ -74,6 +95,7 @@ def audit(
         model=model,
         float32=float32,
         keep=keep,
+        after=after,
         out=out,
         as_json=as_json,
         chat=chat,
@@ -91,6 +113,7 @@ def measure(
     model: str,
     float32: bool | None,
     keep: float,
+    after: int | None,
     out: Path,
     as_json: bool,
     chat: bool | None,
@@ -126,7 +149,7 @@ def measure(
         with resumable(console, store, "prompts", len(test.expected())) as advance:
             auditor.run(test, loaded, tokenizer, store, advance, served=served)
     finally:
-        summary = write_summary(store, test.expected(), keep, config)
+        summary = write_summary(store, test.expected(), keep, config, after)
         store.close()
     if as_json:
         json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)
@@ -145,18 +168,21 @@ def show(summary: dict[str, Any], out: Path) -> None:
     from winnowkv.evaluate.audit.recommend import mebibytes, name_of, percent
 
     machine = summary["machine"]
+    after = summary["after"]
+    said = f"; after {after}: of the tokens after an answer's first {after}" if after else ""
+    later = (f"same\nafter {after}", f"KL\nafter {after}") if after else ()
     columns = (
-        "prompts", "same\ntoken", "95%\ninterval", "KL\nnats/token", "KL, 99th\npercentile", "same\nanswer",
+        "prompts", "same\ntoken", "95%\ninterval", "KL\nnats/token", "KL, 99th\npercentile", *later, "same\nanswer",
         "KV MiB\nkept / full",
     )  # fmt: skip
     table = ResultTable(
         [Column("setting", key=True, left=True, short=short_name), *numbers(columns)],
         title=f"Audit against the full cache on {machine['processor']}, {machine['threads']} threads",
-        caption=f"means over prompts; files in {out}",
+        caption=f"means over prompts{said}; files in {out}",
     )
     for group in summary["groups"]:
         if not group["prompts"]:
-            table.add(name_of(group), "0", *["-"] * 6)
+            table.add(name_of(group), "0", *["-"] * (len(columns) - 1))
             continue
         share = group["agreement"]
         table.add(
@@ -166,6 +192,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
             "-" if share["low"] is None else f"{percent(share['low'])} to {percent(share['high'])}",
             f"{group['kl_mean']['mean']:.3f}",
             f"{group['kl_p99']['mean']:.2f}",
+            *(later_cells(group) if after else ()),
             percent(group["exact_match"]["mean"]),
             " / ".join(mebibytes(group[name]) for name in ("kept_bytes", "full_bytes")),
         )
@@ -173,6 +200,15 @@ def show(summary: dict[str, Any], out: Path) -> None:
     for sentence in summary["notes"]:
         note(sentence)
     say(summary["recommendation"]["sentence"], indent=0)
+
+
+def later_cells(group: dict[str, Any]) -> list[str]:
+    """Agreement and KL divergence after the lookahead; no answer may be so long."""
+    from winnowkv.evaluate.audit.recommend import percent
+
+    if not group["prompts_after"]:
+        return ["-", "-"]
+    return [percent(group["agreement_after"]["mean"]), f"{group['kl_after']['mean']:.3f}"]
 
 
 def short_name(setting: str) -> str:

@@ -25,8 +25,10 @@ from winnowkv.cli.options import (
     Json,
     MaxContext,
     Profile,
+    Quality,
     budgets as read_budgets,
     model_name,
+    with_quality,
 )
 from winnowkv.cli.progress import resumable
 from winnowkv.cli.tables import Column, ResultTable, keys, note, numbers, say
@@ -81,10 +83,13 @@ def evaluate(
         typer.Option(min=1, help="Rows of a task that decode together; as many full caches are held at once."),
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed that draws the rows of --limit; 0 takes the first rows.")] = 0,
+    quality: Quality = None,
     profile: Profile = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="A YAML file of recipes/, which replaces --tasks, --policies, --budgets, --protocol and --chat."),
+        typer.Option(
+            help="A YAML file of recipes/, which replaces --tasks, --policies, --quality, --budgets, --protocol and --chat."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print what would be measured; loads no model.")
@@ -111,11 +116,13 @@ def evaluate(
     from winnowkv.cli.needle import asked_policies
 
     if policies is not None and recipe is None:
-        check_policies(asked_policies(policies, False), read_budgets(budgets or DEFAULT_BUDGETS))  # before transformers
+        named = with_quality(asked_policies(policies, False), quality)
+        check_policies(named, read_budgets(budgets or DEFAULT_BUDGETS))  # before transformers
     from winnowkv.evaluate.tasks.recipes import read_recipe
 
     if recipe is not None:
-        decided = {"--tasks": tasks, "--policies": policies, "--budgets": budgets, "--protocol": protocol, "--chat": chat}
+        decided = {"--tasks": tasks, "--policies": policies, "--quality": quality, "--budgets": budgets,
+                   "--protocol": protocol, "--chat": chat}  # fmt: skip
         if given := [option for option, value in decided.items() if value is not None]:
             raise InputError(f"{', '.join(given)}: {recipe} decides that; leave it out, or run without the recipe")
         read = read_recipe(recipe)
@@ -126,7 +133,7 @@ def evaluate(
         plans = [plan_of(tasks, policies, budgets, protocol, chat, model)]
     if plans[0].command == "needle" and (workers or ray):
         raise InputError(f"{recipe} is a needle test, which runs in one process: leave out --workers and --ray")
-    specs = [asked_policies(",".join(plan.asked["policies"]), False, profile) for plan in plans]
+    specs = [with_quality(asked_policies(",".join(plan.asked["policies"]), False, profile), quality) for plan in plans]
     plans = [replace(plan, asked={**plan.asked, "policies": mine}) for plan, mine in zip(plans, specs, strict=True)]
     for plan in plans:
         check_policies(plan.asked["policies"], plan.asked["budgets"])

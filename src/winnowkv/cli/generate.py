@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
-from winnowkv.cli.options import DEFAULT_POLICY, Chat, Device, Dtype, Json, Model, Task
+from winnowkv.cli.options import DEFAULT_POLICY, Chat, Device, Dtype, Json, Model, Quality, Task, with_quality
 from winnowkv.cli.tables import note
 from winnowkv.errors import InputError
 from winnowkv.files import check_plain, read_text
@@ -39,6 +39,7 @@ def generate(
     budget: Annotated[
         str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer and KV head (512), or auto:0.95.")
     ] = str(DEFAULT_BUDGET),
+    quality: Quality = None,
     task: Task = None,
     chat: Chat = None,
     prefill_chunk: Annotated[
@@ -86,6 +87,7 @@ def generate(
     from winnowkv.cli.loading import check_policies, load_model
 
     asked = Budget.of(budget)
+    (policy,) = with_quality([policy], quality)
     check_decode_budget(decode_budget)
     check_policies([policy], [asked.asked])  # before transformers is imported, which takes seconds
     from winnowkv.cache.cache import CompactCache
@@ -114,7 +116,7 @@ def generate(
     answer = write_answer(loaded, tokenizer, cache, ids, sampling, prefill_chunk, None if as_json else show_text)
     report = cache.report
     explained, its_text = [], ""
-    if token is not None:
+    if token is not None and cache.looking is None:
         explained = [cache.explain(layer, token) for layer in range(len(report.kept_entries[0]))]
         its_text = tokenizer.decode([ids[token]])
     if as_json:
@@ -226,8 +228,22 @@ def show_report(report: Report, profile: TaskProfile, decode_budget: int | None)
         note(f"decode budget {decode_budget}: {report.decode_entries} entries held of {report.decode_tokens} new tokens")
     if profile.probability is not None:
         note(f"task: {profile.task}, probability {profile.probability:.2f} (classified; --task sets it)")
+    for sentence in looked_lines(report):
+        note(sentence)
     for sentence in report.notes:
         note(f"note: {sentence}")
+
+
+def looked_lines(report: Report) -> list[str]:
+    """What was heard of the answer before anything was evicted, and what was refitted."""
+    parts = []
+    if report.lookahead_tokens:
+        parts.append(f"the first {report.lookahead_tokens} tokens are the full cache's, and chose what stays")
+    if report.draft_tokens:
+        parts.append(f"a draft of {report.draft_tokens} tokens was heard, too, in {report.draft_seconds:.2f} s")
+    if report.refitted:
+        parts.append(f"values were refitted in {100 * report.refitted:.0f}% of the heads")
+    return ["; ".join(parts)] if parts else []
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -21,13 +21,15 @@ from winnowkv.cli.options import (
     Out,
     Policies,
     Profile,
+    Quality,
     budgets as read_budgets,
     fraction_list,
     numbers,
     task_name,
+    with_quality,
 )
 from winnowkv.cli.progress import resumable
-from winnowkv.cli.tables import Column, ResultTable, keys, numbers as number_columns
+from winnowkv.cli.tables import Column, ResultTable, keys, note, numbers as number_columns
 from winnowkv.errors import InputError
 
 NEW_TOKENS_PER_ANSWER = 24
@@ -73,6 +75,7 @@ def needle(
     ] = "correct",
     time: Annotated[bool, typer.Option("--time", help="Decode every setting alone and report its ms/token; slower.")] = False,
     factorial: Factorial = False,
+    quality: Quality = None,
     profile: Profile = None,
     out: Out = Path("winnow-out/needle"),
     as_json: Json = False,
@@ -86,7 +89,7 @@ def needle(
     from winnowkv.cli.loading import check_policies
     from winnowkv.evaluate.needle.prompts import read_haystack, read_variant
 
-    specs, asked = asked_policies(policies, factorial, profile), read_budgets(budgets)
+    specs, asked = with_quality(asked_policies(policies, factorial, profile), quality), read_budgets(budgets)
     check_policies(specs, asked)  # before transformers is imported, which takes seconds
     hidden = read_variant(variant, needles, count)
     measure(
@@ -218,6 +221,22 @@ def show_table(summary: dict[str, Any], out: Path) -> None:
             " ".join(group["example"]["output"].split()),
         )
     table.print()
+    for sentence in whole_notes(summary["groups"]):
+        note(sentence)
+
+
+def whole_notes(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each policy some of whose answers ended before anything was evicted."""
+    whole: dict[str, int] = {}
+    every: dict[str, int] = {}
+    for group in groups:
+        whole[group["policy"]] = whole.get(group["policy"], 0) + group.get("whole_answers", 0)
+        every[group["policy"]] = every.get(group["policy"], 0) + group["cases"]
+    return [
+        f"{policy}: {count} of {every[policy]} answers ended before anything was evicted, and count with the whole cache"
+        for policy, count in whole.items()
+        if count
+    ]
 
 
 def found_text(group: dict[str, Any], variant: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -42,6 +42,24 @@ def task_name(name: str | None) -> str | None:
 
         TaskProfile.of(name)
     return name
+
+
+def quality_name(name: str | None) -> str | None:
+    """A level's name as given. Raises PolicyError for an unknown one."""
+    if name is not None:
+        from winnowkv.policies.quality import check_quality
+
+        check_quality(name)
+    return name
+
+
+def with_quality(specs: Sequence[str], quality: str | None) -> list[str]:
+    """Policy specs with the options of a level, which the lines of results then hold. Raises PolicyError if they contradict."""
+    if quality is None:
+        return list(specs)
+    from winnowkv.policies.quality import spec_of_quality
+
+    return [spec_of_quality(spec, quality) for spec in specs]
 
 
 def dtype_of(name: str | None) -> str | None:
@@ -116,6 +134,18 @@ Profile = Annotated[
     Path | None,
     typer.Option(
         "--profile", help="Calibration profile, or a folder of them, for policies that need one. Default: the package's own."
+    ),
+]
+
+
+Quality = Annotated[
+    str | None,
+    typer.Option(
+        "--quality",
+        callback=quality_name,
+        help="lean, balanced or best: options of every policy that evicts; better answers for more memory and time at the "
+        "start. Default: as the policies say.",
+        show_default=False,
     ),
 ]
 

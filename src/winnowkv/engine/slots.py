@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from winnowkv.attention.hooks import Observer, tag_states
 from winnowkv.attention.routing import acquire, release_later
 from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.looking import check_chosen
 from winnowkv.cache.other_layers import shares_keys
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
@@ -132,7 +133,7 @@ class Slots(Cache):
         """Move a request whose prompt was read into new last rows, layer by layer; the cache is empty afterwards.
 
         ``rows``: how many that decode on their own from here; each gets its own copy of the entries.
-        Raises CacheError for a cache of another model, of several rows, or with a decode budget.
+        Raises CacheError for a cache of another model, of several rows, with a decode budget, or that has not evicted yet.
         """
         self.place_all([cache], room, rows)
 
@@ -165,6 +166,7 @@ class Slots(Cache):
             raise CacheError("the cache belongs to another model than these slots")
         if rows != 1:
             raise CacheError(f"a slot takes one request, the cache has {rows} rows: read prompts one by one")
+        check_chosen(cache, "placed in a slot")
         if cache.decode_budget is not None:
             raise CacheError(
                 f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without one"

@@ -33,7 +33,11 @@ def drop_ended(slots: Slots, rows: list[Row], ended: Callable[[Row], bool]) -> N
 
 @torch.no_grad()
 def greedy_rows(
-    caches: Sequence[CompactCache], logits: Tensor, limit: int, done: Callable[[list[int]], bool]
+    caches: Sequence[CompactCache],
+    logits: Tensor,
+    limit: int,
+    done: Callable[[list[int]], bool],
+    begun: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int] | None]:
     """The most likely tokens that continue each cache, decoded together; a row that ends frees its slot at once.
 
@@ -41,20 +45,25 @@ def greedy_rows(
     ----------
     caches: at least one, of one model and one request each; empty afterwards, but for rows that end with their first token.
     logits: of each request's latest token, ``[B, vocabulary]``.
-    limit: most tokens of a row, at least 1.
+    limit: most tokens of a row, at least 1; more than any row has ``begun`` with.
     done: called with a row's tokens after each new one; True ends the row, which keeps the token.
+    begun: of each row the tokens of its answer that its cache has read already. None: no row has any.
 
     Returns
     -------
     list
-        Tokens per row; None for a row whose largest logit is not a finite number, which ends it.
+        Tokens per row, those begun with included; None for a row whose largest logit is not a finite number, which ends it.
 
     Raises
     ------
     CacheError
-        For a cache that slots do not take: of another model, of several rows or with a decode budget.
+        For a cache that slots do not take: of another model, of several rows, with a decode budget, or one that still holds
+        its whole prompt to choose from.
     """
     samplers = [Sampler(GREEDY, (), logits.device) for _ in caches]
+    for sampler, tokens in zip(samplers, begun or [()] * len(samplers), strict=True):
+        sampler.tokens.extend(tokens)
+    shortest = min((len(sampler.tokens) for sampler in samplers), default=0)
     rows: list[list[int] | None] = [sampler.tokens for sampler in samplers]
     ended = [False] * len(rows)
 
@@ -68,7 +77,7 @@ def greedy_rows(
     take(range(len(rows)), choose(logits, samplers))
     active = [row for row in range(len(rows)) if not ended[row]]
     slots = Slots(caches[0].model, like=caches[0])
-    slots.place_all([caches[row] for row in active], min(limit - 1, DECODE_BLOCK))
+    slots.place_all([caches[row] for row in active], min(limit - 1 - shortest, DECODE_BLOCK))
     while active:
         take(active, advance(slots, [samplers[row] for row in active]))
         drop_ended(slots, active, ended.__getitem__)

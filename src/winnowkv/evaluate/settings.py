@@ -16,6 +16,7 @@ from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.reading import extend, prefill
 from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
+from winnowkv.evaluate.lookahead import FirstTokens
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import Policy, PromptInfo, policy as make_policy
 from winnowkv.prompt.task import TaskProfile
@@ -48,7 +49,9 @@ class Kept:
     """What a setting kept of one prompt: its cache, or the reason why it has none; and what its answer begins from.
 
     ``logits`` ``[1, V]`` are those of the prompt's last token; ``question`` holds the token ids that are read into the
-    compressed cache before the answer, empty if they were part of the prompt.
+    compressed cache before the answer, empty if they were part of the prompt. ``spoken``: tokens of the answer that the cache
+    has read over the whole prompt before it evicted; ``logits`` are then those of the last of them. ``ended``: the answer, if
+    it ended while the whole prompt was held.
     """
 
     setting: Setting
@@ -56,11 +59,16 @@ class Kept:
     failed: str | None = None
     logits: torch.Tensor | None = None
     question: tuple[int, ...] = ()
+    spoken: tuple[int, ...] = ()
+    ended: Answer | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens of an answer, None if a logit was not a number; seconds and steps are those of its whole batch."""
+    """Tokens of an answer, None if a logit was not a number.
+
+    Seconds and steps are those of its whole batch, without tokens that were read over the whole prompt before it was evicted.
+    """
 
     tokens: list[int] | None
     seconds: float
@@ -103,26 +111,45 @@ def replay(
     policies: Mapping[str, Policy],
     task: TaskProfile,
     *,
+    first: FirstTokens | None = None,
     keep_scores: bool = False,
 ) -> list[Kept]:
-    """What every setting keeps of a recorded prompt; a setting that fails (a budget below its window) holds the reason."""
+    """What every setting keeps of a recorded prompt; a setting that fails (a budget below its window) holds the reason.
+
+    ``first``: of the prompt's answer, which policies with lookahead or draft read before they evict. Without them such a cache
+    still holds the whole prompt, and cannot be decoded together with others.
+    """
     kept: list[Kept] = []
     how: dict[str, Any] = {"task": task, "keep_scores": keep_scores}
     for setting in asked:
         try:
-            kept.append(Kept(setting, recorded.replay(policies[setting.policy], setting.budget, **how)))
+            kept.append(begun(setting, recorded.replay(policies[setting.policy], setting.budget, **how), first))
         except WinnowError as error:
             kept.append(Kept(setting, None, str(error)))
     return kept
 
 
+def begun(setting: Setting, cache: CompactCache, first: FirstTokens | None) -> Kept:
+    """What a setting keeps, after the lookahead and the draft of its policy."""
+    if first is None or cache.looking is None:
+        return Kept(setting, cache)
+    begin = first.begin(cache)
+    if begin.over:
+        return Kept(setting, cache, ended=Answer(None if begin.failed else list(begin.tokens), 0.0, 0, 1))
+    return Kept(setting, cache, logits=begin.logits, spoken=begin.tokens)
+
+
 def batches(kept: Sequence[Kept]) -> Iterator[list[Kept]]:
-    """Groups of settings whose caches are of similar length; settings without a cache are left out.
+    """Groups of settings whose caches are of similar length; settings without a cache, or whose answer has ended, are left out.
 
     Lengths are compared layer by layer: each layer of a batch is padded to its longest row, and policies favour
     different layers.
     """
-    with_cache = [([layer.length for layer in one.cache.compact_layers], one) for one in kept if one.cache is not None]
+    with_cache = [
+        ([layer.length for layer in one.cache.compact_layers], one)
+        for one in kept
+        if one.cache is not None and one.ended is None
+    ]
     group: list[Kept] = []
     shortest, padded = 0, [0]
     for lengths, one in sorted(with_cache, key=lambda pair: sum(pair[0])):
@@ -147,7 +174,7 @@ def continue_all(
     done: Callable[[list[int]], bool],
 ) -> dict[Setting, Answer]:
     """Greedy answers of all settings of one prompt that have a cache; see :func:`decode_together`."""
-    started = [replace(one, logits=logits, question=tuple(question)) for one in kept]
+    started = [replace(one, logits=logits if one.logits is None else one.logits, question=tuple(question)) for one in kept]
     answers = decode_together(model, started, limit, done)
     return {one.setting: answer for one, answer in zip(kept, answers, strict=True) if answer is not None}
 
@@ -156,13 +183,14 @@ def decode_together(
     model: PreTrainedModel, kept: Sequence[Kept], limit: int, done: Callable[[list[int]], bool]
 ) -> list[Answer | None]:
     """Greedy answers from all caches, of one prompt or several, similar lengths in one batch; None for a missing cache."""
-    found: dict[int, Answer] = {}
+    found: dict[int, Answer] = {id(one): one.ended for one in kept if one.ended is not None}
     for batch in batches(kept):
         begin = time.perf_counter()
         caches = [one.cache for one in batch if one.cache is not None]
         first = [read_question(model, one) for one in batch]
-        rows = greedy_rows(caches, torch.cat(first), limit, done)
-        seconds, steps = time.perf_counter() - begin, max(len(tokens or ()) for tokens in rows)
+        rows = greedy_rows(caches, torch.cat(first), limit, done, [one.spoken for one in batch])
+        seconds = time.perf_counter() - begin
+        steps = max(len(tokens or one.spoken) - len(one.spoken) for tokens, one in zip(rows, batch, strict=True))
         for one, tokens in zip(batch, rows, strict=True):
             found[id(one)] = Answer(tokens, seconds, steps, len(batch))
     return [found.get(id(one)) for one in kept]

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from winnowkv.api import Run, compress
 from winnowkv.budget import DEFAULT_BUDGET, Asked, Budget
 from winnowkv.errors import InputError
+from winnowkv.evaluate.lookahead import read_answer
 from winnowkv.evaluate.tasks.protocol import middle_out
 from winnowkv.evaluate.tasks.tasks import find_tasks
 from winnowkv.models.load import best_device, best_dtype, load
@@ -130,7 +131,7 @@ class WinnowLM(HFLM):
         output = self.model(input_ids=torch.tensor([context], device=self.device), use_cache=True, logits_to_keep=1)
         logits = output.logits
         if len(continuation) > 1:
-            more = self.model(input_ids=wanted[:, :-1], past_key_values=output.past_key_values, use_cache=True).logits
+            more = read_answer(self.model, output.past_key_values, wanted[:, :-1])
             logits = torch.cat([logits, more], dim=1)
         chances = logits.float().log_softmax(-1).gather(-1, wanted[..., None])
         return float(chances.sum()), bool((logits.argmax(-1) == wanted).all())

@@ -70,6 +70,7 @@ def naive(model: PreTrainedModel, spec: str, budget: int | float, text: str, lim
         kl.append(float((p * (p / q).log()).sum()))
     free = wk.CompactCache(model, spec, budget, task=task)
     logits = prefill(model, ids, free)
+    later = same[3:], kl[3:]  # of the tokens after the fourth
     kl.sort()
     place = 0.99 * (len(kl) - 1)
     below = math.floor(place)
@@ -77,9 +78,13 @@ def naive(model: PreTrainedModel, spec: str, budget: int | float, text: str, lim
         "agreement": sum(same) / len(same),
         "kl_mean": sum(kl) / len(kl),
         "kl_p99": kl[below] + (place - below) * (kl[min(below + 1, len(kl) - 1)] - kl[below]),
+        "agreement_after_4": sum(later[0]) / len(later[0]),
+        "kl_after_4": sum(later[1]) / len(later[1]),
         "first_divergence": same.index(False) + 1 if False in same else None,
         "exact_match": list(greedy(model, free, logits, limit)) == tokens,
         "kept_bytes": free.report.kept_bytes,
+        "lookahead_tokens": small.report.lookahead_tokens,
+        "draft_tokens": small.report.draft_tokens,
     }
 
 
@@ -89,7 +94,48 @@ def test_every_policy_equals_the_slow_reference(llama: PreTrainedModel, case: Ca
         expected = naive(llama, line["policy"], line["budget"], TEXTS[0], 12)
         assert line["failed"] is None
         assert line["compared_tokens"] == 11
-        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+        assert compared(line) == pytest.approx(expected, abs=1e-5)
+
+
+LOOKING = (
+    "snapkv:observe=8:lookahead=4",
+    "snapkv:observe=8:lookahead=6:draft=5:refit=true",
+    "adakv:of=snapkv:observe=8:draft=5:rounds=2",
+    "snapkv:observe=8:lookahead=11",  # all 12 tokens but the last, which no cache reads
+    "snapkv:observe=8:lookahead=10",
+    "snapkv:observe=8",
+)
+
+
+def test_policies_that_look_at_the_answer_equal_the_slow_reference(llama: PreTrainedModel, tmp_path: Any) -> None:
+    test = asked(*LOOKING, texts=TEXTS[:2])
+    lines = go(test, llama, tmp_path)
+    for line in lines:
+        assert compared(line) == pytest.approx(naive(llama, line["policy"], 24, TEXTS[int(line["id"][1])], 12), abs=1e-5)
+        assert line["whole"] is (line["policy"] == LOOKING[3])
+    assert {line["draft_tokens"] for line in lines} == {0, 5, 10}
+    assert any(line["agreement"] < 1 for line in lines if line["policy"] in LOOKING[:2])
+    summary = summarize(lines, test.expected(), 0.5, {"dtype": "float32"})
+    assert summary["after"] == 11
+    assert {(g["prompts_after"], g["whole_answers"]) for g in summary["groups"]} == {(2, 0), (2, 2)}
+    note = f"{LOOKING[3]} at 24 entries: 2 of 2 answers ended before anything was evicted, and count with the whole cache"
+    assert [one for one in summary["notes"] if "ended before" in one] == [note]
+
+
+def compared(line: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a line that the slow reference knows."""
+    agreement, kl = auditor.after(line, 4) or (None, None)
+    names = (
+        "agreement",
+        "kl_mean",
+        "kl_p99",
+        "first_divergence",
+        "exact_match",
+        "kept_bytes",
+        "lookahead_tokens",
+        "draft_tokens",
+    )
+    return {**{name: line[name] for name in names}, "agreement_after_4": agreement, "kl_after_4": kl}
 
 
 def test_settings_of_several_lengths_equal_the_slow_reference(llama: PreTrainedModel, tmp_path: Any, monkeypatch: Any) -> None:
@@ -102,7 +148,7 @@ def test_settings_of_several_lengths_equal_the_slow_reference(llama: PreTrainedM
     for line in lines:
         text = TEXTS[int(line["id"][1])]
         expected = naive(llama, line["policy"], line["budget"], text, 12)
-        assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+        assert compared(line) == pytest.approx(expected, abs=1e-5)
         agreements.add(line["agreement"])
     assert len(agreements) > 3  # else this test compares nothing
 
@@ -163,7 +209,7 @@ def test_finished_lines_are_never_computed_twice(llama: PreTrainedModel, tmp_pat
     assert go(test, llama, tmp_path) == lines
     assert len(calls) == 3
     whole = go(test, llama, tmp_path / "whole")
-    timed = ("prefill_s", "compress_s", "compare_s", "versions", "git")
+    timed = ("prefill_s", "compress_s", "compare_s", "draft_s", "versions", "git", "kl_tokens")  # these are in kl_mean
     bare = [[{name: line[name] for name in line if name not in timed} for line in run] for run in (lines, whole)]
     for line, other in zip(*bare, strict=True):
         assert line == pytest.approx(other, abs=1e-6)

@@ -101,6 +101,29 @@ def test_only_the_asked_settings_are_summed() -> None:
     assert summary["lines"] == summary["expected_lines"] == 2
 
 
+def test_tokens_after_the_lookahead_are_compared_by_themselves() -> None:
+    """By default after the largest lookahead of the settings; an answer that is no longer has none."""
+    long = {
+        "same_tokens": "1110",
+        "kl_tokens": [0.0, 0.0, 0.25, 0.75],
+    }  # of answers of 5 tokens and 3: the first is in no number
+    short = {"same_tokens": "11", "kl_tokens": [0.0, 0.0]}
+    lines = [
+        made(policy, prompt=prompt) | (short if prompt == "c" else long)
+        for policy in ("snapkv:lookahead=3", "snapkv:lookahead=2") for prompt in "abc"
+    ]  # fmt: skip
+    summary = summarize(lines, lines, 0.9, {"dtype": "float32"})
+    assert summary["after"] == 3
+    for group in summary["groups"]:
+        assert (group["prompts"], group["prompts_after"]) == (3, 2)
+        assert group["agreement_after"]["mean"] == 0.5
+        assert group["kl_after"]["mean"] == 0.5
+    other = summarize(lines, lines, 0.9, {"dtype": "float32"}, after=4)
+    assert [(g["agreement_after"]["mean"], g["kl_after"]["mean"]) for g in other["groups"]] == [(0.0, 0.75)] * 2
+    none = summarize([made()], [made()], 0.9, {"dtype": "float32"})
+    assert (none["after"], none["groups"][0]["prompts_after"], none["groups"][0]["kl_after"]["mean"]) == (0, 0, None)
+
+
 def test_rounding_is_noted() -> None:
     lines = [made(prompt=str(n)) | {"full_agreement": 0.96} for n in range(3)]
     notes = summarize(lines, lines, 0.9, {"dtype": "bfloat16"})["notes"]

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 import winnowkv as wk
 from support.tokenizers import Letters
 from winnowkv.cache.reading import greedy, prefill
-from winnowkv.cli.needle import asked_policies, found_text, needle as command
+from winnowkv.cli.needle import asked_policies, found_text, needle as command, whole_notes
 from winnowkv.evaluate.needle import needle as runner
 from winnowkv.evaluate.needle.prompts import PromptBuilder, read_chains, read_haystack, read_needles, read_variant
 from winnowkv.evaluate.report import plot
@@ -261,6 +261,26 @@ def test_wrappers_stand_in_a_list_with_other_policies(llama, tmp_path):
         assert line["kept_entries_per_layer"] == live.report.kept_entries[0]
         assert sum(line["kept_entries_per_layer"]) == pytest.approx(5 * 100)
         assert line["output"] == Letters().decode(list(greedy(llama, live, logits, 9))).strip()
+
+
+def test_policies_that_look_at_the_answer_answer_as_they_do_live(llama, tmp_path):
+    specs = [f"snapkv:observe=8{more}" for more in ("", ":lookahead=3", ":lookahead=4:draft=5:refit=true", ":lookahead=20")]
+    alone, together = (
+        go_tiny(tiny_test(specs, timed=timed), llama, tmp_path / str(timed)) for timed in (True, False)
+    )  # fmt: skip
+    ids = PromptBuilder(Letters(), read_haystack(), chat=False).build(read_needles()[0], 400, 0.5)
+    for summary, lines in (alone, together):
+        for line in lines:
+            cache = wk.CompactCache(llama, line["policy"], line["budget"], task="localization")
+            tokens = list(greedy(llama, cache, prefill(llama, torch.tensor([ids]), cache), 9))
+            assert line["output"] == Letters().decode(tokens).strip()
+            assert line["kept_entries_per_layer"] == cache.report.kept_entries[0]
+            assert line["lookahead_tokens"] == cache.report.lookahead_tokens
+            assert line["whole"] is (line["policy"] == specs[3])
+        assert [group["whole_answers"] for group in summary["groups"]] == [0] * 6 + [1] * 2
+        told = f"{specs[3]}: 2 of 2 answers ended before anything was evicted, and count with the whole cache"
+        assert whole_notes(summary["groups"]) == [told]
+    assert [line["decode_ms_per_token"] is None for line in alone[1]] == [False] * 6 + [True] * 2  # nothing came after
 
 
 def test_a_profile_goes_to_the_policy_that_a_wrapper_changes():

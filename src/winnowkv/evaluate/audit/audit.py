@@ -4,7 +4,8 @@ The full cache continues each prompt greedily. Every compressed cache then reads
 *forced* along them), all settings of similar length in one pass, and its own most likely token is
 compared at each. The first token of a continuation comes from the prompt's own logits, which no
 eviction changes: it is left out of every number, and a prompt whose continuation is that one token
-has nothing to compare (``trivial``).
+has nothing to compare (``trivial``). A policy with lookahead reads the first tokens over the whole cache,
+as it does live; there it is compared as the full cache itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from winnowkv.cache.reading import extend
 from winnowkv.cache.stacked import stack
 from winnowkv.engine.step import greedy_rows
 from winnowkv.errors import InputError, WinnowError
+from winnowkv.evaluate.lookahead import FirstTokens, looked
 from winnowkv.evaluate.needle.prompts import read_rows
 from winnowkv.evaluate.report.machine import revision, versions
 from winnowkv.evaluate.report.store import ResultStore
@@ -192,39 +194,61 @@ def measure(
     stop, task = end_tokens(model, tokenizer), replace(task_profile(text), structure=read_structure(tokenizer, ids))
     made = policies_for(asked, model, task)
     recorded, logits, seconds = read_prompt(model, ids, made.values(), task)
-    kept = replay(recorded, asked, made, task, keep_scores=True)
+    tokens = full_answer(model, recorded, logits, limit, stop)
+    truth = full_logits(model, recorded, tokens)
+    first = FirstTokens.known(model, tokens, torch.cat([logits, truth]))
+    kept = replay(recorded, asked, made, task, first=first, keep_scores=True)
     spent = [costs(one, seconds, served) for one in kept]
-    tokens, found = compare(model, recorded, kept, logits, limit, stop)
+    found = compare(model, kept, logits, tokens, truth, len(ids))
     answer = tokenizer.decode([token for token in tokens if token not in stop], skip_special_tokens=True)
     return [{**asdict(one.setting), "continuation": answer, **found[one.setting], **cost}
             for one, cost in zip(kept, spent, strict=True)]  # fmt: skip
 
 
-def compare(
-    model: PreTrainedModel, recorded: CompactCache, kept: Sequence[Kept], logits: Tensor, limit: int, stop: frozenset[int]
-) -> tuple[list[int], dict[Setting, Line]]:
-    """The full cache's continuation (stop token included), and how close each setting comes to it.
+def full_answer(model: PreTrainedModel, recorded: CompactCache, logits: Tensor, limit: int, stop: frozenset[int]) -> list[int]:
+    """The full cache's greedy continuation of a recorded prompt, stop token included.
 
-    ``logits`` ``[1, V]`` are those of the prompt's last token. Raises InputError if a logit of the full cache is NaN.
+    ``logits`` ``[1, V]`` are those of the prompt's last token. Raises InputError if a logit is NaN.
     """
-    seen = recorded.report.prompt_tokens[0]
     (tokens,) = greedy_rows([recorded.replay("full", 1)], logits, limit, lambda made: made[-1] in stop)
     if tokens is None:
         raise InputError(NOT_A_NUMBER)
-    found: dict[Setting, Line] = {one.setting: {"failed": one.failed, "compared_tokens": len(tokens) - 1} for one in kept}
+    return tokens
+
+
+def full_logits(model: PreTrainedModel, recorded: CompactCache, tokens: Sequence[int]) -> Tensor:
+    """The full cache's logits ``[n - 1, V]`` after each of a continuation's ``n`` tokens but the last."""
+    parts = forced(model, recorded.replay("full", 1), tokens[:-1], recorded.report.prompt_tokens[0], 1)
+    none = torch.empty(0, model.config.get_text_config(decoder=True).vocab_size, device=model.device, dtype=model.dtype)
+    return torch.cat([part[0] for part in parts] or [none])
+
+
+def compare(
+    model: PreTrainedModel, kept: Sequence[Kept], logits: Tensor, tokens: list[int], truth: Tensor, seen: int
+) -> dict[Setting, Line]:
+    """How close each setting comes to the full cache's continuation ``tokens`` of a prompt of ``seen`` tokens.
+
+    ``logits`` ``[1, V]`` are those of the prompt's last token, ``truth`` those of :func:`full_logits`.
+    """
+    found: dict[Setting, Line] = {
+        one.setting: {"failed": one.failed, "compared_tokens": len(tokens) - 1, **looked(one.cache)} for one in kept
+    }
     if len(tokens) == 1:
-        return tokens, found
-    truth = torch.cat([part[0] for part in forced(model, recorded.replay("full", 1), tokens[:-1], seen, 1)])
+        return found
     itself = agreement(truth, tokens[1:]).float().mean().item()
     clock: dict[Setting, float] = {}
-    for batch in batches(kept):
+    for batch in (batch for group in by_spoken(kept) for batch in batches(group)):
         begin = time.perf_counter()
         caches = [one.cache for one in batch if one.cache is not None]
-        rows = fidelity(model, caches, truth, tokens, seen)
+        rows = fidelity(model, caches, truth, tokens, seen, len(batch[0].spoken))
         seconds = (time.perf_counter() - begin) / len(batch)
         for one, row in zip(batch, rows, strict=True):
             found[one.setting] |= {"full_agreement": itself, **row}
             clock[one.setting] = seconds
+    for one in kept:
+        if one.ended is not None:
+            found[one.setting] |= {"full_agreement": itself, **of_full_cache(truth, tokens)}
+            clock[one.setting] = 0.0
     # Free greedy decoding, up to the first token that differs: nothing after it can make the answers equal again.
     free = continue_all(model, kept, logits, [], len(tokens), lambda made: made[-1] != tokens[len(made) - 1])
     for setting, answer in free.items():
@@ -234,35 +258,59 @@ def compare(
         else:
             line["exact_match"] = answer.tokens == tokens
         line["compare_s"] = round(clock[setting] + answer.seconds / answer.batch, 4)
-    return tokens, found
+    return found
 
 
-def fidelity(model: PreTrainedModel, caches: Sequence[CompactCache], truth: Tensor, tokens: list[int], seen: int) -> list[Line]:
+def by_spoken(kept: Sequence[Kept]) -> list[list[Kept]]:
+    """Settings grouped by how many tokens of the answer their caches have read."""
+    return [[one for one in kept if len(one.spoken) == read] for read in sorted({len(one.spoken) for one in kept})]
+
+
+def fidelity(
+    model: PreTrainedModel, caches: Sequence[CompactCache], truth: Tensor, tokens: list[int], seen: int, spoken: int = 0
+) -> list[Line]:
     """Agreement, KL divergence and first divergence of each cache when it is forced along ``tokens``.
 
-    ``truth`` ``[n - 1, V]`` are the full cache's logits after all tokens but the last.
+    ``truth`` ``[n - 1, V]`` are the full cache's logits after all tokens but the last. The caches have read the first
+    ``spoken`` tokens, over the whole prompt: after these they are the full cache.
     """
-    begin, agrees, kl = 0, [], []
-    for logits in forced(model, stack(caches), tokens[:-1], seen, len(caches)):
+    begin = spoken
+    agrees = [agreement(truth[:spoken], tokens[1 : 1 + spoken]).expand(len(caches), -1)]
+    kl = [torch.zeros(len(caches), spoken, device=truth.device)]
+    for logits in forced(model, stack(caches), tokens[spoken:-1], seen + spoken, len(caches)):
         end = begin + logits.shape[1]
         agrees.append(agreement(logits, tokens[1 + begin : 1 + end]))
         kl.append(divergence(truth[begin:end], logits))
         begin = end
-    lines: list[Line] = []
-    for same, nats in zip(torch.cat(agrees, 1), torch.cat(kl, 1), strict=True):
-        if not nats.isfinite().all():
-            lines.append({"failed": NOT_A_NUMBER})
-            continue
-        apart = (~same).nonzero()
-        lines.append(
-            {
-                "agreement": same.float().mean().item(),
-                "kl_mean": nats.mean().item(),
-                "kl_p99": nats.quantile(0.99).item(),
-                "first_divergence": 1 + int(apart[0]) if len(apart) else None,  # its index in the continuation
-            }
-        )
-    return lines
+    return [measured(same, nats) for same, nats in zip(torch.cat(agrees, 1), torch.cat(kl, 1), strict=True)]
+
+
+def of_full_cache(truth: Tensor, tokens: Sequence[int]) -> Line:
+    """The measures of an answer that ended while the whole prompt was held: the full cache's own."""
+    same = agreement(truth, tokens[1:])
+    return measured(same, torch.zeros(len(same), device=same.device))
+
+
+def measured(same: Tensor, nats: Tensor) -> Line:
+    """The measures of one answer by token ``[n - 1]``: whether the most likely one is the same, and the KL divergence."""
+    if not nats.isfinite().all():
+        return {"failed": NOT_A_NUMBER}
+    apart = (~same).nonzero()
+    return {
+        "agreement": same.float().mean().item(),
+        "kl_mean": nats.mean().item(),
+        "kl_p99": nats.quantile(0.99).item(),
+        "first_divergence": 1 + int(apart[0]) if len(apart) else None,  # its index in the continuation
+        "same_tokens": "".join("01"[one] for one in same.tolist()),
+        "kl_tokens": [float(f"{one:.4g}") for one in nats.tolist()],
+    }
+
+
+def after(line: Line, tokens: int) -> tuple[float, float] | None:
+    """Agreement and KL divergence of the tokens after an answer's first ``tokens``; None if there are none."""
+    begin = max(tokens - 1, 0)  # the first token is in no number
+    same, nats = line["same_tokens"][begin:], line["kl_tokens"][begin:]
+    return (same.count("1") / len(same), sum(nats) / len(nats)) if same else None
 
 
 def forced(model: PreTrainedModel, cache: CompactCache, tokens: Sequence[int], seen: int, rows: int) -> Iterator[Tensor]:
@@ -301,7 +349,7 @@ def costs(one: Kept, seconds: float, served: torch.dtype) -> Line:
         return as_codes + (total - as_codes) * served.itemsize // itemsize
 
     return {
-        "kept_mass": report.kept_mass[0],
+        "kept_mass": report.kept_mass[0] if one.ended is None else 1.0,  # nothing was chosen of an answer that ended early
         "kept_bytes": in_served(report.kept_bytes, codes),
         "full_bytes": in_served(report.full_bytes, 0),
         "held_bytes": in_served(report.held_bytes, held),

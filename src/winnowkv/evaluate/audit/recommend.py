@@ -9,6 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from winnowkv.budget import budget_text
+from winnowkv.evaluate.audit.audit import after as after_tokens
+from winnowkv.evaluate.lookahead import lookahead_of
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.stats import mean_interval, small
 from winnowkv.evaluate.report.store import ResultStore, write_json
@@ -24,24 +26,34 @@ Line = dict[str, Any]
 Group = dict[str, Any]
 
 
-def write_summary(store: ResultStore, expected: Sequence[Line], keep: float, config: dict[str, Any]) -> dict[str, Any]:
+def write_summary(
+    store: ResultStore, expected: Sequence[Line], keep: float, config: dict[str, Any], after: int | None = None
+) -> dict[str, Any]:
     """Write ``summary.json`` of the finished lines among ``expected`` (prompt, policy, budget); returns it."""
-    summary = summarize(store.lines, expected, keep, config)
+    summary = summarize(store.lines, expected, keep, config, after)
     write_json(store.folder / "summary.json", summary)
     return summary
 
 
-def summarize(lines: Sequence[Line], expected: Sequence[Line], keep: float, config: dict[str, Any]) -> dict[str, Any]:
-    """One group per setting in the order asked, the recommendation for the target ``keep``, and notes."""
+def summarize(
+    lines: Sequence[Line], expected: Sequence[Line], keep: float, config: dict[str, Any], after: int | None = None
+) -> dict[str, Any]:
+    """One group per setting in the order asked, the recommendation for the target ``keep``, and notes.
+
+    ``after``: agreement and KL are also those of the tokens after so many; None: after the largest lookahead of the settings.
+    """
+    if after is None:
+        after = max((lookahead_of(policy) for policy in {line["policy"] for line in expected}), default=0)
     wanted = {(line["prompt"], setting_of(line)) for line in expected}
     mine = [line for line in lines if (line["prompt"], setting_of(line)) in wanted]
     by_setting: dict[Setting, list[Line]] = {setting_of(line): [] for line in expected}
     for line in mine:
         by_setting[setting_of(line)].append(line)
-    groups = [summed(setting, rows) for setting, rows in by_setting.items() if rows]
+    groups = [summed(setting, rows, after) for setting, rows in by_setting.items() if rows]
     return {
-        **config, "groups": groups, "recommendation": recommend(groups, keep), "notes": notes(mine, groups, config),
-        "lines": len(mine), "expected_lines": len(wanted), "machine": machine(), "versions": versions(),
+        **config, "after": after, "groups": groups, "recommendation": recommend(groups, keep),
+        "notes": notes(mine, groups, config), "lines": len(mine), "expected_lines": len(wanted),
+        "machine": machine(), "versions": versions(),
     }  # fmt: skip
 
 
@@ -50,21 +62,26 @@ def setting_of(line: Line) -> Setting:
     return Setting(line["policy"], line["budget"])
 
 
-def summed(setting: Setting, rows: Sequence[Line]) -> Group:
+def summed(setting: Setting, rows: Sequence[Line], after: int = 0) -> Group:
     """One setting over its prompts: every measure as mean, low and high of a 95% interval, None if there is none.
 
     ``prompts`` counts those compared, ``trivial`` those whose continuation is one token, which every cache
-    gives, ``failed`` those without a result; only the compared ones are in the means.
+    gives, ``failed`` those without a result; only the compared ones are in the means. With ``after``, ``agreement_after``
+    and ``kl_after`` are over the ``prompts_after`` whose continuation has tokens after so many. ``whole_answers`` ended within
+    the lookahead, so that nothing was evicted.
     """
     compared = [row for row in rows if row["failed"] is None and row["compared_tokens"]]
     trivial = sum(row["failed"] is None and not row["compared_tokens"] for row in rows)
     agreements = [row["agreement"] for row in compared]
+    later = [found for row in compared if after and (found := after_tokens(row, after)) is not None]
     return {
         "policy": setting.policy, "budget": setting.budget, "whole": not make_policy(setting.policy).evicts,
         "prompts": len(compared), "trivial": trivial, "failed": len(rows) - trivial - len(compared),
         **{name: _interval([float(row[name]) for row in compared]) for name in MEASURES},
         "deviation": stdev(agreements) if len(agreements) > 1 else None,
         "undiverged": sum(row["first_divergence"] is None for row in compared),
+        "prompts_after": len(later), "agreement_after": _interval([same for same, _ in later]),
+        "kl_after": _interval([nats for _, nats in later]), "whole_answers": sum(bool(row.get("whole")) for row in rows),
         **{name: mean(row[name] for row in compared) if compared else None for name in SIZE_FIELDS},
     }  # fmt: skip
 
@@ -194,6 +211,12 @@ def notes(lines: Sequence[Line], groups: Sequence[Group], config: dict[str, Any]
             found.append(f"{name_of(group)} failed on {group['failed']} of {len(prompts)} prompts ({times}: {reason})")
         if 0 < group["prompts"] < compared:
             found.append(f"{name_of(group)} lacks prompts that other settings have, so it is not recommended")
+    found += [
+        f"{name_of(group)}: {group['whole_answers']} of {group['prompts'] + group['trivial']} answers ended before anything "
+        "was evicted, and count with the whole cache"
+        for group in groups
+        if group["whole_answers"]
+    ]
     own = {line["prompt"]: line["full_agreement"] for line in lines if line.get("full_agreement") is not None}
     if own and mean(own.values()) < 1:
         found.append(

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -22,11 +23,12 @@ from transformers import PreTrainedModel
 from winnowkv.budget import Asked, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.errors import InputError
+from winnowkv.evaluate.lookahead import FirstTokens, looked
 from winnowkv.evaluate.needle.factorial import effects
 from winnowkv.evaluate.needle.prompts import Hidden, PromptBuilder
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.store import ResultStore, write_json
-from winnowkv.evaluate.settings import Kept, Setting, continue_all, read_prompt
+from winnowkv.evaluate.settings import Kept, Setting, begun, continue_all, read_prompt
 from winnowkv.models.info import ModelInfo, end_tokens, position_limit
 from winnowkv.models.load import dtype_name
 from winnowkv.policies import Policy, policy as make_policy
@@ -189,47 +191,59 @@ class Reading:
     stop: Collection[int]
     task: TaskProfile = field(default_factory=TaskProfile)
 
+    @cached_property
+    def first(self) -> FirstTokens:
+        """The first tokens of the full cache's answer, which policies with lookahead or draft read before they evict."""
+        return FirstTokens(self.model, self.logits, self.limit, lambda tokens: tokens[-1] in self.stop)
+
     def measure(
         self, asked: Sequence[Setting], policies: Mapping[str, Policy], *, alone: bool
     ) -> Iterator[tuple[Setting, dict[str, Any]]]:
         """The measured fields of each setting's result line; settings of similar length decode together unless ``alone``."""
-        waiting: list[tuple[Setting, CompactCache]] = []
+        waiting: list[Kept] = []
         for setting in asked:
             cache = self.cache.replay(policies[setting.policy], setting.budget, task=self.task)
+            one = begun(setting, cache, self.first)
             if alone or not policies[setting.policy].evicts:
-                yield from self.answer([(setting, cache)])
+                yield from self.answer([one])
                 continue
-            waiting.append((setting, cache))
+            waiting.append(one)
             # Answered as soon as they hold as much as the full cache: memory does not grow with the number of settings.
-            if sum(cache.held_bytes for _, cache in waiting) > self.cache.held_bytes:
+            if sum(each.cache.held_bytes for each in waiting if each.cache is not None) > self.cache.held_bytes:
                 yield from self.answer(waiting)
                 waiting = []
         yield from self.answer(waiting)
 
-    def answer(self, kept: Sequence[tuple[Setting, CompactCache]]) -> Iterator[tuple[Setting, dict[str, Any]]]:
-        """Answer from these caches, those of similar length in one batch; a single cache also gets its median ms/token."""
+    def answer(self, kept: Sequence[Kept]) -> Iterator[tuple[Setting, dict[str, Any]]]:
+        """Answer from these caches, those of similar length in one batch; a single cache also gets its median ms/token.
+
+        The pace is that of the tokens after the lookahead.
+        """
         clock = []
 
         def done(tokens: list[int]) -> bool:
             clock.append(time.perf_counter())
             return tokens[-1] in self.stop
 
-        waiting = [Kept(setting, cache) for setting, cache in kept]
-        found = continue_all(self.model, waiting, self.logits, (), self.limit, done)
+        found = continue_all(self.model, kept, self.logits, (), self.limit, done)
         clock.append(time.perf_counter())
-        for setting, cache in kept:
-            tokens, batch = found[setting].tokens, found[setting].batch
+        for one in kept:
+            if (cache := one.cache) is None:
+                continue
+            tokens, batch = found[one.setting].tokens, found[one.setting].batch
             output = self.text(tokens or [])
+            timed = clock[: len(tokens) - len(one.spoken)] if tokens and one.ended is None and len(kept) == 1 else []
             measured = {
                 "output": output,
                 **judge(self.answers, output),
                 "failed": NO_NUMBER if tokens is None else None,
                 **kept_of(cache.report),
+                **looked(cache),
                 "prefill_s": round(self.seconds + cache.report.compress_seconds, 4),
-                "decode_ms_per_token": pace(clock[: len(tokens)]) if tokens and len(kept) == 1 else None,
+                "decode_ms_per_token": pace(timed),
                 "decode_batch": batch,
             }
-            yield setting, measured
+            yield one.setting, measured
 
     def text(self, tokens: list[int]) -> str:
         """An answer's tokens as text, without the stop token."""
@@ -318,6 +332,7 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "prefill_s": median(row["prefill_s"] for row in rows),
         "compress_s": median(row["compress_s"] for row in rows),
         "decode_ms_per_token": median(paces) if paces else None,
+        "whole_answers": sum(bool(row.get("whole")) for row in rows),
         "example": {"question": shown["question"], "answer": answer_text(shown), "output": shown["output"]},
     }
 

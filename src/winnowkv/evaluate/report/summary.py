@@ -269,6 +269,12 @@ def _section_notes(
         notes.append(
             f"{len(cut)} of {rows} prompts were longer than the context: {sum(cut.values())} tokens were cut out of them."
         )
+    whole = Counter(line["policy"] for line in lines if line.get("whole"))
+    for policy, count in whole.items():
+        answered = [line for line in lines if line["policy"] == policy and failed(line) is None]
+        notes.append(
+            f"{policy}: {count} of {len(answered)} answers ended before anything was evicted, and count with the whole cache."
+        )
     notes += _lacking_notes(settings, full, common)
     finished = [(line, full.get((line["task"], line["row"]))) for line in lines if failed(line) is None]
     other = sum(reference is not None and not same_prompt(line, reference) for line, reference in finished)

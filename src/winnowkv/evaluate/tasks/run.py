@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from winnowkv.budget import Asked, Budget
 from winnowkv.errors import InputError, WinnowError
+from winnowkv.evaluate.lookahead import FirstTokens, check_asked_later, looked
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.page import write_page
 from winnowkv.evaluate.report.store import ResultStore, write_json
@@ -85,6 +86,8 @@ class Evaluation:
         for budget in self.budgets:
             Budget.of(budget)
         settings(self.policies, self.budgets)
+        if self.protocol == "context-only":
+            check_asked_later(self.policies)
         find_tasks(self.tasks)
 
     def rows(self) -> list[tuple[EvalTask, Row]]:
@@ -184,7 +187,11 @@ class Worker:
             profile = replace(profile, structure=read_structure(self.tokenizer, context))
         made = policies_for(work.settings, self.model, profile)
         recorded, logits, seconds = read_prompt(self.model, context, made.values(), profile)
-        kept = [replace(one, logits=logits, question=question) for one in replay(recorded, work.settings, made, profile)]
+        first = None if question else FirstTokens(self.model, logits, task.max_new_tokens, self.ends(task))
+        kept = [
+            replace(one, logits=logits if one.logits is None else one.logits, question=question)
+            for one in replay(recorded, work.settings, made, profile, first=first)
+        ]
         return Read(work.row, encoded, seconds, kept)
 
     def failed(self, work: Work, error: Exception) -> list[dict[str, Any]]:
@@ -209,7 +216,7 @@ class Worker:
             "kept_bytes": report.kept_bytes, "full_bytes": report.full_bytes, "held_bytes": report.held_bytes,
             "peak_bytes": report.peak_bytes, "prefill_s": round(read.seconds + report.compress_seconds, 4),
             "compress_s": round(report.compress_seconds, 4), "decode_s": round(answer.seconds, 4),
-            "decode_tokens": answer.steps, "decode_batch": answer.batch, "peak_rss": peak_memory(),
+            "decode_tokens": answer.steps, "decode_batch": answer.batch, "peak_rss": peak_memory(), **looked(kept.cache),
         }  # fmt: skip
         if answer.tokens is None:
             return {**line, "failed": "a logit is not a number"}
