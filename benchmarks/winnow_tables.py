@@ -28,7 +28,7 @@ def show(summary: Line) -> None:
             print()
             show_rows(columns, f"Of the same answers the tokens {late}", rows, partial(text_cells, which="_after"))
         print()
-        means = ("rows", "same token", "KL, nats", f"same {late}", f"KL {late}")
+        means = ("rows", "same\ntoken", "KL\nnats", f"same\n{late}", f"KL\n{late}")
         show_rows([*keys("variant", "budget"), *number_columns(means)], "The means of both", rows, mean_cells)
     for budget, best in {str(row["budget"]): row.get("against") for row in rows}.items():
         if best:
