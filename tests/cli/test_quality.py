@@ -39,14 +39,14 @@ def generated(winnow: Winnow, folder: Path, tokens: int, *more: object) -> dict[
 def test_generate_takes_a_level_or_its_options(winnow: Winnow, folder: Path) -> None:
     spelled = f"{SPEC}:lookahead=64:draft=64:rounds=2:refit=true"
     best, same, full = (
-        generated(winnow, folder, 40, "--policy", policy, *more)
+        generated(winnow, folder, 72, "--policy", policy, *more)
         for policy, more in ((SPEC, ("--quality", "best")), (spelled, ()), ("full", ("--quality", "best")))
     )
     assert best["policy"] == spelled
     for name in ("answer", "kept_entries", "lookahead_tokens", "draft_tokens", "refitted"):
         assert best[name] == same[name]
-    assert (best["lookahead_tokens"], best["draft_tokens"], full["draft_tokens"]) == (32, 64, 0)
-    assert best["answer"].split()[:33] == full["answer"].split()[:33]
+    assert (best["lookahead_tokens"], best["draft_tokens"], full["draft_tokens"]) == (64, 128, 0)
+    assert best["answer"].split()[:64] == full["answer"].split()[:64]
     assert best["kept_bytes"] < full["kept_bytes"] == best["full_bytes"]
 
 
@@ -55,10 +55,12 @@ def test_generate_says_what_was_heard_and_what_ended_before(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     asked = ("generate", PROMPT, "--model", folder / "model", "--no-chat", "--policy", SPEC, "--quality", "best")
-    code, out, _ = winnow(*asked, "--max-new-tokens", 40)
+    code, out, _ = winnow(*asked, "--max-new-tokens", 72)
     words = " ".join(out.split())
     assert code == 0
-    assert "-- the first 32 tokens are the full cache's, and chose what stays; a draft of 64 tokens was heard, too, in" in words
+    assert (
+        "-- the first 64 tokens are the full cache's, and chose what stays; a draft of 128 tokens was heard, too, in" in words
+    )
     code, out, _ = winnow(*asked, "--max-new-tokens", 4, "--explain", 3)
     assert code == 0
     assert "an answer that ends before, within lookahead=64, evicts nothing" in " ".join(out.split())
@@ -86,15 +88,15 @@ def test_an_audit_shows_the_tokens_after_the_lookahead(
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "mine.txt").write_text(PROMPT)
     asked = ("audit", "--prompts", tmp_path / "mine.txt", "--model", folder / "model", "--policies", f"full,{SPEC}",
-             "--no-chat", "--budgets", 0.3, "--max-new-tokens", 44, "--quality", "balanced",
+             "--no-chat", "--budgets", 0.3, "--max-new-tokens", 76, "--quality", "balanced",
              "--out", tmp_path / "out")  # fmt: skip
     code, out, err = winnow(*asked)
     assert code == 0, err
     assert too_wide(out) == []
-    assert "after 32: of the tokens after an answer's first 32" in " ".join(out.split())
-    code, out, _ = winnow(*asked, "--after", 40, "--json")  # of the lines that are there
+    assert "after 64: of the tokens after an answer's first 64" in " ".join(out.split())
+    code, out, _ = winnow(*asked, "--after", 70, "--json")  # of the lines that are there
     summary = json.loads(out)
-    assert summary["after"] == 40
+    assert summary["after"] == 70
     assert [group["policy"] for group in summary["groups"]] == ["full", f"{SPEC}:lookahead=64"]
     assert [group["prompts_after"] for group in summary["groups"]] == [1, 1]
     assert summary["groups"][0]["kl_after"]["mean"] == pytest.approx(0, abs=1e-6)
