@@ -229,6 +229,8 @@ VARIANTS = (
     Variant("lookahead + draft + refit", "winnow:lookahead=32:draft=64:refit=true", tables=("texts",)),
     Variant("two drafts + refit", "winnow:lookahead=32:draft=64:rounds=2:refit=true", tables=("texts",)),
     Variant("lookahead + refit", "winnow:lookahead=32:refit=true", tables=("texts",)),
+    Variant("balanced", "winnow:lookahead=64", tables=("texts",)),
+    Variant("best", "winnow:lookahead=64:draft=64:rounds=2:refit=true", tables=("texts",)),
     Variant("lookahead of 1", "winnow:lookahead=1"),
     Variant("lookahead of 4", "winnow:lookahead=4", tables=("needles",)),
     Variant("lookahead of 8", "winnow:lookahead=8", tables=("needles",)),

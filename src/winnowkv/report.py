@@ -77,6 +77,18 @@ class Report:
         """Everything as plain data, ready for JSON."""
         return {**asdict(self), "kept_fraction": self.kept_fraction, "decode_ms_per_token": self.decode_ms_per_token}
 
+    @property
+    def looked(self) -> list[str]:
+        """What was heard of the answer before anything was evicted, and what was refitted: a line, or none."""
+        parts = []
+        if self.lookahead_tokens:
+            parts.append(f"the first {self.lookahead_tokens} tokens are the full cache's, and chose what stays")
+        if self.draft_tokens:
+            parts.append(f"a draft of {self.draft_tokens} tokens was heard, too, in {self.draft_seconds:.2f} s")
+        if self.refitted:
+            parts.append(f"values were refitted in {100 * self.refitted:.0f}% of the heads")
+        return ["; ".join(parts)] if parts else []
+
     def __str__(self) -> str:
         rows = [f"[{summary(row)}]" for row in self.kept_entries]
         precision = f" in {self.quantize}" if self.quantize else ""
@@ -87,6 +99,7 @@ class Report:
             f"prompt tokens {self.prompt_tokens}, entries per layer {', '.join(rows)}",
             f"prefill {self.prefill_seconds:.2f} s (compression {self.compress_seconds:.3f} s), "
             f"{self.decode_tokens} tokens at {self.decode_ms_per_token:.1f} ms{held}",
+            *self.looked,
             *self.notes,
         ]
         return "\n".join(lines)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import winnowkv as wk
 from support.batch import batch_logits, padded
-from support.cases import CASES, Case
+from support.cases import CASES, EVICTING, Case
+from support.looking import looking
 from support.models import built, prompt
-from support.reference import compact_logits, positions, reference_logits, same_positions
+from support.reference import compact_logits, generate, positions, reference_logits, same_positions
 
 EXAMPLES = int(os.environ.get("WINNOW_EXAMPLES", "15"))
 LONGEST = 300
@@ -132,3 +133,29 @@ def test_chunks_change_nothing(case: Case, tokens: int, chunk: int, budget: int 
         if a is not None and b is not None
     ]
     assert not overlap or min(overlap) > 0.9  # the order of sums decides between scores that are all but equal
+
+
+@DRAWN
+@given(
+    st.sampled_from(EVICTING), st.lists(lengths, min_size=1, max_size=3), budgets(), st.integers(0, 5), st.integers(0, 4),
+    st.integers(1, 2), st.booleans(), seeds,
+)  # fmt: skip
+def test_rows_that_look_say_first_what_the_full_cache_says_and_equal_single_runs(
+    case: Case, tokens: list[int], budget: int | float, lookahead: int, draft: int, rounds: int, refit: bool, seed: int
+) -> None:
+    model = copy.deepcopy(built("llama")).double()
+    options = f"lookahead={lookahead}:draft={draft}:rounds={rounds}:refit={refit}"
+    seeing = looking(case, options)
+    if (cache := new_cache(model, seeing, budget, tokens)) is None:
+        return
+    rows = [prompt(each, seed=seed + row) for row, each in enumerate(tokens)]
+    ids, mask = padded(rows)
+    answers = generate(model, ids, 9, attention_mask=mask, past_key_values=cache)
+    assert cache.looking is None
+    full = generate(model, ids, lookahead + 1, attention_mask=mask)
+    assert [answer[: lookahead + 1] for answer in answers] == full
+    for row, one in enumerate(rows):
+        alone = wk.CompactCache(model, seeing.spec, budget, task=case.task)
+        assert generate(model, one, 9, past_key_values=alone) == [answers[row]]
+        assert same_positions(positions(cache, row), positions(alone))
+        check_positions(alone, positions(alone), tokens[row])

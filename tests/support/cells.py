@@ -148,9 +148,21 @@ def save(model: PreTrainedModel, family: Family) -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+def look(model: PreTrainedModel, family: Family) -> None:
+    """With lookahead, a draft and refit the first tokens are the full cache's, and then every layer keeps its budget."""
+    ids = prompt(PROMPT)
+    expected = generate(model, ids, 5)
+    with wk.compress(model, f"{SNAP}:lookahead=4:draft=3:refit=true", 20) as run:
+        tokens = generate(model, ids, 9)
+    assert [row[:5] for row in tokens] == expected, "other first tokens than without compression"
+    report = run.report
+    assert report.kept_entries == [[20] * (family.kept or 0)], f"kept {report.kept_entries}"
+    assert (report.lookahead_tokens, report.draft_tokens, report.decode_tokens) == (4, 3, 8)
+
+
 CELLS: dict[str, Callable[[PreTrainedModel, Family], None]] = {
     "equal": equal, "block": block, "batch": padded_batch, "eviction": eviction, "chunks": in_chunks, "turns": turns,
-    "slots": slots, "compile": compiled_slots, "save": save,
+    "slots": slots, "compile": compiled_slots, "save": save, "look": look,
 }  # fmt: skip
 
 

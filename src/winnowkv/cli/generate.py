@@ -228,22 +228,10 @@ def show_report(report: Report, profile: TaskProfile, decode_budget: int | None)
         note(f"decode budget {decode_budget}: {report.decode_entries} entries held of {report.decode_tokens} new tokens")
     if profile.probability is not None:
         note(f"task: {profile.task}, probability {profile.probability:.2f} (classified; --task sets it)")
-    for sentence in looked_lines(report):
+    for sentence in report.looked:
         note(sentence)
     for sentence in report.notes:
         note(f"note: {sentence}")
-
-
-def looked_lines(report: Report) -> list[str]:
-    """What was heard of the answer before anything was evicted, and what was refitted."""
-    parts = []
-    if report.lookahead_tokens:
-        parts.append(f"the first {report.lookahead_tokens} tokens are the full cache's, and chose what stays")
-    if report.draft_tokens:
-        parts.append(f"a draft of {report.draft_tokens} tokens was heard, too, in {report.draft_seconds:.2f} s")
-    if report.refitted:
-        parts.append(f"values were refitted in {100 * report.refitted:.0f}% of the heads")
-    return ["; ".join(parts)] if parts else []
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

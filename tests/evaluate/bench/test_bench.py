@@ -335,6 +335,10 @@ def test_pictures_show_each_cache_once(done: tuple[dict[str, Any], Path]) -> Non
         ({"serve_context": 40}, "give 41 to 1024"),
         ({"contexts": [60]}, "is too short"),
         ({"settings": settings([SNAP], [3])}, "a budget of"),
+        (
+            {"settings": settings([f"{SNAP}:lookahead=4"], [30])},
+            "chooses after its prompt, and prefill and decode are timed apart",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_read(

@@ -117,6 +117,11 @@ class Bench:
         for cell in self.cells():
             policy, task = make_policy(cell["policy"]), TaskProfile.of(BENCH_TASK)
             policy.check(ModelInfo.of(model), task)
+            if policy.looks:
+                raise InputError(
+                    f"{cell['policy']} chooses after its prompt, and prefill and decode are timed apart here: leave lookahead, "
+                    "draft and refit out; benchmarks/gpu_check.py times what they cost"
+                )
             lengths = [cell[name] for name in ("context", "shortest", "longest") if cell.get(name)] or [GROWTH_PROMPT_TOKENS[0]]
             for tokens in (length if limit is None else min(length, limit - self.room) for length in lengths):
                 policy.check_prompt(policy.prompt_info(Budget.of(cell["budget"]), tokens, 1, task))
