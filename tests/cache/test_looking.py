@@ -226,3 +226,11 @@ def test_nothing_to_choose_is_refused_by_name(option: str) -> None:
 def test_options_outside_their_bounds(option: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         wk.policy(f"snapkv:{option}")
+
+
+def test_a_policy_without_queries_has_nothing_to_refit_by_and_says_so(llama: PreTrainedModel) -> None:
+    cache, plain = (wk.CompactCache(llama, spec, 20) for spec in ("keydiff:refit=true", "keydiff"))
+    ids, more = prompt(PROMPT), prompt(3, seed=2)
+    torch.testing.assert_close(compact_logits(llama, cache, ids, [more]), compact_logits(llama, plain, ids, [more]))
+    assert cache.report.refitted == 0
+    assert any("refit changed no value" in note for note in cache.report.notes)

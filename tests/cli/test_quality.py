@@ -126,3 +126,13 @@ def test_lists_of_policies_get_the_options_one_by_one() -> None:
     assert with_quality(specs, None) == specs
     balanced = ["full", "winnow:lookahead=64", "adakv:of=snapkv:lookahead=64", f"adakv:of={SPEC}:lookahead=64", "int8"]
     assert with_quality(specs, "balanced") == balanced
+
+
+def test_a_plan_takes_a_level_for_policies_that_are_named(winnow: Winnow) -> None:
+    asked = ("plan", "--context", "4k", "--memory", "4GiB", "--budgets", "0.12", "--json")
+    code, out, err = winnow(*asked, "--policies", "snapkv", "--quality", "best")
+    assert code == 0, err
+    assert any("lookahead=64" in fit["policy"] for fit in json.loads(out)["settings"])
+    code, _, err = winnow(*asked, "--quality", "best")
+    assert code == 2
+    assert "--quality best needs the policies that it is for" in " ".join(err.split())

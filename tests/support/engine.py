@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 import winnowkv as wk
 from support.models import prompt
 from support.tokenizers import word_tokenizer
+from winnowkv.engine.drafts import Drafts
 from winnowkv.engine.engine import Engine
+from winnowkv.engine.looking import LookingSteps
 from winnowkv.engine.request import Event, Request
 from winnowkv.engine.sampling import Sampling
+from winnowkv.engine.slots import Slots
 
 LENGTHS = (72, 45, 60, 91, 50, 72, 47)
 NEW = (9, 4, 1, 7, 12, 2, 9)
@@ -42,26 +45,45 @@ def asked(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] =
 
 
 class Watch:
-    """The most bytes held: between steps, and at the peak of each prompt."""
+    """The most bytes held: between steps, at the peak of each prompt, and in a step whenever something was placed or chosen."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most, self.waited, self.queued, self.peaks = 0, 0, 0, []
+        self.looked = 0  # most choices that looked at once
         step, read = Engine.step, Engine._prompt_logits
+        stepping: list[Engine] = []
 
         def watched_step(engine: Engine) -> list[Event]:
+            stepping[:] = [engine]
             events = step(engine)
             self.most = max(self.most, engine.held_bytes)
             self.waited += engine._scheduler._prompt is not None
             self.queued = max(self.queued, engine.waiting)
+            self.looked = max(self.looked, len(engine._scheduler._lookers))
             return events
 
         def watched_read(engine: Engine, request: Request, cache: wk.CompactCache) -> torch.Tensor:
-            before = engine._slots.held_bytes
+            before = engine.held_bytes
             logits = read(engine, request, cache)
             self.most = max(self.most, before + cache.report.peak_bytes)
             self.peaks.append((cache.report.peak_bytes, request.claim.peak))
             return logits
 
+        def sampled(target: Any, name: str) -> None:
+            method = getattr(target, name)
+
+            def watched(*args: Any, **more: Any) -> Any:
+                done = method(*args, **more)
+                if stepping:
+                    self.most = max(self.most, stepping[0].held_bytes)
+                return done
+
+            monkeypatch.setattr(target, name, watched)
+
+        for target, name in (
+            (Slots, "place_all"), (Drafts, "begin"), (Drafts, "step"), (LookingSteps, "_look"), (LookingSteps, "_settle")
+        ):  # fmt: skip
+            sampled(target, name)
         monkeypatch.setattr(Engine, "step", watched_step)
         monkeypatch.setattr(Engine, "_prompt_logits", watched_read)
 
@@ -72,6 +94,6 @@ def least(engine: Engine, lengths: Sequence[int] = LENGTHS, new: Sequence[int] =
     for row, (tokens, count) in enumerate(zip(lengths, new, strict=True)):
         request = engine.submit(ids(tokens, row), Sampling(max_new_tokens=count))
         claim = request.claim
-        needed = max(needed, claim.peak, engine._slots.bytes_alone(claim.entries, claim.room))
+        needed = max(needed, engine._admission._alone(claim, 1, engine._slots))
         engine.cancel(request)
     return needed

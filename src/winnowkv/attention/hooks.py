@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from winnowkv.attention.own import attend_as, own_attention
+from winnowkv.attention.own import attend_as, attend_rows, own_attention
 from winnowkv.errors import InputError, UnsupportedModelError
 from winnowkv.types import Keys, Padding, Queries, Valid, Values
 
@@ -46,7 +46,10 @@ Observer = Callable[[Queries, float], None]
 
 
 class AttentionCache(Protocol):
-    """What attention asks of the cache that returned its keys (:func:`tag_states`)."""
+    """What attention asks of the cache that returned its keys (:func:`tag_states`).
+
+    One whose rows hold their entries apart has ``row_entries(layer_idx)``, too, which gives what each of them attends to.
+    """
 
     def valid_entries(self, layer_idx: int, padding: Padding | None, added: int) -> Valid | None:
         """Which entries of a layer count, ``[B, 1 or Hkv, K]``, None if all do. Asked before attention.
@@ -169,7 +172,10 @@ def winnow_attention(
         observe = cache.observer(layer)
     else:
         cache.shared(layer, getattr(module, "layer_idx", layer))
-    output = attend_as(base, module, query, key, value, scale, attended[0], dropout, mask=mask, **kwargs)
+    if hasattr(cache, "row_entries"):
+        output = attend_rows(base, module, query, cache.row_entries(layer), scale, dropout, **kwargs)
+    else:
+        output = attend_as(base, module, query, key, value, scale, attended[0], dropout, mask=mask, **kwargs)
     if observe is not None:
         observe(query, scale)
     return NoGradient.apply(output) if output.requires_grad else output, None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,28 @@ def attend_as(
             stacklevel=3,
         )
     return attend(query, key, value, scale, valid, dropout).transpose(1, 2).contiguous()
+
+
+def attend_rows(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    rows: Sequence[tuple[Tensor, Tensor, Valid | None]],
+    scale: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """:func:`attend_as` of one query a row ``[B, Hq, 1, D]``, each over keys and values ``[1, Hkv, n, D]`` of its own."""
+    parts = []
+    for row, (keys, values, valid) in enumerate(rows):
+        given = {name: value[row : row + 1] if of_rows(value, len(rows)) else value for name, value in kwargs.items()}
+        parts.append(attend_as(base, module, query[row : row + 1], keys, values, scale, valid, dropout, **given))
+    return torch.cat(parts)
+
+
+def of_rows(value: Any, rows: int) -> bool:
+    """Whether something that a model passes beside has a part for each row, as positions have."""
+    return isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows
 
 
 def attend_eagerly(

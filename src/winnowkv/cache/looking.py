@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,10 @@ from winnowkv.types import Queries
 
 if TYPE_CHECKING:
     from winnowkv.cache.cache import CompactCache
+
+# Of the inputs of a forward pass: what a draft sets itself, and what grows by one with each token.
+GIVEN = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "labels")
+PLACES = ("position_ids", "cache_position")
 
 
 class Heard:
@@ -60,6 +64,12 @@ class Heard:
         """Keep only these rows, in this order."""
         self._layers = [[part.index_select(0, rows.to(part.device)) for part in parts] for parts in self._layers]
 
+    def fork(self) -> Heard:
+        """The same queries; what either hears later is its own."""
+        other = Heard(0)
+        other._layers = [list(parts) for parts in self._layers]
+        return other
+
     @property
     def held_bytes(self) -> int:
         """Bytes of all queries."""
@@ -85,6 +95,12 @@ class Looking:
         self.watch: PassWatch | None = None  # tells the inputs of the next forward pass, for a draft
         self._prompts: list[PromptInfo] = [selection.bound.prompt for selection in session.selections]
 
+    def fork(self, cache: CompactCache) -> Looking:
+        """The same for a cache whose layers are forks of this one's."""
+        other, session = copy(self), self.session.fork(cache.compact_layers, cache.report)
+        other.session, other.heard, other.watch = session, self.heard.fork(), None
+        return other
+
     def close(self) -> None:
         """Nothing is waited for any more."""
         if self.watch is not None:
@@ -107,8 +123,21 @@ class Looking:
         """Bytes of the queries that are kept until something is chosen."""
         return self.heard.held_bytes + sum(each.nbytes for queries, _ in self._asked for each in queries)
 
+    @property
+    def evicts(self) -> bool:
+        """Whether anything of a row can go."""
+        return any(selection.bound.evicts for selection in self.session.selections)
+
+    def drafts_from(self, chosen: Selections) -> bool:
+        """Whether the policy drafts from what was chosen: not if everything stays."""
+        return bool(self.policy.draft) and any(kept is not None for one in chosen for kept in one.kept)
+
     def choose(self, drafted: Heard | None = None) -> Selections:
         """What stays of each row by the policy's own queries, those heard so far, and those of a draft."""
+        with self.session.compressing(self.held_bytes):
+            return self._choose(drafted)
+
+    def _choose(self, drafted: Heard | None) -> Selections:
         chosen = []
         for row, prompt in enumerate(self._prompts):
             selection = self.session.compression.selection(prompt)
@@ -145,6 +174,8 @@ class Looking:
             heads = sum(layer.keys.shape[1] for layer in session.layers) * len(chosen)
             refitted, heads = session.of_all_processes([refitted, heads])
             session.report.refitted = refitted / heads
+            if not refitted:
+                session.notes.append("refit changed no value: no query that was held out comes closer to the full cache by it")
 
     def _refitted(self, number: int, chosen: Selections, drafted: Heard | None) -> list[tuple[Tensor | None, int]]:
         """Of each row the values ``[Hkv, n, D]`` that take the place of those kept, and in how many heads they differ."""
@@ -170,21 +201,23 @@ def decide(cache: CompactCache, inputs: Mapping[str, Any] | None = None) -> None
     looking = cache.looking
     if looking is None:
         return
-    session, policy = looking.session, looking.policy
-    report = session.report
-    with session.compressing(looking.held_bytes):
-        chosen, drafted = looking.choose(), None
-    evicts = any(kept is not None for one in chosen for kept in one.kept)
-    if policy.draft and inputs is not None and evicts:
-        for _ in range(policy.rounds):
+    report, chosen, drafted = looking.session.report, looking.choose(), None
+    if inputs is not None and looking.drafts_from(chosen):
+        for _ in range(looking.policy.rounds):
             begin = time.perf_counter()
             trial = compact_copy(cache, chosen)
-            drafted = draft(trial, inputs, policy.draft)
-            report.draft_tokens += policy.draft
+            drafted = draft(trial, inputs, looking.policy.draft)
+            report.draft_tokens += looking.policy.draft
             report.draft_seconds += time.perf_counter() - begin
-            with session.compressing(looking.held_bytes):
-                chosen = looking.choose(drafted)
-    with session.compressing(looking.held_bytes):
+            chosen = looking.choose(drafted)
+    settle(cache, chosen, drafted)
+
+
+def settle(cache: CompactCache, chosen: Selections, drafted: Heard | None = None) -> None:
+    """Evict all that was not chosen of a cache that is held whole; it only holds from here on."""
+    looking = cache.looking
+    assert looking is not None
+    with looking.session.compressing(looking.held_bytes):
         looking.settle(chosen, drafted)
     cache.settled(looking)
 
@@ -197,6 +230,22 @@ def check_chosen(cache: CompactCache, what: str) -> None:
             f"the cache of {spec} holds its whole prompt until {max(lacking, 0) + 1} more tokens of its answer come, and "
             f"cannot be {what} before: read them into it first, or leave lookahead and draft out of the policy"
         )
+
+
+def fork_looking(cache: CompactCache) -> CompactCache:
+    """A cache that looks by itself from where this one stands; storage is shared until either reads more.
+
+    For choices that go on from one prompt: each hears its own tokens. The report is a copy.
+    """
+    looking, asked = cache.looking, cache.compression
+    if looking is None:
+        raise CacheError("nothing is left to choose in this cache")
+    other = type(cache)(cache.model, asked.policy, asked.budget, task=asked.tasks, keep=asked.keep, hold=False)
+    other.resume(deepcopy(cache.report))
+    for index, layer in enumerate(cache.layers):
+        other.layers[index] = fork_layer(layer)
+    other.looking = looking.fork(other)
+    return other
 
 
 def compact_copy(cache: CompactCache, chosen: Selections) -> CompactCache:
@@ -238,7 +287,3 @@ def draft(trial: CompactCache, inputs: Mapping[str, Any], tokens: int) -> Heard:
             attention_mask=mask, **places, **mine, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
     return heard
-
-
-GIVEN = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "labels")
-PLACES = ("position_ids", "cache_position")

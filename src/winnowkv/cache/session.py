@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -87,6 +88,7 @@ class PrefillSession:
         self._projections: Sequence[nn.Module | None] | None = None
         self._ask_projections = projections
         self._chunked: ChunkedPrompt | None = None
+        self.notes: list[str] = []  # for the report, beside those of the selections
         self._started, self._peak = 0.0, 0  # the most bytes held in this process
         self._compressing = Stopwatch()
 
@@ -274,6 +276,13 @@ class PrefillSession:
     def _note_peak(self, beside: int = 0) -> None:
         self._peak = max(self._peak, sum(layer.held_bytes for layer in self.layers) + beside)
 
+    def fork(self, layers: Sequence[CompactLayer], report: Report) -> PrefillSession:
+        """The same for forks of its layers, when it is over and what stays is not decided yet."""
+        other = copy(self)
+        other.layers, other.report, other.selections = layers, report, list(self.selections)
+        other._compressing = self._compressing.fork()
+        return other
+
     @contextmanager
     def compressing(self, held_bytes: int) -> Iterator[None]:
         """Count what is done inside as compression; ``held_bytes`` are held beside the layers meanwhile."""
@@ -293,7 +302,7 @@ class PrefillSession:
         self._finish(self.report.prefill_seconds)
 
     def _finish(self, seconds: float) -> None:
-        notes = [self._chunked.sizes.note] if self._chunked is not None else []
+        notes = [*self.notes, *([self._chunked.sizes.note] if self._chunked is not None else [])]
         clock = {"seconds": seconds, "compress_seconds": self._compressing.seconds}
         self.report.peak_bytes = self._peak
         report_prefill(self.report, self.layers, self.selections, self._all_heads(), notes=notes, **clock)

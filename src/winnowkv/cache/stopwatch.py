@@ -16,6 +16,12 @@ class Stopwatch:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
+    def fork(self) -> Stopwatch:
+        """One that goes on from the same seconds."""
+        other = Stopwatch()
+        other._seconds = self.seconds
+        return other
+
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
         """A stretch of work on the device; one that fails counts, too."""

@@ -16,10 +16,12 @@ from winnowkv.cli.options import (
     POLICIES_HELP,
     Budgets,
     Json,
+    Quality,
     budgets as read_budgets,
     dtype_of,
     model_name,
     token_count,
+    with_quality,
 )
 from winnowkv.cli.tables import Column, ResultTable, note, numbers
 from winnowkv.errors import BudgetError, InputError, ProfileError
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from winnowkv.policies import Policy
 
 QUANTIZATIONS = ("none", "int8", "int4")
+LOOKING_NOTE = (
+    "a policy with lookahead, draft or refit holds the whole prompt, the lookahead's tokens and the queries that it chooses by "
+    "until it has chosen, a draft its compact copy, too: that is its peak; one request looks while the others rest"
+)
 PEAK_NOTE = (
     "at its peak a request holds one whole layer, and of the layers before it what the policy may hold; prompts are read one "
     "at a time; activations and generated tokens come on top"
@@ -63,6 +69,7 @@ def plan(
         ),
     ] = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Count the weights as part of the memory.")] = True,
+    quality: Quality = None,
     as_json: Json = False,
 ) -> None:
     """Show how many bytes of keys and values requests need, which settings fit, and the largest batch and context.
@@ -70,6 +77,7 @@ def plan(
     A request is its prompt; generated tokens and activations come on top. Prompts are read one at a time. While a
     prompt is read, the current layer holds all of it until its attention is computed; the layers before it hold what
     the policy's prefill limits allow: what they end with, or more for policies that decide later.
+    With lookahead, draft or refit a request holds its whole prompt until it has chosen, and the lookahead's tokens.
     Sliding-window layers are never compressed.
     Policies that score by task are counted for localization. Policies with a budget for each head (adakv, headkv) pad
     the heads of a layer to the longest; that depends on the prompt and is not counted.
@@ -82,7 +90,9 @@ def plan(
     from winnowkv.cli.loading import check_policies
     from winnowkv.policies import split_policies
 
-    specs = None if policies is None else list(dict.fromkeys(split_policies(policies)))
+    if quality is not None and policies is None:
+        raise InputError(f"--quality {quality} needs the policies that it is for: give --policies winnow")
+    specs = None if policies is None else with_quality(list(dict.fromkeys(split_policies(policies))), quality)
     check_policies(specs or [], asked)  # before transformers is imported, which takes seconds
     from winnowkv.memory.plan import MemoryPlan
     from winnowkv.memory.shape import read_shape
@@ -254,6 +264,8 @@ def show(made: MemoryPlan, fits: Sequence[Fit], notes: Sequence[str], model: str
     if slide := len(shape.layers) - len(shape.compressed):
         windows = " or ".join(map(str, sorted({layer.window for layer in shape.layers if layer.window})))
         note(f"{len(shape.compressed)} layers are compressed; {slide} keep all of a sliding window of {windows} tokens")
+    if any(fit.looking_bytes for fit in fits):
+        note(LOOKING_NOTE)
     note(f"{PEAK_NOTE}: {size_text(token_bytes(made))} a token and request")
     for sentence in notes:
         note(sentence)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from winnowkv.cache.chunked import cut
 from winnowkv.cache.compression import Compression
-from winnowkv.engine.request import Claim
+from winnowkv.engine.drafts import Drafts
+from winnowkv.engine.request import Ahead, Claim
 from winnowkv.engine.sampling import Sampling
 from winnowkv.engine.slots import Slots
 from winnowkv.errors import InputError
+from winnowkv.memory.looking import asked_bytes, looking_need
 from winnowkv.memory.plan import Shape, need
 from winnowkv.prompt.task import TaskProfile
 
@@ -22,6 +25,10 @@ class Admission:
     shape: the model's. compression: policy and budget of every request.
     kv_memory: most bytes of keys and values; None for no limit.
     prefill_chunk, prefill_ceiling: as for :class:`~winnowkv.engine.engine.Engine`.
+
+    Attributes
+    ----------
+    lean: policy and budget of a request that can never fit as its policy looks.
     """
 
     def __init__(
@@ -33,23 +40,60 @@ class Admission:
         prefill_ceiling: int | float | None = None,
     ) -> None:
         self.kv_memory = kv_memory
+        self.lean = replace(compression, policy=compression.policy.lean())
         self._shape, self._compression = shape, compression
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
 
-    def claim(self, tokens: int, sampling: Sampling, task: TaskProfile) -> Claim:
+    def accept(self, tokens: int, sampling: Sampling, task: TaskProfile, slots: Slots) -> Claim:
+        """The claim of a prompt of ``tokens``; if its policy looks and that can never fit, the lean one, with a note.
+
+        Raises InputError if a request does not fit even into empty slots, and what :meth:`claim` raises.
+        """
+        claim = self.claim(tokens, sampling, task)
+        least = self._alone(claim, sampling.n, slots)
+        if self.kv_memory is None or least <= self.kv_memory:
+            return claim
+        policy = self._compression.policy
+        if not policy.looks:
+            raise self.too_small(least, tokens, sampling)
+        lean = self.claim(tokens, sampling, task, lean=True)
+        if (lean_least := self._alone(lean, sampling.n, slots)) > self.kv_memory:
+            raise self.too_small(lean_least, tokens, sampling)
+        times = f" for each of n={sampling.n} choices" if sampling.n > 1 else ""
+        note = (
+            f"{self._compression.asked}: while it looks, a prompt of {tokens} tokens{times} needs {least} bytes, kv_memory is "
+            f"{self.kv_memory}: the answer was made without lookahead, draft and refit; give kv_memory={least} or more"
+        )
+        return replace(lean, note=note)
+
+    def claim(self, tokens: int, sampling: Sampling, task: TaskProfile, *, lean: bool = False) -> Claim:
         """What a prompt of ``tokens`` needs. Raises BudgetError and InputError if budget or chunks cannot serve it."""
-        policy, budget = self._compression.policy, self._compression.budget
+        compression = self.lean if lean else self._compression
+        policy, budget, layers = compression.policy, compression.budget, len(self._shape.compressed)
         peak = need(self._shape, policy, budget, tokens, task).peak
-        prompt = self._compression.prompt(tokens, len(self._shape.compressed), task)
-        kept = prompt.budget if policy.evicts_from(prompt) else tokens
-        if policy.per_head:  # heads of a layer are padded to the longest, which may keep the whole prompt
+        prompt = compression.prompt(tokens, layers, task)
+        evicts, whole = policy.evicts_from(prompt), tokens
+        kept = prompt.budget if evicts else tokens
+        if policy.per_head or policy.looks:  # heads are padded to the longest, which may keep the whole prompt
             peak = prefill_bytes(self._shape, tokens, tokens)
         if self._chunk is not None:
-            chunks = cut(self._compression, prompt, self._chunk, self._ceiling)
-            kept = min(kept, chunks.most)
+            chunks = cut(compression, prompt, self._chunk, self._ceiling)
+            kept, whole = min(kept, chunks.most), chunks.most
             if len(chunks.lengths) > 1:  # every layer holds all entries that are left until the last chunk was read
                 peak = prefill_bytes(self._shape, chunks.most, self._chunk)
-        return Claim(peak, self.equal_entries(kept), sampling.max_new_tokens - 1)
+        claim = Claim(peak, self.equal_entries(kept), sampling.max_new_tokens - 1)
+        if not policy.looks:
+            return claim
+        if budget.target is not None:  # its budget is not known yet: bound as a prompt of which something goes
+            least = max(policy.minimum_budget(prompt), policy.sinks + policy.observation_window(prompt))
+            prompt = replace(prompt, budget=min(least, tokens))
+            evicts = policy.evicts_from(prompt)
+        bound = policy.bind(self._shape.model_info, prompt)
+        if not evicts or not (policy.lookahead or policy.draft):  # it chooses as soon as the prompt is read
+            return replace(claim, peak=peak + asked_bytes(self._shape, bound))
+        copied = self.equal_entries(tokens if policy.per_head else kept)
+        looking = looking_need(self._shape, bound, whole, peak, copied, sampling.max_new_tokens)
+        return replace(claim, peak=looking.cache, looking=Ahead(looking.cache, claim.columns, looking.copy))
 
     def kept_entries(self, tokens: int, task: TaskProfile) -> list[int]:
         """What each compressed layer keeps of a prompt of ``tokens`` without chunks, equally many."""
@@ -61,11 +105,11 @@ class Admission:
         """That many entries in each compressed layer."""
         return [entries] * len(self._shape.compressed)
 
-    def check_alone(self, claim: Claim, tokens: int, sampling: Sampling, slots: Slots) -> None:
-        """Raise InputError if a request does not fit even into empty slots."""
-        least = max(claim.peak, slots.bytes_alone(claim.entries, claim.room, sampling.n))
-        if self.kv_memory is not None and least > self.kv_memory:
-            raise self.too_small(least, tokens, sampling)
+    def _alone(self, claim: Claim, rows: int, slots: Slots) -> int:
+        """The memory in which a request of so many choices just fits, into empty slots."""
+        if claim.looking is not None:
+            return self.most_bytes(slots, [claim.looking] * rows, alone=True)
+        return max(claim.peak, slots.bytes_alone(claim.entries, claim.room, rows))
 
     def too_small(self, least: int, tokens: int, sampling: Sampling) -> InputError:
         """The error of a request that needs ``least`` bytes and can never fit."""
@@ -80,9 +124,58 @@ class Admission:
         """Whether a prompt can be read while ``held`` bytes are taken."""
         return self.kv_memory is None or held + claim.peak <= self.kv_memory
 
-    def can_place(self, entries: Sequence[int], room: int, slots: Slots, rows: int) -> bool:
-        """Whether the slots can take more rows, each with ``entries`` of each compressed layer and ``room`` for new tokens."""
-        return self.kv_memory is None or slots.bytes_with(entries, room, rows) <= self.kv_memory
+    def can_place(self, columns: Sequence[int], slots: Slots, rows: int, ahead: Sequence[Ahead] = (), held: int = 0) -> bool:
+        """Whether the slots can take more rows, each with so many columns of each compressed layer, for entries and new tokens.
+
+        ``ahead``: choices that will get rows of their own later, whatever the order; ``held``: bytes that stay beside.
+        """
+        return self.kv_memory is None or held + self.most_bytes(slots, ahead, columns, rows) <= self.kv_memory
+
+    def most_bytes(
+        self, slots: Slots, ahead: Sequence[Ahead], columns: Sequence[int] = (), rows: int = 0, *, alone: bool = False
+    ) -> int:
+        """Most bytes from when ``rows`` more are placed until the choices ``ahead`` have their rows, in whatever order.
+
+        Each of these either holds its own cache, and a row of the slots of drafts, or has a row, which may be as wide as the
+        widest of all. ``alone``: with empty slots.
+        """
+        in_slots = slots.bytes_alone if alone else slots.bytes_with
+        drafts = widest([one.draft for one in ahead])
+        draft = slots.bytes_alone(drafts, 0) if drafts else 0  # those have no more columns than these
+        own = sorted((one.cache + (draft if one.draft else 0) for one in ahead), reverse=True)
+        every, most = widest([columns, *(one.columns for one in ahead)]), 0
+        for placed in range(len(ahead) + 1):
+            if rows + placed:
+                size = in_slots(every if placed else columns, 0, rows + placed)
+            else:
+                size = 0 if alone else slots.held_bytes
+            most = max(most, size + sum(own[: len(ahead) - placed]))
+        return most
+
+    def can_draft(self, columns: Sequence[int], drafts: Drafts, ahead: Sequence[Ahead], held: int, slots: Slots) -> bool:
+        """Whether a draft of so many columns may begin: if it fits into what the choices ``ahead`` have claimed for drafts.
+
+        ``held``: all bytes held now. Layers that share a budget may need more: such a draft waits until others have ended.
+        Raises InputError if none runs and it does not fit, either.
+        """
+        if self.kv_memory is None:
+            return True
+        widths = widest([one.draft for one in ahead])
+        needed = drafts.bytes_with(columns) or slots.bytes_alone(columns, 0)
+        if needed <= slots.bytes_alone(widths, 0) * sum(bool(one.draft) for one in ahead):
+            return True
+        if drafts.running:
+            return False
+        if held + needed > self.kv_memory:
+            raise InputError(
+                f"a draft needs {held + needed} bytes of keys and values, kv_memory is {self.kv_memory}: give more"
+            )
+        return True
+
+
+def widest(columns: Sequence[Sequence[int]]) -> list[int]:
+    """The most columns of each layer; those that are empty do not count."""
+    return [max(layer) for layer in zip(*(each for each in columns if each), strict=True)]
 
 
 def prefill_bytes(shape: Shape, entries: int, chunk: int) -> int:

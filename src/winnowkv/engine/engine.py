@@ -7,7 +7,6 @@ its draws and its text. Which requests wait and which run is decided by :class:`
 from __future__ import annotations
 
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,10 +20,13 @@ from winnowkv.api import read_tasks
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
+from winnowkv.cache.looking import settle
 from winnowkv.cache.reading import prefill
 from winnowkv.cache.reports import new_report
 from winnowkv.engine.admission import Admission
-from winnowkv.engine.request import Completion, Event, Request, Row
+from winnowkv.engine.drafts import Drafts
+from winnowkv.engine.looking import LookingSteps
+from winnowkv.engine.request import Completion, Event, Request, Row, free_frames
 from winnowkv.engine.sampling import Sampling, check_whole, choose
 from winnowkv.engine.scheduler import Scheduler
 from winnowkv.engine.slots import Slots
@@ -46,7 +48,7 @@ class Engine:
 
     Parameters
     ----------
-    model, policy, budget: as for :class:`CompactCache`.
+    model, policy, budget, quality: as for :class:`CompactCache`.
     tokenizer: reads prompts and writes text; policies that score by task or structure decode prompts with it.
     kv_memory: most bytes of keys and values, as a number or ``"512MiB"``; None for no limit. The copy of a layer that
         exists while its buffers grow or shrink comes on top, one layer at a time.
@@ -80,6 +82,7 @@ class Engine:
         prefill_ceiling: int | float | None = None,
         compile: bool = False,
         task: TaskProfile | str | None = None,
+        quality: str | None = None,
     ) -> None:
         check_whole("max_rows", max_rows, 1)
         if prefill_ceiling is not None and prefill_chunk is None:
@@ -90,14 +93,17 @@ class Engine:
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
         self._task, self._compile = task, compile
         # Raises now what would be raised for every prompt.
-        self._compression = Compression.of(model, policy, budget, task, task_is_known=task is not None)
+        self._compression = Compression.of(model, policy, budget, task, task_is_known=task is not None, quality=quality)
         self._compression.heads.check_alone("the engine")
         self.policy, self.budget = self._compression.asked, self._compression.budget
         self.end_tokens = end_tokens(model, tokenizer)
         slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
         shape = shape_of(slots.layers, model)
         self._admission = Admission(shape, self._compression, limit, prefill_chunk, prefill_ceiling)
-        self._scheduler = Scheduler(slots, self._admission, max_rows)
+        drafts = Drafts(model)
+        self._scheduler = Scheduler(slots, drafts, self._admission, max_rows)
+        asked = self._scheduler.may_draft, self._scheduler.postprocess, self._scheduler.fail_looker
+        self._looking = LookingSteps(model, drafts, *asked)
 
     @property
     def kv_memory(self) -> int | None:
@@ -159,8 +165,7 @@ class Engine:
         ids = self._read_prompt(prompt, sampling)
         given = self._task if task is None else task
         (profile,) = read_tasks(self.tokenizer, torch.tensor([ids]), None, given, self._compression.policy)
-        claim = self._admission.claim(len(ids), sampling, profile)
-        self._admission.check_alone(claim, len(ids), sampling, self._slots)
+        claim = self._admission.accept(len(ids), sampling, profile, self._slots)
         made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": self._slots.device, "inbox": inbox}
         request = Request(ids, sampling, profile, claim, new_report(self._compression), **made)
         self._scheduler.add(request)
@@ -176,6 +181,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Read the first waiting prompt if it fits, then do one decode step of all active requests; returns their events.
 
+        A request whose policy looks takes its first tokens from its own whole cache, in a forward pass with the others that
+        look, and then, with a draft, waits while that is decoded, a token a step, together with those of others.
+
         An error that one prompt causes (a :class:`WinnowError` while it is read) ends that request alone, and its last
         event holds it. Any other error is raised, and ends all requests that were in the forward pass; their memory is
         free, and the next step goes on with the others.
@@ -184,6 +192,7 @@ class Engine:
             if self._scheduler.broken:
                 self._scheduler.replace(Slots(self.model, compile=self._compile))
             events = self._prefill(self._scheduler.next_prompt())
+            events += self._looking.run(self._scheduler.lookers())
             try:
                 events += self._scheduler.place()
                 events += self._decode(self._scheduler.rows())
@@ -251,12 +260,19 @@ class Engine:
         request.started = time.perf_counter()
         cache: CompactCache | None = None
         try:
-            cache = CompactCache(self.model, self._compression.policy, self.budget, task=request.task, hold=False)
+            compression = self._compression if request.claim.note is None else self._admission.lean
+            cache = CompactCache(self.model, compression.policy, self.budget, task=request.task, hold=False)
             cache.report.policy = self.policy  # as it was asked: looking it up again takes longer than a decode step
             request.report = cache.report
             self._scheduler.begin(request, cache)
             logits, rows = self._prompt_logits(request, cache), request.rows
+            if request.claim.note is not None:
+                cache.report.notes.append(request.claim.note)
+            if cache.looking is not None and not cache.looking.evicts:
+                settle(cache, cache.looking.choose())
             chosen = choose(logits.expand(len(rows), -1), [row.sampler for row in rows]) if rows else []
+            if cache.looking is not None:
+                self._scheduler.look(request, cache)
         except BaseException as error:
             cache = None  # else the error, which has a way to this frame, would keep it
             free_frames(error)
@@ -311,12 +327,3 @@ class Engine:
                 f"{position_limit(self.model)} positions: shorten it or lower max_new_tokens"
             )
         return ids
-
-
-def free_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, such as keys and values: a completion keeps its error for long."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -74,16 +76,37 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What a choice that has no row yet holds meanwhile and needs then.
+
+    ``cache``: most bytes of its own cache, with the queries that its policy chooses by. ``columns``: entries and room that it
+    needs of each compressed layer in the slots. ``draft``: those of its draft in the slots of drafts, none without a draft.
+    """
+
+    cache: int
+    columns: Sequence[int]
+    draft: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class Claim:
     """The memory that one request needs.
 
     ``peak``: most bytes while its prompt is read. ``entries``: of each compressed layer afterwards. ``room``: entries of
-    new tokens. Each choice needs entries and room of its own.
+    new tokens. Each choice needs entries and room of its own. ``looking``: what a choice needs until it has its row, if the
+    policy looks. ``note``: why the request is served without lookahead, draft and refit, if it is.
     """
 
     peak: int
     entries: list[int]
     room: int
+    looking: Ahead | None = None
+    note: str | None = None
+
+    @property
+    def columns(self) -> list[int]:
+        """Entries and room of each compressed layer."""
+        return [entries + self.room for entries in self.entries]
 
 
 class Choice:
@@ -94,6 +117,7 @@ class Choice:
         self.text = TextStream(tokenizer, sampling.stop, sampling.min_new_tokens)
         self.logprobs: list[Logprob] = []
         self.first = 0.0  # when its first token was chosen
+        self.report: Report | None = None  # its own, if what stays of the prompt is chosen by its own tokens
         self.completion: Completion | None = None
 
 
@@ -162,7 +186,7 @@ class Request:
         choice = self.choices[index]
         tokens = choice.sampler.tokens
         now, steps = time.perf_counter(), max(len(tokens) - 1, 0)
-        report = self.report if len(self.choices) == 1 else copy.deepcopy(self.report)
+        report = choice.report or (self.report if len(self.choices) == 1 else copy.deepcopy(self.report))
         report_decode(report, steps, steps, now - choice.first if steps else 0.0)
         choice.completion = Completion(
             prompt_tokens=len(self.prompt),
@@ -203,3 +227,12 @@ class Row(NamedTuple):
     def ended(self) -> bool:
         """Whether it has a completion."""
         return self.request.choices[self.number].completion is not None
+
+
+def free_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, such as keys and values: a completion keeps its error for long."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.looking import fork_looking
 from winnowkv.engine.admission import Admission
-from winnowkv.engine.request import Event, Reason, Request, Row
+from winnowkv.engine.drafts import Drafts
+from winnowkv.engine.looking import Looker
+from winnowkv.engine.request import Ahead, Event, Reason, Request, Row
 from winnowkv.engine.sampling import Logprob
 from winnowkv.engine.slots import Slots
 from winnowkv.engine.step import drop_ended
@@ -17,6 +20,10 @@ from winnowkv.engine.step import drop_ended
 
 class Scheduler:
     """The requests of an engine, from the queue to their last token. First come, first served.
+
+    A request whose policy looks has *lookers* in place of a row, one for each choice, until what stays was chosen
+    (:mod:`winnowkv.engine.looking`). What they hold, and what they will need when they have their rows, counts for everybody
+    who wants to be read or placed meanwhile.
 
     A prompt may be read if there is a row for each of its choices and if its claim fits beside what is held, both while it
     is read and afterwards with all its new tokens. One prompt is read at a time; then it gets its rows and decodes.
@@ -33,20 +40,21 @@ class Scheduler:
 
     Parameters
     ----------
-    slots: rows that decode together. admission: decides by bytes. max_rows: most rows that decode together.
+    slots: rows that decode together. drafts: of lookers. admission: decides by bytes. max_rows: most rows that decode together.
 
     Attributes
     ----------
     broken: whether the slots failed and were emptied: they hold nothing, and new ones have to take their place.
     """
 
-    def __init__(self, slots: Slots, admission: Admission, max_rows: int) -> None:
-        self.slots, self.admission, self.max_rows = slots, admission, max_rows
+    def __init__(self, slots: Slots, drafts: Drafts, admission: Admission, max_rows: int) -> None:
+        self.slots, self.drafts, self.admission, self.max_rows = slots, drafts, admission, max_rows
         self._lock = threading.Condition()
         self._in_turn = False
         self._waiting: deque[Request] = deque()
         self.broken = False
         self._rows: list[Row] = []  # in the order of the slots' rows
+        self._lookers: list[Looker] = []  # first come, first
         self._prompt: tuple[Request, CompactCache] | None = None  # being read, or read and waiting for its row
 
     @property
@@ -58,13 +66,19 @@ class Scheduler:
     def active(self) -> int:
         """Requests whose prompt is being read or that decode."""
         with self._lock:
-            return len({id(row.request) for row in self._rows}) + (self._prompt is not None)
+            rows = [*self._rows, *(looker.row for looker in self._lookers)]
+            return len({id(row.request) for row in rows}) + (self._prompt is not None)
 
     @property
     def held_bytes(self) -> int:
         """Storage of keys and values now."""
+        caches = [looker.cache for looker in list(self._lookers)]
+        return self.slots.held_bytes + self.drafts.held_bytes + sum(cache.held_bytes for cache in caches) + self._prompt_bytes
+
+    @property
+    def _prompt_bytes(self) -> int:
         prompt = self._prompt
-        return self.slots.held_bytes + (0 if prompt is None else prompt[1].held_bytes)
+        return 0 if prompt is None else prompt[1].held_bytes
 
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue."""
@@ -107,33 +121,87 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         claim, rows = request.claim, len(request.rows)
-        if len(self._rows) + rows > self.max_rows:
+        if len(self._rows) + len(self._lookers) + rows > self.max_rows:
             return False
-        if not self.admission.can_read(claim, self.slots.held_bytes):
-            self.slots.trim()  # gives back the rows of requests that have ended
-        if not self.admission.can_read(claim, self.slots.held_bytes):
+        ahead = self._ahead()
+        if claim.looking is not None:
+            coming = [*ahead, *[claim.looking] * rows]
+            if not self.admission.can_place((), self.slots, 0, coming):
+                self.slots.trim()  # gives back the rows of requests that have ended
+            return self.admission.can_place((), self.slots, 0, coming)
+        beside = self.admission.most_bytes(self.slots, ahead) - self.slots.held_bytes if ahead else 0
+        if not self.admission.can_read(claim, self.slots.held_bytes + beside):
+            self.slots.trim()
+        if not self.admission.can_read(claim, self.slots.held_bytes + beside):
             return False
-        return self.admission.can_place(claim.entries, claim.room, self.slots, rows)
+        return self.admission.can_place(claim.columns, self.slots, rows, ahead)
+
+    def _ahead(self, beside: Looker | None = None) -> list[Ahead]:
+        """What lookers hold and will need, but for one of them."""
+        return [looker.ahead for looker in self._lookers if looker is not beside]
 
     def begin(self, request: Request, cache: CompactCache) -> None:
         """Note that a request's prompt is now read into a cache. In a turn."""
         with self._lock:
             self._prompt = request, cache
 
-    def place(self) -> list[Event]:
-        """Give the prompt that was read a row for each choice, and return its last events if it can never have them. In a turn.
+    def look(self, request: Request, cache: CompactCache) -> None:
+        """From now on each choice of the request whose prompt was read looks by itself. In a turn."""
+        rows = request.rows
+        caches = [cache, *(fork_looking(cache) for _ in rows[1:])]
+        with self._lock:
+            if self._prompt is None:  # cancelled meanwhile
+                return
+            self._prompt = None
+            for row, each in zip(rows, caches, strict=False):
+                if len(rows) > 1:
+                    request.choices[row.number].report = each.report
+                self._lookers.append(Looker(row, each))
 
-        Layers that share a budget may turn out to need more than was claimed: the prompt then waits until other
-        requests have ended.
+    def lookers(self) -> list[Looker]:
+        """The choices that look, first come, first. In a turn."""
+        with self._lock:
+            self._free_ended()
+            return list(self._lookers)
+
+    def may_draft(self, looker: Looker) -> bool:
+        """Whether a looker's draft fits now. Raises InputError if it never may. In a turn."""
+        return self.admission.can_draft(looker.draft_columns(), self.drafts, self._ahead(), self.held_bytes, self.slots)
+
+    def place(self) -> list[Event]:
+        """Give all that have chosen what stays their rows, and return the last events of those that can never have them.
+
+        Layers that share a budget may turn out to need more than was claimed: a prompt or a looker then waits until other
+        requests have ended. In a turn.
         """
         with self._lock:
             self._free_ended()
-            if self._prompt is None:
-                return []
-            (request, cache), rows = self._prompt, self._prompt[0].rows
+        return self._place_lookers() + self._place_prompt()
+
+    def _place_lookers(self) -> list[Event]:
+        for looker in [one for one in self._lookers if one.settled]:
+            ahead, beside = looker.ahead, self._ahead(looker)
+            if self.admission.can_place(ahead.columns, self.slots, 1, beside, self._prompt_bytes):
+                self.slots.place(looker.cache, looker.room)
+                with self._lock:
+                    self._lookers.remove(looker)
+                    self._rows.append(looker.row)
+        stuck = not self._rows and self._lookers and all(looker.settled for looker in self._lookers)
+        if not stuck:
+            return []
+        looker = self._lookers[0]
+        request = looker.row.request
+        least = self.slots.bytes_alone(looker.ahead.columns, 0)
+        return self.fail_looker(looker, self.admission.too_small(least, len(request.prompt), request.sampling))
+
+    def _place_prompt(self) -> list[Event]:
+        if self._prompt is None:
+            return []
+        (request, cache), rows = self._prompt, self._prompt[0].rows
         entries, room = [layer.length for layer in cache.compact_layers], request.claim.room
-        if not self.admission.can_place(entries, room, self.slots, len(rows)):
-            if self._rows:
+        columns = [each + room for each in entries]
+        if not self.admission.can_place(columns, self.slots, len(rows), self._ahead()):
+            if self._rows or self._lookers:
                 return []
             least = max(request.claim.peak, self.slots.bytes_alone(entries, room, len(rows)))
             return self.fail_prompt(request, self.admission.too_small(least, len(request.prompt), request.sampling))
@@ -162,10 +230,19 @@ class Scheduler:
             self._prompt = None
             return end_with(error, request.rows)
 
+    def fail_looker(self, looker: Looker, error: BaseException) -> list[Event]:
+        """End a choice that looks, and free what it holds. In a turn."""
+        with self._lock:
+            events = end_with(error, [looker.row])
+            self._free_ended()
+            return events
+
     def fail_rows(self, error: BaseException) -> None:
-        """End everything that decodes and the prompt that waits for its row, and free all bytes. In a turn."""
+        """End everything that decodes or waits for its row, and free its bytes. In a turn."""
         with self._lock:
             failed, self._rows, self.broken = self._rows, [], True
+            failed += [looker.row for looker in self._lookers if looker.settled]
+            self._lookers = [looker for looker in self._lookers if not looker.settled]
             if self._prompt is not None:
                 failed, self._prompt = [*failed, *self._prompt[0].rows], None
             end_with(error, failed)
@@ -179,6 +256,10 @@ class Scheduler:
     def _free_ended(self) -> None:
         """Free what requests that have ended hold. Called with the lock."""
         drop_ended(self.slots, self._rows, lambda row: row.ended)
+        gone = [looker for looker in self._lookers if looker.row.ended]
+        if gone:
+            self._lookers = [looker for looker in self._lookers if not looker.row.ended]
+            self.drafts.drop(lambda draft: any(draft is looker.draft for looker in gone))
         if self._prompt is not None and self._prompt[0].completion is not None:
             self._prompt = None
 

@@ -5,6 +5,10 @@ Counted: a request *at rest*, after its prompt was read, holds what the policy k
 limits (:meth:`Allocator.prefill_limits`) of the compressed layers before it. Entries are quantized at the end of the prompt.
 Prompts are read one at a time, so a batch of ``B`` needs ``B - 1`` requests at rest and one at its peak.
 
+A policy that looks (lookahead, draft, refit) holds the whole prompt until it has chosen, with the lookahead's tokens, the
+queries that it chooses by, and a draft's compact copy (:mod:`winnowkv.memory.looking`): that is its peak. One request looks
+while the others rest.
+
 Not counted: activations, logits, the framework's own memory, entries of generated tokens, and padding. Policies with budgets
 per head pad the heads of a layer to the longest, and so hold more than they keep.
 """
@@ -18,6 +22,7 @@ from dataclasses import dataclass
 from winnowkv.budget import Asked, Budget
 from winnowkv.cache.quantized import stored_bytes
 from winnowkv.errors import BudgetError, InputError
+from winnowkv.memory.looking import looking_need
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import Policy
 from winnowkv.prompt.task import TaskProfile
@@ -70,6 +75,14 @@ class Shape:
             layer.kv_bytes(min(layer.window, tokens), self.itemsize) for layer in self.layers if layer.window is not None
         )
 
+    def window_bytes(self, tokens: int, more: int) -> int:
+        """The most bytes that sliding layers hold after a prompt of ``tokens`` while ``more`` are read one by one."""
+        return sum(
+            layer.kv_bytes(max(slid_entries(layer.window, tokens), min(layer.window, tokens + more)), self.itemsize)
+            for layer in self.layers
+            if layer.window is not None
+        )
+
     def full_bytes(self, tokens: int) -> int:
         """Bytes of a request of ``tokens`` at rest if nothing is evicted."""
         return self.sliding_bytes(tokens) + sum(layer.kv_bytes(tokens, self.itemsize) for layer in self.compressed)
@@ -77,11 +90,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one request: at rest in compressed layers, at rest in sliding ones, and in both at its peak."""
+    """Bytes of one request: at rest in compressed layers, at rest in sliding ones, and in both at its peak.
+
+    ``looking``: held until a policy that looks has chosen; 0 if it does not look. The peak is not below it.
+    """
 
     kept: int
     sliding: int
     peak: int
+    looking: int = 0
 
     @property
     def rest(self) -> int:
@@ -118,6 +135,10 @@ def need(shape: Shape, policy: Policy, budget: Budget, tokens: int, task: TaskPr
     )
     entry = max(layer.kv_bytes(1, shape.itemsize) for layer in shape.layers)
     most = bound.parts.allocator.peak_entries() * entry + slid_bytes
+    if policy.looks and bound.evicts:
+        read = peak_bytes(shape, uniform(prompt.layers, tokens), tokens)
+        looking = looking_need(shape, bound, tokens, read, [math.ceil(n) for n in ends]).bytes(shape)
+        return Need(kept, sliding, looking, looking)
     return Need(kept, sliding, max(min(peak_bytes(shape, limits, tokens), most), kept + sliding))
 
 
@@ -165,6 +186,8 @@ class Fit:
     entries: per layer and KV head, mean over the compressed layers.
     kept_bytes, sliding_bytes, peak_bytes: of one request, see :class:`Need`.
     needed_bytes: of the batch at its peak, with the weights if they are counted.
+    lookahead: tokens of the answer for which the whole prompt is held. looking_bytes: held meanwhile, queries and a draft's
+        compact copy included; 0 for a policy that does not look.
     largest_batch: most requests of the context asked for.
     largest_context: most tokens of each request, at the batch asked for.
     """
@@ -180,6 +203,8 @@ class Fit:
     fits: bool
     largest_batch: int
     largest_context: int
+    lookahead: int = 0
+    looking_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -226,4 +251,6 @@ class MemoryPlan:
             fits=needed <= free,
             largest_batch=one.largest_batch(free),
             largest_context=most,
+            lookahead=policy.lookahead,
+            looking_bytes=one.looking,
         )

@@ -186,6 +186,10 @@ class Policy:
         """The same policy, its kept entries stored in so many bits."""
         return replace(self, quantize=quantize)  # type: ignore[type-var]  # every policy is a dataclass
 
+    def lean(self) -> Policy:
+        """The same policy, but what stays is decided while the prompt is read: without lookahead, draft and refit."""
+        return replace(self, lookahead=0, draft=0, refit=False)  # type: ignore[type-var]  # every policy is a dataclass
+
     def bind(self, model: ModelInfo, prompt: PromptInfo) -> BoundPolicy:
         """The policy for one prompt of one model. Not to be overridden: :meth:`parts` is.
 

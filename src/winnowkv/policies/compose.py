@@ -83,6 +83,10 @@ class Wrapper(Policy, ABC):
         """The inner policy is stored so."""
         return replace(self, of=self.of.stored_as(quantize))
 
+    def lean(self) -> Policy:
+        """The inner policy is lean."""
+        return replace(self, of=self.of.lean())
+
     def chunk_eviction(self, model: ModelInfo) -> ChunkEviction | None:
         """As the inner policy."""
         return self.of.chunk_eviction(model)

@@ -45,6 +45,9 @@ def refit_values(
         stays = kept[head] >= 0
         columns = kept[head][stays].long()
         asking, weights = _queries_of(parts, head, kv_heads)
+        if len(asking) < HELD_OUT * group:  # nothing to hold out: a policy that wants no queries, before any was heard
+            fitted[head, stays] = values[0, head, columns]
+            continue
         logits = asking @ keys[0, head].float().t() * scale
         whole = logits.softmax(-1) @ values[0, head].float()
         attention, before = logits[:, columns].softmax(-1), values[0, head, columns].float()
@@ -82,5 +85,8 @@ def _queries_of(parts: list[tuple[Queries, float]], head: int, kv_heads: int) ->
         mine = queries[0].unflatten(0, (kv_heads, -1))[head].transpose(0, 1).flatten(0, 1).float()
         asking.append(mine)
         weights.append(mine.new_full((len(mine),), share / len(mine)))
+    if not asking:
+        none = parts[0][0].new_zeros(0, parts[0][0].shape[-1], dtype=torch.float32)
+        return none, none[:, 0]
     each = torch.cat(weights)
     return torch.cat(asking), (each / each.mean()).sqrt()
