@@ -216,6 +216,14 @@ def test_layers_share_in_proportion_to_their_preferences() -> None:
         assert share == pytest.approx(4 * 55 * preference / sum(preferences), abs=1)
 
 
+def test_three_layers_are_too_few_to_compare() -> None:
+    policy = wk.policy("expected", sinks=2, observe=3, samples=32)
+    selection = PromptSelection(bound(policy, 400, 3, 60))
+    for layer, spread in enumerate((0.8, 1.1, 0.9)):
+        selection.observe(states_of(selection.bound, layer, *drawn(400, layer, spread)))
+    assert [kept.shape[-1] for kept in selection.kept] == [60] * 3
+
+
 def test_the_best_tokens_of_each_head_stay() -> None:
     policy, (queries, keys) = wk.policy("expected", sinks=1, observe=2, samples=32), drawn(50, 4)
     selection = PromptSelection(bound(policy, 50, 1, 12))

@@ -20,6 +20,10 @@ from winnowkv.scoring.allocate import apportion
 from winnowkv.scoring.attention import expected_attention, totals
 from winnowkv.types import Entries, Queries, Scores
 
+# Fewer compressed layers than this are not compared, and get equal budgets. On Gemma-3-270M, which has three, sharing by
+# preference costs 2 points of agreement (docs/winnow-measurements.md); with 30 layers it gains 2.
+LAYERS_TO_COMPARE = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expected(TokenPolicy):
@@ -28,9 +32,10 @@ class Expected(TokenPolicy):
     What the answer's queries will look like is taken from the text itself, as in Expected Attention (arXiv 2510.00636).
     Departures: single queries, three quarters of them evenly over the text and a quarter its last ones, are turned to one
     of the ``ahead`` positions after the prompt each, where the paper fits one normal distribution to all (measured worse,
-    docs/winnow-policy.md); a token scores their root mean square; layers share the budget as in CAKE (arXiv 2503.12491),
-    by entropy and variance of the same attention, so that never more than the budget and one layer is held. If a
-    model's rotation is not known (or it has none) the queries stay as they are.
+    docs/winnow-measurements.md); a token scores their root mean square; layers share the budget as in CAKE (arXiv 2503.12491),
+    by entropy and variance of the same attention, so that never more than the budget and one layer is held; fewer than
+    :data:`LAYERS_TO_COMPARE` layers get equal budgets. If a model's rotation is not known (or it has none) the queries stay as
+    they are.
     """
 
     name: ClassVar[str] = "expected"
@@ -149,7 +154,8 @@ class ExpectedAllocator(CascadeAllocator):
         always = min(always, prompt.budget)
         caps = [int(entries) - always for entries in held]
         total = min((prompt.budget - always) * prompt.layers, sum(caps))
-        return [always + more for more in apportion(totals(scores), total, caps)]
+        weights = totals(scores) if prompt.layers >= LAYERS_TO_COMPARE else [1.0] * len(scores)
+        return [always + more for more in apportion(weights, total, caps)]
 
 
 def sample_moves(tokens: int, context: int, sinks: int, samples: int, ahead: int) -> tuple[Tensor, Tensor]:
