@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from winnowkv.cache.reading import extend, greedy, prefill
     from winnowkv.cache.snapshot import load_cache, save_cache
     from winnowkv.cache.stacked import stack
+    from winnowkv.cache.study import Study
     from winnowkv.documents import Answer, Document, open_document, read
     from winnowkv.engine.engine import Engine
     from winnowkv.engine.request import Completion, Event, Request
@@ -51,6 +52,7 @@ _HOMES = {
     "winnowkv.cache.reading": ("extend", "greedy", "prefill"),
     "winnowkv.cache.snapshot": ("load_cache", "save_cache"),
     "winnowkv.cache.stacked": ("stack",),
+    "winnowkv.cache.study": ("Study",),
     "winnowkv.documents": ("Answer", "Document", "open_document", "read"),
     "winnowkv.engine.engine": ("Engine",),
     "winnowkv.engine.request": ("Completion", "Event", "Request"),
@@ -74,9 +76,9 @@ _HOME_OF = {name: module for module, public in _HOMES.items() for name in public
 __all__ = [
     "Answer", "Budget", "BudgetError", "CacheError", "CalibrationProfile", "CompactCache", "Completion", "Document", "Engine",
     "Event", "Explanation", "InputError", "LayerStates", "Logprob", "ModelInfo", "ModelNotFoundError", "Policy",
-    "PolicyError", "ProfileError", "PromptInfo", "Report", "Request", "Run", "Sampling", "Structure", "TaskProfile",
-    "UnsupportedModelError", "WinnowError", "adakv", "chunkkv", "compress", "criticalkv", "extend", "greedy", "load",
-    "load_cache", "open_document", "policy", "prefill", "read", "read_profile", "read_structure", "save_cache", "stack",
+    "PolicyError", "ProfileError", "PromptInfo", "Report", "Request", "Run", "Sampling", "Structure", "Study",
+    "TaskProfile", "UnsupportedModelError", "WinnowError", "adakv", "chunkkv", "compress", "criticalkv", "extend", "greedy",
+    "load", "load_cache", "open_document", "policy", "prefill", "read", "read_profile", "read_structure", "save_cache", "stack",
     "task_profile",
 ]  # fmt: skip
 

@@ -21,8 +21,10 @@ from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.forks import fork
 from winnowkv.cache.generated import LEAST_DECODE_BUDGET, check_decode_budget
+from winnowkv.cache.listening import Progress
 from winnowkv.cache.reading import prefill
 from winnowkv.cache.snapshot import load_document, save_cache
+from winnowkv.cache.study import Level, Study, fitted, study_text, wait_for_study
 from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.request import NOT_FINITE
 from winnowkv.engine.sampling import Sampler, Sampling, choose
@@ -30,11 +32,12 @@ from winnowkv.errors import BudgetError, InputError
 from winnowkv.models.devices import input_device
 from winnowkv.models.info import cache_argument, end_tokens, position_limit
 from winnowkv.policies import Policy, Tasks, policy as make_policy
-from winnowkv.prompt.chat import next_turn, open_turn, rest_of_turn, text_ending, uses_chat
+from winnowkv.prompt.chat import next_turn, open_turn, rest_of_turn, text_begin, text_ending, uses_chat
 from winnowkv.prompt.structure import read_structure
 from winnowkv.report import Report
 
 BLIND_POLICY = "winnow:observe=context"  # for questions that are not known yet
+STUDIED_POLICY = "winnow:observe=context:refit=true"
 HINTED_POLICY = "winnow"
 TURN_BUDGET = 512  # entries per layer and KV head of questions and answers
 Messages = str | Sequence[dict[str, Any]]
@@ -268,6 +271,8 @@ def read(
     decode_budget: int | None = TURN_BUDGET,
     chunk: int | None = None,
     ceiling: int | float | None = None,
+    study: Level | Study | None = None,
+    progress: Progress | None = None,
 ) -> Document:
     """Read a text once, keep ``budget`` of its cache, and ask it many questions.
 
@@ -276,7 +281,8 @@ def read(
 
     Parameters
     ----------
-    policy: what stays; without one ``winnow:observe=context``, which needs no question, or with a ``hint`` ``winnow``.
+    policy: what stays; without one ``winnow:observe=context``, which needs no question (with a ``study`` values are refitted,
+        too, ``:refit=true``), or with a ``hint`` ``winnow``.
     budget: as for :class:`CompactCache`, of the text's tokens, the template's before it included.
     hint: what the questions will be about, as a question. The policy chooses as if it were asked; it is not kept.
     keep: spans of token positions that stay whatever they score; they count in the budget.
@@ -286,6 +292,10 @@ def read(
     decode_budget: most entries per layer and KV head to hold of questions and answers, as for :class:`CompactCache`: however
         many turns there are, no layer holds more than what it kept of the text and ``decode_budget + 63`` entries.
     chunk, ceiling: as for :func:`winnowkv.prefill`.
+    study: find out what of the text matters before anything is evicted: ``lean`` reads it again, ``full`` also lets the model
+        write a summary, facts and questions (:class:`Study`). The whole cache is held meanwhile; ``report.study_seconds`` says
+        what it took. Without it nothing is studied, but for the policy ``kvzip``, which reads the text again.
+    progress: called while a text is studied, with the tokens done and those in all.
 
     Raises
     ------
@@ -294,7 +304,9 @@ def read(
     """
     templated = uses_chat(chat, tokenizer)
     ids = open_turn(tokenizer, text, chat=templated, system=system)
-    made = make_policy(policy or (BLIND_POLICY if hint is None else HINTED_POLICY))
+    blind = BLIND_POLICY if study is None else STUDIED_POLICY
+    made = make_policy(policy or (blind if hint is None else HINTED_POLICY))
+    asked_study = studied(model, made, budget, study, tokens=len(ids), hint=hint, ceiling=ceiling)
     asked: list[int] = []
     tasks = task
     if hint is not None:
@@ -302,8 +314,38 @@ def read(
         tasks = hinted_tasks(tokenizer, [*ids, *asked], len(asked), task, made)
     cache = CompactCache(model, made, budget, task=tasks, decode_budget=decode_budget, keep=keep)
     inputs = torch.tensor([[*ids, *asked]], device=input_device(model))
+    if asked_study is not None:
+        wait_for_study(cache)
     prefill(model, inputs, cache, chunk=chunk, ceiling=ceiling, hint=len(asked))
+    if asked_study is not None:
+        begin = text_begin(tokenizer, ids, chat=templated, system=system)
+        study_text(cache, tokenizer, ids, begin, asked_study, chat=templated, progress=progress)
     return Document(model, tokenizer, cache, ids, chat=templated)
+
+
+def studied(
+    model: PreTrainedModel, policy: Policy, budget: Any, study: Level | Study | None, *, tokens: int, hint: Any, ceiling: Any
+) -> Study | None:
+    """How a text of so many tokens is to be studied, None if it is not. Raises InputError for what cannot go with a study."""
+    if study is None and not policy.needs_study:
+        return None
+    asked = Study.of("lean" if study is None else study)
+    if not policy.evicts:
+        raise InputError(f"{policy.name} keeps everything, so there is nothing to study: leave study= out")
+    if policy.needs_study and len(asked.sources) > 1:
+        raise InputError(f"{policy.name} scores by the text read again, nothing else: give study='lean', or leave it out")
+    for what, why in (
+        (hint is not None, "a hint tells what will be asked, a study is for when nobody knows: give one of the two"),
+        (ceiling is not None, "a study needs the whole text, and a ceiling evicts before it: leave ceiling= out"),
+        (
+            Budget.of(budget).target is not None,
+            "no curve tells what a study gives, so there is no budget 'auto': give a number",
+        ),
+        (policy.lookahead or policy.draft, f"{policy.spec}: nothing is answered while a text is studied: leave both out"),
+    ):
+        if what:
+            raise InputError(f"study: {why}")
+    return fitted(asked, model, tokens)
 
 
 def hinted_tasks(tokenizer: Any, ids: Sequence[int], question: int, task: Tasks, policy: Policy) -> Tasks:

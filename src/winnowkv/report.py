@@ -38,6 +38,7 @@ class Report:
         fewer if a decode budget evicts.
     lookahead_tokens: tokens of the answer that were generated while the whole prompt was held.
     draft_tokens, draft_seconds: generated from a compact copy only to hear their queries, and thrown away; the time it took.
+    study_tokens, study_seconds: read and written after the text to find out what of it matters, and taken back; the time.
     refitted: share of the layers' KV heads whose values were changed by least squares.
     notes: what the user should know, in sentences.
     """
@@ -61,6 +62,8 @@ class Report:
     lookahead_tokens: int = 0
     draft_tokens: int = 0
     draft_seconds: float = 0.0
+    study_tokens: int = 0
+    study_seconds: float = 0.0
     refitted: float = 0.0
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import winnowkv as wk
-from support.cases import CASES, QUANTIZED, Case
+from support.cases import CASES, QUANTIZED, STUDIED, Case
 from support.models import PROMPT, prompt
 from support.policies import HEADS, KV_HEADS, bind, drawn_states
 from support.reference import compact_logits, positions
@@ -37,7 +37,7 @@ def least_of(spec: str, task: str | None, tokens: int, layers: int) -> int:
 
 def test_every_built_in_policy_has_a_case() -> None:
     """A policy added to the package without a case here would be exempt from all laws."""
-    assert set(BUILT_IN) <= {case.name for case in CASES + QUANTIZED}
+    assert set(BUILT_IN) <= {case.name for case in CASES + QUANTIZED + STUDIED}
 
 
 def budget_values() -> st.SearchStrategy[int | float]:

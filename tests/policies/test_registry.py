@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import winnowkv as wk
-from support.cases import CASES, QUANTIZED, Case
+from support.cases import CASES, QUANTIZED, STUDIED, Case
 from support.policies import KV_HEADS, SIZE, bind, decided, drawn_model, drawn_states
 from winnowkv.budget import Budget
 from winnowkv.cache.selection import PromptSelection
@@ -44,7 +44,7 @@ def test_the_built_ins_are_there() -> None:
 def test_every_registered_policy_has_a_case() -> None:
     """A policy added to the package without a case would be exempt from all laws."""
     mine = {name for name in names() if policy_class(name).__module__.startswith("winnowkv.")}
-    assert mine == set(BUILT_IN) == {case.name for case in CASES + QUANTIZED}
+    assert mine == set(BUILT_IN) == {case.name for case in CASES + QUANTIZED + STUDIED}
 
 
 def test_every_wrapper_is_a_case_over_several_policies() -> None:

@@ -89,6 +89,8 @@ CASES = [
     Case("criticalkv:first=0.25:of=adakv:floor=0.1:of=expected:observe=4:samples=16"),  # wrappers of wrappers
 ]
 EVICTING = [case for case in CASES if case.name != "full"]
+# These serve texts that are read for questions to come, and nothing else: tests/policies/test_kvzip.py, tests/documents.
+STUDIED = [Case("kvzip"), Case("kvzip:plus=true")]
 # Lossy storage has laws of its own in laws/test_quantization.py: those about exact values do not hold for it.
 QUANTIZED = [
     Case("int8"),

@@ -14,6 +14,7 @@ from winnowkv.cache.selection import PromptSelection
 from winnowkv.models.info import ModelInfo
 from winnowkv.models.rope import Rotation
 from winnowkv.policies import BoundPolicy, LayerStates
+from winnowkv.scoring.study import Evidence, Studied
 
 HEADS, KV_HEADS, SIZE = 4, 2, 4
 
@@ -52,7 +53,12 @@ def drawn_states(bound: BoundPolicy, layer: int, generator: torch.Generator, *, 
     queries = 2 * normal(1, HEADS, len(bound.query_positions()), SIZE)
     keys, values = normal(1, KV_HEADS, tokens, SIZE), normal(1, KV_HEADS, tokens, SIZE)
     projection = normal(HEADS, SIZE, HEADS * SIZE)
-    return LayerStates(layer, torch.zeros_like(queries) if constant else queries, keys, values, 0.5, projection)
+    made = LayerStates(layer, torch.zeros_like(queries) if constant else queries, keys, values, 0.5, projection)
+    if not bound.policy.needs_study:
+        return made
+    found = Studied(HEADS, KV_HEADS, tokens, keys.device)
+    found.most = torch.full_like(found.most, 0.5) if constant else normal(1, KV_HEADS, tokens).abs()
+    return replace(made, studied=Evidence(found))
 
 
 def run(

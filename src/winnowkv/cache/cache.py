@@ -140,7 +140,7 @@ class CompactCache(LayerStorage):
 
     def resume(self, report: Report) -> None:
         """Take this cache for one whose prompt is read already, as a snapshot does; its layers are filled after."""
-        self.report, self.session, self._read_before = report, None, None
+        self.report, self.session, self._read_before, self._resumed = report, None, None, 0.0
 
     @property
     def model(self) -> PreTrainedModel:
@@ -331,14 +331,14 @@ class CompactCache(LayerStorage):
 
     def _settle(self) -> None:
         """The prompt is read: from here on the cache only holds, or it looks at what comes before it chooses."""
-        session, self.session = self.session, None
-        assert session is not None
-        if not self.compression.policy.looks:
+        session: Any = self.session
+        self.session = None
+        if not self.compression.waits:
             self._note_choices(session)
             return
         self.looking = Looking(session)
         self._watch_passes()
-        if not (self.compression.policy.lookahead or self.compression.policy.draft):
+        if not (self.compression.study or self.compression.policy.lookahead or self.compression.policy.draft):
             decide(self)
 
     def _watch_passes(self) -> None:
@@ -383,17 +383,18 @@ class CompactCache(LayerStorage):
         """A new cache that keeps what another policy selects from this recorded prefill.
 
         Equal to a prefill with that policy, because eviction changes nothing that prefill computes. Sliding windows are shared
-        with it until either goes on, which puts new ones in their place. Raises CacheError if nothing was recorded, something
-        was already evicted, quantized or generated, the policy observes more queries than were recorded, or a layer neither
-        attends to everything nor slides over a window.
+        until one of both goes on. Raises CacheError if nothing was recorded, something was already evicted, quantized or
+        generated, the policy observes more queries than were recorded, or a layer neither attends to everything nor slides.
         """
-        check_recorded(self.compact_layers, self.recording, self.session, self.compression)
         other = CompactCache(self.model, policy, budget, task=task, decode_budget=self.decode_budget, keep_scores=keep_scores)
-        for index, layer in enumerate(self.layers):
-            if index not in self._numbers:
-                other.layers[index] = shared_layer(layer)
-        assert other.session is not None
-        assert self.recording is not None
-        other.session.replay(self.recording, self.compact_layers, self.report.prefill_seconds)
-        other._settle()
+        other.replay_into(self)
         return other
+
+    def replay_into(self, recorded: CompactCache) -> None:
+        """Read what another cache recorded, in place of a prompt. Raises CacheError as :meth:`replay`."""
+        check_recorded(recorded.compact_layers, recorded.recording, recorded.session, recorded.compression)
+        pairs = zip(self.layers, recorded.layers, strict=True)
+        self.layers[:] = [mine if isinstance(mine, CompactLayer) else shared_layer(theirs) for mine, theirs in pairs]
+        session: Any = self.session
+        session.replay(recorded.recording, recorded.compact_layers, recorded.report.prefill_seconds)
+        self._settle()

@@ -13,7 +13,7 @@ from winnowkv.budget import Budget
 from winnowkv.cache.auto import AutoSelection
 from winnowkv.cache.quantized import quanto
 from winnowkv.cache.selection import PromptSelection
-from winnowkv.errors import InputError, WinnowError
+from winnowkv.errors import InputError, PolicyError, WinnowError
 from winnowkv.models.calibration import find_profile
 from winnowkv.models.curve import Curve
 from winnowkv.models.head_group import ALL_HEADS, HeadGroup
@@ -51,6 +51,7 @@ class Compression:
     heads: the processes that share the model's heads.
     keep: spans of every prompt that stay whatever they score.
     hint: tokens at a prompt's end by which the policy chooses, and which are taken back then; the budget is without them.
+    study: whether the prompt is held whole until it was studied (cache/study.py).
     """
 
     asked: str
@@ -63,6 +64,7 @@ class Compression:
     heads: HeadGroup = ALL_HEADS
     keep: Spans = ()
     hint: int = 0
+    study: bool = False
 
     @classmethod
     def of(
@@ -98,6 +100,19 @@ class Compression:
             curve = find_profile(read.profile, info).curve(made.name)
         asked = policy if isinstance(policy, str) else made.spec
         return cls(asked, made, info, read, tasks, curve, keep_scores, heads, read_spans(keep))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the whole prompt is held until more is known than the prompt."""
+        return self.study or self.policy.looks
+
+    def check_study(self) -> None:
+        """Raise PolicyError for a policy that scores by a study of the text alone, where there is none."""
+        if self.policy.needs_study and not self.study:
+            raise PolicyError(
+                f"{self.policy.name}: scores tokens while the model reads the text again, which wk.read(model, tokenizer, "
+                f"text, {self.policy.name!r}) does for texts that are asked later: read it so, or name another policy"
+            )
 
     def each_task(self, rows: int) -> Sequence[TaskProfile]:
         """The task of each row of a batch. Raises InputError if they are not as many."""

@@ -307,6 +307,11 @@ class CompactLayer(CacheLayerMixin):
             for states in (self.keys, self.values)
         )
 
+    def shrink(self) -> None:
+        """Free the room that is left in a buffer that grew for what was taken back."""
+        if self.keys.shape[2] + self.frozen > self.length + BUFFER_GROWTH:
+            self._resize(self.length - self.frozen)
+
     def counts(self, row: int) -> list[int]:
         """Entries that each KV head of a row holds of the prompt."""
         kept, heads = self.positions[row], self.keys.shape[1]

@@ -94,6 +94,7 @@ class PrefillSession:
 
     def begin(self) -> None:
         """Start the clock at the first layer's keys."""
+        self.compression.check_study()
         self._started = self._started or time.perf_counter()
 
     def observe(self, number: int, queries: Tensor, scale: float) -> bool:
@@ -116,6 +117,7 @@ class PrefillSession:
 
     def replay(self, recording: Recording, sources: Sequence[CompactLayer], prefill_seconds: float) -> None:
         """Compress what another session read, from its recorded queries and the entries of its layers."""
+        self.compression.check_study()
         with self._compressing.running(sources[0].keys.device):
             for number, (source, layer) in enumerate(zip(sources, self.layers, strict=True)):
                 layer.update(source.keys, source.values)
@@ -181,7 +183,7 @@ class PrefillSession:
         self._note_peak()
         rows = range(len(self.selections))
         asked = [self._pick(number, row, queries) for row in rows]
-        if self.compression.policy.looks:  # looking.py chooses once the last layer is read, or later
+        if self.compression.waits:  # looking.py chooses once the last layer is read, or later
             self.asked.append(([each.clone() for each in asked], scale))
             layer.own()
             return

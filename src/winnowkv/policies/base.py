@@ -68,6 +68,8 @@ class Policy:
     uses_task, uses_structure: whether it makes use of the prompt's task, of its question and sentence ends.
     needs_profile: whether it cannot work without a calibration profile.
     needs_projection: whether its scorer reads the layers' output projections.
+    needs_study: whether it scores by a study of the text alone, so that nothing but ``wk.read`` can serve it; weighs_values:
+        whether the study then weighs attention by what values add to the hidden state.
     per_head: whether heads of a layer may keep different numbers of entries; a layer is then held at its longest head.
     keeps_spans: whether tokens stay or go together with those beside them, and not by their own scores.
     own_selector: whether it is about how tokens are selected, so that no wrapper may exchange that.
@@ -82,6 +84,8 @@ class Policy:
     uses_structure: ClassVar[bool] = False
     needs_profile: ClassVar[bool] = False
     needs_projection: ClassVar[bool] = False
+    needs_study: ClassVar[bool] = False
+    weighs_values: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     keeps_spans: ClassVar[bool] = False
     own_selector: ClassVar[bool] = False

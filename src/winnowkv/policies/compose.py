@@ -46,6 +46,8 @@ class Wrapper(Policy, ABC):
     uses_structure = from_inner("uses_structure")
     needs_profile = from_inner("needs_profile")
     needs_projection = from_inner("needs_projection")
+    needs_study = from_inner("needs_study")
+    weighs_values = from_inner("weighs_values")
     per_head = from_inner("per_head")
     keeps_spans = from_inner("keeps_spans")
     own_selector = from_inner("own_selector")

@@ -15,6 +15,7 @@ from winnowkv.prompt.task import TaskProfile
 from winnowkv.scoring.allocate import uniform
 from winnowkv.scoring.attention import heard_attention
 from winnowkv.scoring.select import top_tokens, with_recent, with_sinks
+from winnowkv.scoring.study import Evidence
 from winnowkv.types import Entries, HeadScores, Indices, Keys, Projection, Queries, Scores, Spans, Values
 
 
@@ -58,6 +59,7 @@ class LayerStates:
     projection: the layer's output projection ``[Hq, D, M]``, if the policy needs it.
     heard: queries ``[1, Hq, k, D]`` of tokens after the prompt, None if there are none; ``weight``: theirs, beside the
         prompt's own.
+    studied: what was found out about a text by a study of it, None if there was none; it takes the place of ``heard``.
     heads: the processes that share the layer's heads, if the model runs with tensor parallelism. ``Hq`` and ``Hkv`` are then
         those of this process for a part that :attr:`Scorer.shares_heads`, those of the model for any other.
     """
@@ -71,6 +73,7 @@ class LayerStates:
     heads: HeadGroup = ALL_HEADS
     heard: Queries | None = None
     weight: float = 0.0
+    studied: Evidence | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -125,6 +128,8 @@ class Scorer:
         """:meth:`score`, with what it needs of the heads of other processes, and what was heard after the prompt."""
         given = states if self.shares_heads else states.of_all_heads()
         scores = self.score(given)
+        if given.studied is not None:
+            return self.with_studied(scores, given)
         return scores if given.heard is None else self.with_heard(scores, given)
 
     def with_heard(self, scores: Scores, states: LayerStates) -> Scores:
@@ -142,6 +147,11 @@ class Scorer:
         total = scores.sum()
         share = states.weight * total / attention.sum().clamp(min=1e-30)
         return scores * (1 - states.weight) + attention * share
+
+    def with_studied(self, scores: Scores, states: LayerStates) -> Scores:
+        """The policy's own scores pooled with those of a study, ``[1, H, C]``."""
+        assert states.studied is not None
+        return states.studied.pooled(scores, states.weight)
 
     def answer_queries(self, states: LayerStates) -> Queries:
         """Of ``states.queries`` those that stand in for the answer's, as if they came after the prompt; for refit."""

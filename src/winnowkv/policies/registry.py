@@ -38,6 +38,7 @@ BUILT_IN: Mapping[str, str] = {
     "int8": "winnowkv.policies.quantized:Int8",
     "keydiff": "winnowkv.policies.keydiff:KeyDiff",
     "knorm": "winnowkv.policies.knorm:Knorm",
+    "kvzip": "winnowkv.policies.kvzip:KVzip",
     "lagkv": "winnowkv.policies.lagkv:LagKV",
     "pyramidkv": "winnowkv.policies.pyramidkv:PyramidKV",
     "random": "winnowkv.policies.random:Random",

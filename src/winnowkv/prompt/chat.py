@@ -107,11 +107,24 @@ def open_turn(tokenizer: Any, text: str, *, chat: bool, system: str | None = Non
     if not text.strip():
         raise InputError("the text is empty: give at least one word")
     every = [whole_turn(tokenizer, text, probe, chat=chat, system=system) for probe in PROBES]
-    same = next((at for at, tokens in enumerate(zip(*every, strict=False)) if len(set(tokens)) > 1), min(map(len, every)))
+    same = min(shared_tokens(every[0], other) for other in every)
     ids = every[0][:same]
     while ids and not tokenizer.decode(ids[-1:]).strip():
         ids.pop()
     return ids
+
+
+def text_begin(tokenizer: Any, ids: Sequence[int], *, chat: bool, system: str | None = None) -> int:
+    """How many tokens of an :func:`open_turn` stand before the text: those that it shares with turns of other texts."""
+    others = [open_turn(tokenizer, probe, chat=chat, system=system) for probe in PROBES]
+    return min(shared_tokens(ids, other) for other in others)
+
+
+def shared_tokens(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two prompts begin with in common."""
+    return next(
+        (at for at, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), min(len(ids), len(others))
+    )
 
 
 def whole_turn(tokenizer: Any, text: str, question: str, *, chat: bool, system: str | None = None) -> list[int]:
