@@ -328,6 +328,10 @@ def studied(
 ) -> Study | None:
     """How a text of so many tokens is to be studied, None if it is not. Raises InputError for what cannot go with a study."""
     if study is None and not policy.needs_study:
+        if policy.evicts and (policy.lookahead or policy.draft):
+            raise InputError(
+                f"{policy.spec}: a text is asked many things, and lookahead and draft choose by one answer: leave both out"
+            )
         return None
     asked = Study.of("lean" if study is None else study)
     if not policy.evicts:

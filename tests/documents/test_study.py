@@ -172,3 +172,8 @@ def test_a_text_too_long_for_its_study_is_refused(llama: PreTrainedModel) -> Non
     with pytest.raises(wk.InputError, match=r"study: 973 tokens of text leave 51 of the model's 1024 positions"):
         wk.read(llama, ChatLetters(), "a" * 970, SNAPKV, 0.3, study="lean")
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_text_is_not_chosen_from_by_one_answer(llama: PreTrainedModel) -> None:
+    with pytest.raises(wk.InputError, match="lookahead and draft choose by one answer: leave both out"):
+        studied(llama, f"{SNAPKV}:lookahead=4", study=None)
