@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from winnow_parts import DEPTHS, code_digest, interval, plain
+from winnow_parts import DEPTHS, code_digest, plain
+from winnow_tables import interval
 
 import winnowkv as wk
 from winnowkv.budget import Asked
