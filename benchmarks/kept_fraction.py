@@ -103,8 +103,19 @@ def points(lines: Sequence[Line]) -> list[Line]:
     return sorted(made, key=lambda p: (p["evicts"], -share[p["policy"]], p["policy"]))
 
 
-def draw(made: Sequence[Line], title: str, shown: str, files: Sequence[Path]) -> None:
-    """Draw the picture, 800 pixels wide on white, into each of ``files`` (SVG, PNG)."""
+def draw(
+    made: Sequence[Line],
+    title: str,
+    shown: str,
+    files: Sequence[Path],
+    *,
+    label: str = "needle prompts answered",
+    least: float = 0.0,
+) -> None:
+    """Draw the picture, 800 pixels wide on white, into each of ``files`` (SVG, PNG).
+
+    ``label`` says what ``correct`` of the points is; the axis begins at ``least``.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -129,10 +140,10 @@ def draw(made: Sequence[Line], title: str, shown: str, files: Sequence[Path]) ->
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda part, _: f"{100 * part:.0f}%"))
-    panel.set_ylim(-0.04, 1.04)
+    panel.set_ylim(least - 0.04 * (1 - least), 1 + 0.04 * (1 - least))
     panel.grid(alpha=0.3)
     panel.set_xlabel("kept of the KV cache's bytes", fontsize=11)
-    panel.set_ylabel("needle prompts answered", fontsize=11)
+    panel.set_ylabel(label, fontsize=11)
     panel.set_title(title, fontsize=10)
     for text in figure.legend(loc="outside right upper", fontsize=10, frameon=False).get_texts():
         text.set_fontweight("bold" if text.get_text() == shown else "normal")
