@@ -146,7 +146,7 @@ def test_a_tokenizer_lets_every_row_be_classified(llama: PreTrainedModel) -> Non
     texts = ["Write a summary of the report. Summary:", "Question: Who was he? Answer:"]
 
     class Reader:
-        def decode(self, ids: torch.Tensor, *, skip_special_tokens: bool) -> str:
+        def decode(self, ids: torch.Tensor, *, skip_special_tokens: bool = False) -> str:
             assert bool((ids > 0).all()), "padding was read"
             return texts[len(ids) < 72]
 
@@ -157,7 +157,7 @@ def test_a_tokenizer_lets_every_row_be_classified(llama: PreTrainedModel) -> Non
     for options in ({"tokenizer": Reader()}, {"task": ["aggregation", "localization"]}):
         caches: list[wk.CompactCache] = []
         hook = llama.register_forward_hook(lambda *a, caches=caches: caches.append(a[-1].past_key_values))
-        with wk.compress(llama, "windowkv:group=2:sure=0.5", 40, **options), torch.no_grad():
+        with wk.compress(llama, "windowkv:preset=repo:group=2:sure=0.5", 40, **options), torch.no_grad():
             llama(input_ids=ids, attention_mask=mask)
         hook.remove()
         kept.append([positions(caches[0], row) for row in range(2)])

@@ -17,7 +17,7 @@ from winnowkv.cache.reading import prefill
 from winnowkv.models.head_group import ALL_HEADS, HeadGroup
 from winnowkv.policies import LayerStates
 from winnowkv.policies.keydiff import KeyDiffScorer
-from winnowkv.policies.snapkv import WindowScorer
+from winnowkv.policies.snapkv import PooledScorer
 
 
 class Mesh(SimpleNamespace):
@@ -107,7 +107,7 @@ class Halves(HeadGroup):
 def test_a_scorer_that_does_not_share_its_heads_is_given_those_of_all() -> None:
     """Also one that takes over another one's, which does: what a class says holds for its own score() only."""
 
-    class Own(WindowScorer):
+    class Own(PooledScorer):
         def score(self, states: LayerStates) -> torch.Tensor:
             return torch.full((1, 1, 4), float(states.kv_heads))
 

@@ -255,8 +255,9 @@ def test_wrappers_stand_in_a_list_with_other_policies(llama, tmp_path):
     assert [group["policy"] for group in summary["groups"]] == specs
     assert [(line["policy"], line["failed"]) for line in lines] == [(spec, None) for spec in specs]
     ids = PromptBuilder(Letters(), read_haystack(), chat=False).build(read_needles()[0], 400, 0.5)
+    task = wk.TaskProfile("localization", structure=wk.read_structure(Letters(), ids))  # as the test reads its prompts
     for line in lines:
-        live = wk.CompactCache(llama, line["policy"], 0.25, task="localization")
+        live = wk.CompactCache(llama, line["policy"], 0.25, task=task)
         logits = prefill(llama, torch.tensor([ids]), live)
         assert line["kept_entries_per_layer"] == live.report.kept_entries[0]
         assert sum(line["kept_entries_per_layer"]) == pytest.approx(5 * 100)

@@ -43,7 +43,7 @@ def test_there_is_a_recipe_for_each_headline_claim():
             ("windowkv-table1", "dynamickv-longbench", "compresskv-longbench")] == [2, 4, 2]  # fmt: skip
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in RECIPES if not file.stem.startswith("ruler")], ids=lambda file: file.stem)
 def test_recipes_keep_the_papers_observation_windows(file):
     specs = [spec for plan in read_recipe(file).plans for spec in plan.asked["policies"]]
     assert len(specs) > 3
