@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import winnowkv as wk
 from support.cases import EVICTING, Case
+from support.reference import attending
 from winnowkv.budget import Budget
 from winnowkv.cache.selection import PromptSelection
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import LayerStates
 from winnowkv.prompt.task import TaskProfile
 
-NAME = "states_reference"
 LOOKING = "lookahead=4:draft=3:refit=true"
 
 
@@ -42,14 +41,8 @@ def watched(model: PreTrainedModel, states: dict[int, tuple[Tensor, Tensor, Tens
         output = nn.functional.scaled_dot_product_attention(query, *wide, is_causal=True, scale=scaling)
         return output.transpose(1, 2).contiguous(), None
 
-    before = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[NAME] = attention
-    model.set_attn_implementation(NAME)
-    try:
+    with attending(model, attention):
         yield
-    finally:
-        model.set_attn_implementation(before)
-        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 @torch.no_grad()

@@ -63,6 +63,13 @@ def masked_attention(model: PreTrainedModel, kept: Kept, prompt: int) -> Iterato
         weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~masks[layer], float("-inf")).softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
+    with attending(model, attention):
+        yield
+
+
+@contextmanager
+def attending(model: PreTrainedModel, attention: Any) -> Iterator[None]:
+    """Run the model's attention as this function; afterwards the model is as before."""
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[NAME] = attention
     model.set_attn_implementation(NAME)

@@ -7,12 +7,43 @@ from copy import copy, deepcopy
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
+from winnowkv.attention.hooks import SLOT_OFFSET
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.errors import CacheError
 
 SLIDING_SLACK = 2  # a sliding layer's view is copied out of storage that is larger than so many times itself
+
+
+class RowsLayer(CacheLayerMixin):
+    """What a model is told of a layer whose rows are requests of different lengths: positions are passed, no mask is made."""
+
+    def __init__(self, sliding_window: int | None) -> None:
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None  # read by transformers
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is stored here."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Raise CacheError: each request's own cache stores."""
+        raise CacheError("rows are stored in their own caches")
+
+    def get_seq_length(self) -> int:
+        """0: rows differ in length."""
+        return 0
+
+    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
+        """The offset by which the mask socket recognizes such rows: it makes no mask for them."""
+        return 1, SLOT_OFFSET
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older releases
 
 
 def shares_keys(layer: Any) -> bool:

@@ -12,47 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from winnowkv.attention.hooks import SLOT_OFFSET, Observer, tag_states
+from winnowkv.attention.hooks import Observer, tag_states
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
-from winnowkv.cache.other_layers import shares_keys
-from winnowkv.errors import CacheError
+from winnowkv.cache.other_layers import RowsLayer, shares_keys
 from winnowkv.models.info import cache_argument
 from winnowkv.types import Keys, Padding, Queries, Valid, Values
 
 Entries = tuple[Keys, Values, Valid | None]
-
-
-class RowsLayer(CacheLayerMixin):
-    """What a model is told of a layer whose rows are apart: no mask of the framework's serves them, positions are passed."""
-
-    def __init__(self, sliding_window: int | None) -> None:
-        super().__init__()
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None  # read by transformers
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is stored here."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Raise CacheError: the cache stores, row by row."""
-        raise CacheError("rows are stored in their own caches")
-
-    def get_seq_length(self) -> int:
-        """0: rows differ in length."""
-        return 0
-
-    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
-        """The offset by which the mask socket makes no mask."""
-        return 1, SLOT_OFFSET
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in older releases
 
 
 class CacheRows(Cache):

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from winnowkv.attention.hooks import SLOT_OFFSET
+from winnowkv.cache.other_layers import RowsLayer
 from winnowkv.engine.compiled import any_size
 from winnowkv.types import Valid
 
@@ -33,7 +32,7 @@ class Span(NamedTuple):
     new: int | None
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(RowsLayer):
     """Keys and values of one layer, ``[rows, Hkv, columns, D]``; ``valid`` ``[rows, 1 or Hkv, columns]`` says which count.
 
     A sliding-window layer (of ``sliding_window`` tokens; None for full attention) is a ring: token ``t`` lies in column
@@ -54,9 +53,7 @@ class SlotLayer(CacheLayerMixin):
     new_columns: Tensor
 
     def __init__(self, sliding_window: int | None) -> None:
-        super().__init__()
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None  # read by transformers
+        super().__init__(sliding_window)
         self.span: Span | None = None
         # A step of even rows does not read ``valid``, so it does not write it either: this many columns, from the left, count
         # in every row and have to be flagged before ``valid`` is read or changed.
@@ -177,17 +174,3 @@ class SlotLayer(CacheLayerMixin):
         if self.span is None:
             return self.valid
         return None if self.span.even else self.valid[: len(self.rows), :, : self.span.columns]
-
-    def get_seq_length(self) -> int:
-        """0: rows differ in length, and positions are passed to the model."""
-        return 0
-
-    def get_mask_sizes(self, queries: Any) -> tuple[int, int]:
-        """The offset by which the mask socket recognizes slots: it makes no mask for them."""
-        return 1, SLOT_OFFSET
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in older releases
