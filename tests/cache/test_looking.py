@@ -12,7 +12,7 @@ import winnowkv as wk
 from support.auto import profile_file
 from support.cases import Case
 from support.looking import chosen_by_hand, looking
-from support.models import PROMPT, prompt
+from support.models import PROMPT, VOCABULARY, prompt
 from support.reference import compact_logits, generate, positions, same_positions
 from winnowkv.cache.forks import fork
 from winnowkv.cache.reading import prefill
@@ -120,7 +120,7 @@ def compact_logits_more(model: PreTrainedModel, cache: wk.CompactCache, parts: l
 def test_assisted_decoding_works(llama: PreTrainedModel) -> None:
     ids = prompt(PROMPT).repeat(1, 1)
     with wk.compress(llama, SPEC, 20) as run:
-        tokens = generate(llama, ids, TOKENS, prompt_lookup_num_tokens=3)
+        tokens = generate(llama, ids, TOKENS, prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY - 1)
     assert len(tokens[0]) == TOKENS
     assert run.report.kept_fraction < 1
 

@@ -153,7 +153,7 @@ def test_replayed_answers_equal_live_ones(embedded, tmp_path):
     builder = PromptBuilder(tokenizer, read_haystack(), chat=True)
     ids = torch.tensor([builder.build(read_needles()[0], 300, 0.5)], device=model.device)
     for line in lines:
-        with wk.compress(model, line["policy"], 0.25, task="localization") as run:
+        with wk.compress(model, line["policy"], 0.25, task="localization", tokenizer=tokenizer) as run:
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert run.report.kept_entries == [line["kept_entries_per_layer"]]
         assert tokenizer.decode(output[0][ids.shape[1] :], skip_special_tokens=True) == line["output"]
