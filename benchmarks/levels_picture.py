@@ -20,6 +20,7 @@ from kept_fraction import draw
 
 from winnowkv.cli.main import one_sentence
 from winnowkv.errors import InputError
+from winnowkv.evaluate.audit.audit import after as after_tokens
 from winnowkv.evaluate.report.store import parse_lines, read_config
 from winnowkv.evaluate.settings import Setting
 
@@ -35,8 +36,8 @@ def points(lines: Sequence[Line], after: int, variants: Sequence[str] = ()) -> t
     """
     found: dict[Setting, dict[tuple[str, str], Line]] = {}
     for line in lines:
-        usable = not line.get("failed") and not line.get("skipped") and len(line.get("same_tokens", "")) >= after
-        if usable and (not variants or line["policy"] in variants):
+        usable = not line.get("failed") and not line.get("skipped")
+        if usable and after_tokens(line, after) is not None and (not variants or line["policy"] in variants):
             found.setdefault(Setting(line["policy"], line["budget"]), {})[line["task"], line["row"]] = line
     common = set.intersection(*map(set, found.values())) if found else set()
     if not common:
@@ -44,11 +45,11 @@ def points(lines: Sequence[Line], after: int, variants: Sequence[str] = ()) -> t
     made = []
     for setting, rows in found.items():
         mine = [rows[row] for row in sorted(common)]
-        same = [line["same_tokens"][after - 1 :] for line in mine]  # the first token comes from the prompt and is not in them
+        same = [found for line in mine if (found := after_tokens(line, after)) is not None]
         made.append(
             {
                 "policy": NAMES.get(setting.policy, setting.policy), "budget": setting.budget, "evicts": True,
-                "correct": mean(tokens.count("1") / len(tokens) for tokens in same),
+                "correct": mean(agreement for agreement, _ in same),
                 **{name: mean(line[name] for line in mine) for name in ("kept_bytes", "full_bytes")},
             }
         )  # fmt: skip

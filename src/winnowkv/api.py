@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from winnowkv.attention.generate import given_cache
+from winnowkv.attention.generate import given_cache, named_inputs
 from winnowkv.attention.routing import Routing, acquire, check_model, generate_call, release
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
@@ -194,7 +194,7 @@ class _Block:
         if not _starts_prompt(args, kwargs):
             given = given_cache(kwargs)[1]
             if isinstance(given, CompactCache):
-                given.before_pass(_named(args, kwargs))
+                given.before_pass(named_inputs(args, kwargs))
             return None
         mine = [block for block in self.routing.blocks if block.thread == threading.get_ident()]
         if not mine:
@@ -268,11 +268,6 @@ def _classify(tokenizer: Any, row: Tensor) -> TaskProfile:
     """The task of one prompt; both ends are all that the classifier reads."""
     ends = row if len(row) <= 2 * CLASSIFIED_TOKENS else torch.cat([row[:CLASSIFIED_TOKENS], row[-CLASSIFIED_TOKENS:]])
     return task_profile(tokenizer.decode(ends, skip_special_tokens=True))
-
-
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a forward pass, the token ids by their name, too."""
-    return {**kwargs, "input_ids": args[0]} if args else kwargs
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

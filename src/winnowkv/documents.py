@@ -339,7 +339,7 @@ def studied(
     if policy.needs_study and len(asked.sources) > 1:
         raise InputError(f"{policy.name} scores by the text read again, nothing else: give study='lean', or leave it out")
     for what, why in (
-        (hint is not None, "a hint tells what will be asked, a study is for when nobody knows: give one of the two"),
+        (hint is not None, "a hint tells what will be asked, a study is for when that is not known: give one of the two"),
         (ceiling is not None, "a study needs the whole text, and a ceiling evicts before it: leave ceiling= out"),
         (
             Budget.of(budget).target is not None,

@@ -16,8 +16,8 @@ PICTURE = runpy.run_path(str(BENCHMARKS / "levels_picture.py"))
 
 def line(policy, row, same, budget=0.1, **more):
     return {
-        "policy": policy, "budget": budget, "task": "t", "row": row, "same_tokens": same, "kept_bytes": 100 * budget,
-        "full_bytes": 100, **more,
+        "policy": policy, "budget": budget, "task": "t", "row": row, "same_tokens": same,
+        "kl_tokens": [0.5] * len(same), "kept_bytes": 100 * budget, "full_bytes": 100, **more,
     }  # fmt: skip
 
 

@@ -95,6 +95,11 @@ def given_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
     return name, kwargs.get(name)
 
 
+def named_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass, the token ids by their name, too."""
+    return {**kwargs, "input_ids": args[0]} if args else kwargs
+
+
 def check_unread(call: GenerateCall, kwargs: dict[str, Any]) -> None:
     """Raise InputError if a cache of ours has read all tokens already, which transformers would then read once more."""
     cache = given_cache(kwargs)[1]
@@ -139,7 +144,7 @@ class PassWatch:
         cache = self._cache()
         if kwargs is None or cache is None or module is not self._model() or given_cache(kwargs)[1] is not cache:
             return
-        cache.before_pass({**kwargs, "input_ids": args[0]} if args else kwargs)
+        cache.before_pass(named_inputs(args, kwargs))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,17 +18,21 @@ def output_projections(model: nn.Module) -> dict[int, nn.Module]:
 
     Raises UnsupportedModelError if a model names it in a way that is not known here.
     """
-    found = {}
-    for block in model.modules():
-        index = getattr(block, "layer_idx", None)
-        projection = next((getattr(block, name) for name in PROJECTIONS if hasattr(block, name)), None)
-        if isinstance(index, int) and projection is not None:
-            found[index] = projection
+    found = {index: projection for index, _, projection in attention_blocks(model)}
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its attention blocks have no output projection (looked for {', '.join(PROJECTIONS)})"
         )
     return found
+
+
+def attention_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module, nn.Module]]:
+    """Each attention block with its layer index and the projection after its heads, as far as that is named as known here."""
+    for block in model.modules():
+        index = getattr(block, "layer_idx", None)
+        projection = next((getattr(block, name) for name in PROJECTIONS if hasattr(block, name)), None)
+        if isinstance(index, int) and projection is not None:
+            yield index, block, projection
 
 
 def projection_weight(projection: nn.Module | None, layer: int, query_heads: int) -> Projection:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from winnowkv.attention.projection import PROJECTIONS, output_projections, projection_weight
+from winnowkv.attention.projection import attention_blocks, output_projections, projection_weight
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.other_layers import fork_layer
 from winnowkv.models.devices import input_device
@@ -177,10 +177,8 @@ def weighing(cache: CompactCache, ear: Ear) -> Iterator[None]:
 
     The hidden state is what goes into the attention block. Raises UnsupportedModelError if its projection cannot be read.
     """
-    model, numbers = (
-        cache.model,
-        {cache.layer_number(i): i for i, one in enumerate(cache.layers) if isinstance(one, CompactLayer)},
-    )
+    model = cache.model
+    numbers = {cache.layer_number(i): i for i, one in enumerate(cache.layers) if isinstance(one, CompactLayer)}
     projections, streams = output_projections(model), dict[int, Tensor]()
     lengths: dict[int, Tensor] = {}
     context = cache.compact_layers[0].prompt
@@ -196,7 +194,7 @@ def weighing(cache: CompactCache, ear: Ear) -> Iterator[None]:
             lengths[number] = projected_lengths(values, projection_weight(projection, number, heads).to(values.device))
         return Contribution(lengths[number], streams.pop(numbers[number]))
 
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in attention_blocks(model)]
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for _, block, _ in attention_blocks(model)]
     ear.share = share
     try:
         yield
@@ -204,12 +202,3 @@ def weighing(cache: CompactCache, ear: Ear) -> Iterator[None]:
         ear.share = None
         for hook in hooks:
             hook.remove()
-
-
-def attention_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that :func:`output_projections` finds a projection in."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and any(hasattr(module, name) for name in PROJECTIONS)
-    ]

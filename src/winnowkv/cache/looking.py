@@ -250,11 +250,11 @@ def fork_looking(cache: CompactCache) -> CompactCache:
 
 def compact_copy(cache: CompactCache, chosen: Selections) -> CompactCache:
     """A cache that holds only what was chosen, and hears the queries of what is read into it; ``cache`` stays as it is."""
+    looking = cache.looking
+    if looking is None:
+        raise CacheError("nothing is left to choose in this cache")
     other = type(cache)(cache.model, "full", 1, hold=False)
     other.resume(other.report)
-    session = cache.looking.session if cache.looking is not None else None
-    if session is None:
-        raise CacheError("nothing is left to choose in this cache")
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, CompactLayer):
             other.layers[index] = fork_layer(layer)
@@ -262,7 +262,7 @@ def compact_copy(cache: CompactCache, chosen: Selections) -> CompactCache:
         number, mine = cache.layer_number(index), copy(layer)
         mine.pads, mine.positions = list(mine.pads), list(mine.positions)
         other.layers[index] = mine
-        session.keep(number, chosen, mine)  # copies what stays
+        looking.session.keep(number, chosen, mine)  # copies what stays
     other.heard = Heard(len(cache.compact_layers))
     return other
 

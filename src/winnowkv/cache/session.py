@@ -81,9 +81,7 @@ class PrefillSession:
     ) -> None:
         self.compression, self.layers, self.report = compression, layers, report
         self.selections: list[PromptSelection | AutoSelection] = []
-        self.asked: list[
-            tuple[list[Queries], float]
-        ] = []  # by layer, of each row what its policy wants, if it looks; the scale
+        self.asked: list[tuple[list[Queries], float]] = []
         self._positions: list[Tensor] = []  # of each row, where the queries stand that its policy wants
         self._projections: Sequence[nn.Module | None] | None = None
         self._ask_projections = projections

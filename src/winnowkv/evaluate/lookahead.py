@@ -81,7 +81,7 @@ class FirstTokens:
         return Begun(tuple(self._tokens[:read]), self._logits[read])
 
     def _goes_on(self, at: int) -> bool:
-        """Whether the answer has a token ``at``, and another one after it; the token is found if nobody asked for it before."""
+        """Whether the answer has a token ``at``, and another one after it; it is found if it was not asked for before."""
         if at == len(self._tokens) and not self._over:
             largest, likeliest = self._logits[at].max(-1)
             self._failed = not bool(largest.isfinite())
