@@ -31,3 +31,7 @@ class ProfileError(WinnowError, ValueError):
 
 class CacheError(WinnowError):
     """A compact cache used after its end, or asked for what eviction made impossible."""
+
+
+class UnsupportedEngineError(WinnowError):
+    """Another engine (vLLM), or a release or setting of it, in which contexts cannot be served."""

@@ -31,12 +31,14 @@ class Rotation:
     frequencies: tuple[float, ...]
     interleaved: bool = False
 
-    def turn(self, states: Float[Tensor, "B H k D"], by: Float[Tensor, " k"]) -> Float[Tensor, "B H k D"]:
-        """Queries or keys that were turned for their own positions, moved ``by`` so many positions; float32."""
-        angle = by.float()[:, None] * _table(self.frequencies, states.device)
+    def turn(
+        self, states: Float[Tensor, "B H k D"], by: Float[Tensor, " k"], dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "B H k D"]:
+        """Queries or keys that were turned for their own positions, moved ``by`` so many positions; computed in ``dtype``."""
+        angle = by.to(dtype)[:, None] * _table(self.frequencies, states.device)
         cos, sin = angle.cos(), angle.sin()
         size = 2 * len(self.frequencies)
-        turned, rest = states[..., :size].float(), states[..., size:].float()
+        turned, rest = states[..., :size].to(dtype), states[..., size:].to(dtype)
         if self.interleaved:
             first, second = turned[..., 0::2], turned[..., 1::2]
         else:

@@ -1,0 +1,120 @@
+"""The entries of a compact cache as the first ``n'`` tokens of a prompt of another engine.
+
+Every layer and KV head must hold the same number ``n'`` of the ``n`` tokens that were read. The engine gives the tokens that
+follow the positions ``n'``, ``n' + 1``, ... . So all kept keys are rotated by one constant, ``-(n - n')``: every distance to
+what follows stays what it was. Renumbering the keys to ``0 .. n' - 1`` would change them (design: scores off by 48 where their
+standard deviation is 8). The earliest keys then stand at negative positions, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.layer import CompactLayer
+from winnowkv.cache.looking import check_chosen
+from winnowkv.contexts.fit import length_dependent, scales_by_position
+from winnowkv.errors import CacheError, UnsupportedModelError
+from winnowkv.models.head_group import HeadGroup
+from winnowkv.models.rope import Rotation, read_rotation
+
+EQUAL_POLICIES = "winnow:equal=true, expected:equal=true, kvzip:equal=true or snapkv"
+
+
+@dataclass(frozen=True)
+class FlatStates:
+    """Keys and values of all layers ``[L, n', Hkv, D]`` on the CPU, keys rotated; ``seen`` is ``n``."""
+
+    keys: Float[Tensor, "L n Hkv D"]
+    values: Float[Tensor, "L n Hkv D"]
+    seen: int
+
+    @property
+    def kept(self) -> int:
+        """Entries of each layer and KV head."""
+        return self.keys.shape[1]
+
+
+def flat_states(cache: CompactCache) -> FlatStates:
+    """The entries of a cache after prefill, and of what was read since.
+
+    Raises
+    ------
+    CacheError
+        For a cache that was not read yet or is held whole (lookahead), with several rows, quantized, with generated entries
+        evicted, or whose layers or heads hold different numbers of entries.
+    UnsupportedModelError
+        For a model whose rotation is not known or none, or depends on the prompt's length, that scales queries by their
+        position, or that has layers which slide or share.
+    """
+    model = cache.model
+    HeadGroup.of(model).check_alone("exporting a context")
+    rotation = context_rotation(model)
+    layers = cache.compact_layers
+    if len(layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{len(layers)} of this model's layers are compressed, the others slide or share: a context needs all of them"
+        )
+    if not layers[0].seen:
+        raise CacheError("nothing was read into this cache yet: there is nothing to export")
+    check_chosen(cache, "exported")
+    for layer in layers:
+        check_flat(layer)
+    lengths = [layer.length for layer in layers]
+    if len(set(lengths)) > 1:
+        raise CacheError(
+            f"layers hold {min(lengths)} to {max(lengths)} entries, a context needs the same number in all: use a policy that "
+            f"keeps equally many, such as {EQUAL_POLICIES}"
+        )
+    shapes = {(tuple(layer.keys.shape[1::2]), tuple(layer.values.shape[1::2])) for layer in layers}
+    if len(shapes) > 1 or any(keys != values for keys, values in shapes):
+        raise UnsupportedModelError(f"keys and values of {sorted(shapes)[:2]} heads and dimensions: a context needs one size")
+    seen = layers[0].seen
+    states = [layer.entries_in_use() for layer in layers]
+    keys = torch.stack([moved(part[0], rotation, lengths[0] - seen) for part, _ in states])
+    return FlatStates(keys, torch.stack([part[0].transpose(0, 1).cpu() for _, part in states]), seen)
+
+
+def moved(keys: Float[Tensor, "Hkv n D"], rotation: Rotation, by: int) -> Float[Tensor, "n Hkv D"]:
+    """Keys turned ``by`` so many positions in float64 (float32 differs by up to 2.5e-4), token by token, on the CPU."""
+    positions = torch.tensor([by], device="cpu")
+    turned = rotation.turn(keys[None].cpu(), positions, torch.float64) if by else keys[None].cpu()
+    return turned[0].to(keys.dtype).transpose(0, 1).contiguous()
+
+
+def context_rotation(model: object) -> Rotation:
+    """The model's rotation, if it is one by which keys can be moved. Raises UnsupportedModelError if not."""
+    config = model.config  # type: ignore[attr-defined]
+    if (kind := length_dependent(config)) is not None:
+        raise UnsupportedModelError(
+            f"this model's rotation ({kind}) changes with the prompt's length, so its keys cannot be moved: no context"
+        )
+    if scales_by_position(config):
+        raise UnsupportedModelError("this model scales queries by their position, so its keys cannot be moved: no context")
+    rotation = read_rotation(model)
+    if rotation is None:
+        raise UnsupportedModelError(
+            "this model does not rotate all keys by their position, or in a way that is not known here (learned positions, "
+            "ALiBi, layers without positions, latent keys): its keys cannot be moved, no context"
+        )
+    return rotation
+
+
+def check_flat(layer: CompactLayer) -> None:
+    """Raise CacheError for a layer whose heads cannot be the same prefix of one prompt."""
+    if len(layer.pads) != 1:
+        raise CacheError(f"a context is one document, this cache holds {len(layer.pads)} rows: export each by itself")
+    if layer.quantized:
+        raise CacheError("a context's entries are not quantized: leave quantize out of the policy")
+    if layer.dropped:
+        raise CacheError(f"{layer.dropped} generated entries were evicted, head by head: export the document before any turn")
+    if layer.valid is not None:
+        counts = layer.valid[0, :, : layer.length].sum(-1)
+        raise CacheError(
+            f"heads hold {int(counts.min())} to {int(counts.max())} entries, a context needs the same number in all: use a "
+            f"policy that keeps equally many, such as {EQUAL_POLICIES}"
+        )

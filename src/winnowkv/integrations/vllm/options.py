@@ -1,0 +1,48 @@
+"""What ``kv_connector_extra_config`` may say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from winnowkv.errors import InputError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ConnectorOptions:
+    """Options of the connector.
+
+    Attributes
+    ----------
+    store: the folder or URL of the contexts.
+    ram_gib: most GiB of contexts that each worker keeps in memory; the least recently used go first. 0 keeps none.
+    any_release: also go on with a release of vLLM that was not tested.
+    """
+
+    store: str
+    ram_gib: float = 4.0
+    any_release: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> ConnectorOptions:
+        """Read them. Raises InputError for an option that is unknown, missing or of another type."""
+        given = dict(given or {})
+        known = [each.name for each in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise InputError(f"kv_connector_extra_config has no option {unknown[0]!r}: there are {', '.join(known)}")
+        if not isinstance(given.get("store"), str) or not given["store"]:
+            raise InputError('kv_connector_extra_config needs "store": the folder or URL of the contexts')
+        ram = given.get("ram_gib", 4.0)
+        if isinstance(ram, bool) or not isinstance(ram, int | float) or not ram >= 0:
+            raise InputError(f'"ram_gib": {ram!r} is no number of GiB: give 0 or more')
+        if not isinstance(given.get("any_release", False), bool):
+            raise InputError(f'"any_release": {given["any_release"]!r} is neither true nor false')
+        return cls(**given)
+
+    @property
+    def ram_bytes(self) -> int:
+        """The same as ``ram_gib``."""
+        return int(self.ram_gib * GIB)
