@@ -4,6 +4,9 @@ Every layer and KV head must hold the same number ``n'`` of the ``n`` tokens tha
 follow the positions ``n'``, ``n' + 1``, ... . So all kept keys are rotated by one constant, ``-(n - n')``: every distance to
 what follows stays what it was. Renumbering the keys to ``0 .. n' - 1`` would change them (design: scores off by 48 where their
 standard deviation is 8). The earliest keys then stand at negative positions, which changes nothing.
+
+Layers that slide over the last ``W`` tokens are not compressed. What follows sees their last ``W - 1`` tokens, which stand at
+the end of the ``n'``; in front of them are zeros that no query sees. So ``n'`` must be at least ``W - 1``.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
@@ -20,7 +24,7 @@ from winnowkv.cache.looking import check_chosen
 from winnowkv.contexts.fit import length_dependent, scales_by_position
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.head_group import HeadGroup
-from winnowkv.models.rope import Rotation, read_rotation
+from winnowkv.models.rope import Rotation, read_rotation, sliding_rotation
 
 EQUAL_POLICIES = "winnow:equal=true, expected:equal=true, kvzip:equal=true or snapkv"
 
@@ -46,18 +50,19 @@ def flat_states(cache: CompactCache) -> FlatStates:
     ------
     CacheError
         For a cache that was not read yet or is held whole (lookahead), with several rows, quantized, with generated entries
-        evicted, or whose layers or heads hold different numbers of entries.
+        evicted, whose layers or heads hold different numbers of entries, or fewer than a layer slides over.
     UnsupportedModelError
         For a model whose rotation is not known or none, or depends on the prompt's length, that scales queries by their
-        position, or that has layers which slide or share.
+        position, or that has layers which share keys or keep none.
     """
     model = cache.model
     HeadGroup.of(model).check_alone("exporting a context")
     rotation = context_rotation(model)
     layers = cache.compact_layers
-    if len(layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+    held = len(layers) + len(cache.sliding_layers)
+    if held != (all_layers := model.config.get_text_config(decoder=True).num_hidden_layers):
         raise UnsupportedModelError(
-            f"{len(layers)} of this model's layers are compressed, the others slide or share: a context needs all of them"
+            f"{all_layers - held} of this model's {all_layers} layers have no keys of their own: a context needs those of all"
         )
     if not layers[0].seen:
         raise CacheError("nothing was read into this cache yet: there is nothing to export")
@@ -70,13 +75,35 @@ def flat_states(cache: CompactCache) -> FlatStates:
             f"layers hold {min(lengths)} to {max(lengths)} entries, a context needs the same number in all: use a policy that "
             f"keeps equally many, such as {EQUAL_POLICIES}"
         )
-    shapes = {(tuple(layer.keys.shape[1::2]), tuple(layer.values.shape[1::2])) for layer in layers}
-    if len(shapes) > 1 or any(keys != values for keys, values in shapes):
+    kept, seen = lengths[0], layers[0].seen
+    keys, values = [], []
+    for layer in cache.layers:
+        turns, states = rotation, layer.entries_in_use() if isinstance(layer, CompactLayer) else None
+        if states is None:
+            turns, states = sliding_rotation(model) or rotation, window_states(layer, kept, seen)
+        keys.append(moved(states[0][0], turns, kept - seen))
+        values.append(states[1][0].transpose(0, 1).cpu())
+    shapes = {tuple(part.shape[1:]) for part in (*keys, *values)}
+    if len(shapes) > 1:
         raise UnsupportedModelError(f"keys and values of {sorted(shapes)[:2]} heads and dimensions: a context needs one size")
-    seen = layers[0].seen
-    states = [layer.entries_in_use() for layer in layers]
-    keys = torch.stack([moved(part[0], rotation, lengths[0] - seen) for part, _ in states])
-    return FlatStates(keys, torch.stack([part[0].transpose(0, 1).cpu() for _, part in states]), seen)
+    return FlatStates(torch.stack(keys), torch.stack(values), seen)
+
+
+def window_states(layer: DynamicSlidingWindowLayer, kept: int, seen: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, Hkv, n', D]`` of a layer that slides: those of its last tokens, after zeros.
+
+    Raises CacheError if what follows would see tokens that do not fit.
+    """
+    visible = min(layer.sliding_window - 1, seen)
+    if kept < visible:
+        raise CacheError(
+            f"{kept} entries are fewer than the {visible} tokens that a sliding layer sees: a budget of {visible} or more fits"
+        )
+    keys, values = (
+        torch.nn.functional.pad(part[:, :, part.shape[2] - visible :], (0, 0, kept - visible, 0))
+        for part in (layer.keys, layer.values)
+    )
+    return keys, values
 
 
 def moved(keys: Float[Tensor, "Hkv n D"], rotation: Rotation, by: int) -> Float[Tensor, "n Hkv D"]:

@@ -56,6 +56,15 @@ def _table(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
 
 def read_rotation(model: Any) -> Rotation | None:
     """How all full-attention layers turn queries and keys by their position; None if they do not, or if it cannot be told."""
+    return _rotation_of(model, "full_attention_inv_freq")
+
+
+def sliding_rotation(model: Any) -> Rotation | None:
+    """The same of the layers that slide."""
+    return _rotation_of(model, "sliding_attention_inv_freq")
+
+
+def _rotation_of(model: Any, own_frequencies: str) -> Rotation | None:
     config = model.config.get_text_config(decoder=True)
     if config.model_type in LOCAL or any(getattr(config, name, None) for name in (*UNTURNED, *LATENT)):
         return None
@@ -63,7 +72,7 @@ def read_rotation(model: Any) -> Rotation | None:
         if not type(module).__name__.endswith("RotaryEmbedding"):
             continue
         # Models whose sliding layers turn otherwise name the frequencies by the kind of layer.
-        found = getattr(module, "full_attention_inv_freq", getattr(module, "inv_freq", None))
+        found = getattr(module, own_frequencies, getattr(module, "inv_freq", None))
         half = _quarter_turn(sys.modules[type(module).__module__])
         if found is None or half is None or found.is_meta or isinstance(found, FakeTensor):  # no values to read
             return None

@@ -159,7 +159,10 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
     config = model.hf_config
     why = None
     if len(kv_cache_config.kv_cache_groups) != 1:
-        why = f"{len(kv_cache_config.kv_cache_groups)} kinds of layers with caches of their own: contexts need one"
+        why = (
+            f"{len(kv_cache_config.kv_cache_groups)} groups of layers with block tables of their own, contexts need one: where "
+            "some layers slide, --disable-hybrid-kv-cache-manager gives all of them the same"
+        )
     elif model.use_mla:
         why = "latent keys (MLA) cannot be moved to other positions"
     elif (kind := length_dependent(config)) is not None:

@@ -94,8 +94,6 @@ def check_layers(layers: Mapping[int, Any], expected: int, heads: int, block: in
             )
         if layer.num_kv_heads != heads:
             raise UnsupportedEngineError(f"layer {number} has {layer.num_kv_heads} KV heads, {heads} were expected")
-        if getattr(layer, "sliding_window", None) is not None:
-            raise UnsupportedEngineError(f"layer {number} slides over the last {layer.sliding_window} tokens: contexts do not")
         if block not in layer.kv_cache.shape:
             shape = tuple(layer.kv_cache.shape)
             raise UnsupportedEngineError(f"layer {number}: {name}'s cache of shape {shape} has no blocks of {block} tokens")
