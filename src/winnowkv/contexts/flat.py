@@ -12,6 +12,7 @@ the end of the ``n'``; in front of them are zeros that no query sees. So ``n'`` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,10 +78,12 @@ def flat_states(cache: CompactCache) -> FlatStates:
         )
     kept, seen = lengths[0], layers[0].seen
     keys, values = [], []
-    for layer in cache.layers:
-        turns, states = rotation, layer.entries_in_use() if isinstance(layer, CompactLayer) else None
-        if states is None:
-            turns, states = sliding_rotation(model) or rotation, window_states(layer, kept, seen)
+    every: list[Any] = cache.layers
+    for each in every:
+        if isinstance(each, CompactLayer):
+            turns, states = rotation, each.entries_in_use()
+        else:
+            turns, states = sliding_rotation(model) or rotation, window_states(each, kept, seen)
         keys.append(moved(states[0][0], turns, kept - seen))
         values.append(states[1][0].transpose(0, 1).cpu())
     shapes = {tuple(part.shape[1:]) for part in (*keys, *values)}
@@ -95,6 +98,8 @@ def window_states(layer: DynamicSlidingWindowLayer, kept: int, seen: int) -> tup
     Raises CacheError if what follows would see tokens that do not fit.
     """
     visible = min(layer.sliding_window - 1, seen)
+    assert layer.keys is not None
+    assert layer.values is not None
     if kept < visible:
         raise CacheError(
             f"{kept} entries are fewer than the {visible} tokens that a sliding layer sees: a budget of {visible} or more fits"
