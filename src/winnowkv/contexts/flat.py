@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
@@ -92,14 +91,12 @@ def flat_states(cache: CompactCache) -> FlatStates:
     return FlatStates(torch.stack(keys), torch.stack(values), seen)
 
 
-def window_states(layer: DynamicSlidingWindowLayer, kept: int, seen: int) -> tuple[Tensor, Tensor]:
+def window_states(layer: Any, kept: int, seen: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[1, Hkv, n', D]`` of a layer that slides: those of its last tokens, after zeros.
 
     Raises CacheError if what follows would see tokens that do not fit.
     """
     visible = min(layer.sliding_window - 1, seen)
-    assert layer.keys is not None
-    assert layer.values is not None
     if kept < visible:
         raise CacheError(
             f"{kept} entries are fewer than the {visible} tokens that a sliding layer sees: a budget of {visible} or more fits"
