@@ -55,6 +55,7 @@ from winnowkv.prompt.chat import open_turn, rest_of_turn, text_begin, text_endin
 
 FULL = ("again", "summary", "facts", "questions")
 BLIND = "winnow:observe=context"
+EQUAL = f"{BLIND}:equal=true"  # every layer and head keeps the same number of entries, as a paged engine needs it
 ROWS_AT_ONCE = 12
 Line = dict[str, Any]
 
@@ -74,8 +75,12 @@ WAYS = [
     Way("expected", "expected"),
     Way("expected, refit", "expected:refit=true"),
     Way("kvzip", "kvzip", Study()),
+    Way("kvzip equal", "kvzip:equal=true", Study()),
     Way("kvzip:plus=true", "kvzip:plus=true", Study(), weighs=True),
     Way("winnow lean", BLIND, Study()),
+    Way("winnow lean, equal", EQUAL, Study()),
+    Way("winnow lean, equal, refit", f"{EQUAL}:refit=true", Study()),
+    Way("winnow lean, equal, maximum, refit", f"{EQUAL}:refit=true", Study(maximum=True)),
     Way("winnow lean, maximum", BLIND, Study(maximum=True)),
     Way("winnow lean, refit", f"{BLIND}:refit=true", Study()),
     Way("winnow lean, maximum, refit", f"{BLIND}:refit=true", Study(maximum=True)),

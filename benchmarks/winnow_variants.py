@@ -12,13 +12,12 @@ import winnowkv as wk
 from winnowkv.models.calibration import CalibrationProfile
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import LayerStates, Policy, PromptInfo
-from winnowkv.policies.expected import Expected, ExpectedAllocator, ExpectedScorer, sample_columns
+from winnowkv.policies.expected import Expected, ExpectedScorer, sample_columns
 from winnowkv.policies.parts import Parts
-from winnowkv.policies.winnow import SentenceAllocator, Winnow
+from winnowkv.policies.winnow import Winnow
 from winnowkv.prompt.task import Task, TaskProfile
-from winnowkv.scoring.allocate import uniform
 from winnowkv.scoring.attention import causal_attention, expected_attention, group_reduce
-from winnowkv.types import Entries, Keys, Queries, Scores
+from winnowkv.types import Keys, Queries, Scores
 
 Attention = Callable[[Queries, Keys, float, int], tuple[Scores, Tensor]]
 
@@ -57,13 +56,12 @@ class Part(Winnow):
     """``winnow`` with one part changed that has no option.
 
     ``attention`` scores the moved queries; ``moved`` False leaves them at their positions; ``guessed`` looks for heads
-    although a profile names them; ``equal`` gives all layers the same budget.
+    although a profile names them.
     """
 
     attention: Attention = expected_attention
     moved: bool = True
     guessed: bool = False
-    equal: bool = False
 
     def read_profile(self, model: ModelInfo) -> CalibrationProfile | None:
         """As ``winnow``, or none if heads are guessed."""
@@ -76,7 +74,7 @@ class Part(Winnow):
         scorer = extended(AttentionScorer, made.scorer, attention=self.attention)
         if not self.moved:
             scorer = replace(scorer, rotation=None)
-        return replace(made, scorer=scorer, allocator=equal_layers(made.allocator) if self.equal else made.allocator)
+        return replace(made, scorer=scorer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,29 +89,6 @@ class AttentionScorer(ExpectedScorer):
         columns, by = sample_columns(self.tokens, self.context, self.sinks, self.samples, self.ahead, queries.device)
         moved = self.move(queries.index_select(2, columns), by)
         return scaled(*self.attention(moved, states.keys, states.scale, self.context))
-
-
-class EqualLayers:
-    """The same budget for all layers."""
-
-    prompt: PromptInfo
-
-    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
-        """The mean of the budget."""
-        return uniform(len(held), self.prompt.budget)
-
-
-class EqualExpected(EqualLayers, ExpectedAllocator):
-    """``expected`` with the same budget for all layers."""
-
-
-class EqualSentences(EqualLayers, SentenceAllocator):
-    """``winnow`` with the same budget for all layers once its heads have voted."""
-
-
-def equal_layers(allocator: Any) -> Any:
-    """An allocator of ``expected`` or ``winnow`` that gives all layers the same."""
-    return extended(EqualSentences if isinstance(allocator, SentenceAllocator) else EqualExpected, allocator)
 
 
 def extended(kind: type, part: Any, **more: Any) -> Any:
@@ -159,13 +134,12 @@ class Oracle(Expected):
     """``expected`` with the attention of the answer's own queries: an upper bound for better estimates of them."""
 
     recorded: Sequence[tuple[Scores, Tensor]] = field(default=(), compare=False, repr=False)
-    equal: bool = False
 
     def parts(self, model: ModelInfo, prompt: PromptInfo) -> Parts:
         """As ``expected``, scored by the recorded attention."""
         made = super().parts(model, prompt)
         scorer = extended(RecordedScorer, made.scorer, recorded=self.recorded)
-        return replace(made, scorer=scorer, allocator=equal_layers(made.allocator) if self.equal else made.allocator)
+        return replace(made, scorer=scorer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +192,14 @@ VARIANTS = (
     Variant("normal distribution", Part(attention=normal_attention)),
     Variant("last queries only", Part(attention=late_attention, samples=1024)),  # a quarter of them: 256, as shipped
     Variant("even queries only", Part(attention=even_attention, samples=340)),  # three quarters: 255
-    Variant("equal layers", Part(equal=True)),
+    Variant("equal layers", "winnow:equal=true"),
     Variant("64 samples", "winnow:samples=64"),
     Variant("128 samples", "winnow:samples=128"),
     Variant("512 samples", "winnow:samples=512"),
     Variant("expected", "expected"),
+    Variant("expected equal layers", "expected:equal=true"),
+    Variant("expected + refit", "expected:refit=true", tables=("texts",)),
+    Variant("expected + refit equal layers", "expected:refit=true:equal=true", tables=("texts",)),
     # What the answer itself shows, from the quality level "balanced" on. Answers about needles are shorter than 32 tokens.
     Variant("lookahead", "winnow:lookahead=32", tables=("texts",)),
     Variant("lookahead + draft", "winnow:lookahead=32:draft=64", tables=("texts",)),
@@ -230,6 +207,7 @@ VARIANTS = (
     Variant("two drafts + refit", "winnow:lookahead=32:draft=64:rounds=2:refit=true", tables=("texts",)),
     Variant("lookahead + refit", "winnow:lookahead=32:refit=true", tables=("texts",)),
     Variant("balanced", "winnow:lookahead=64", tables=("texts",)),
+    Variant("balanced equal layers", "winnow:lookahead=64:equal=true", tables=("texts",)),
     Variant("best", "winnow:lookahead=64:draft=64:rounds=2:refit=true", tables=("texts",)),
     Variant("lookahead of 1", "winnow:lookahead=1"),
     Variant("lookahead of 4", "winnow:lookahead=4", tables=("needles",)),
@@ -237,6 +215,7 @@ VARIANTS = (
     Variant("lookahead of 4 + draft", "winnow:lookahead=4:draft=16", tables=("needles",)),
     Variant("draft alone", "winnow:draft=16", tables=("needles",)),
     Variant("refit alone", "winnow:refit=true"),
+    Variant("refit alone equal layers", "winnow:refit=true:equal=true"),
     *(Variant(name, name) for name in PUBLISHED),
     Variant("oracle", Oracle(), tables=("texts",)),
     Variant("oracle equal layers", Oracle(equal=True), tables=("texts",)),

@@ -23,7 +23,8 @@ SNAPKV = "snapkv:observe=4:kernel=3"
 POLICIES = [
     SNAPKV, f"{SNAPKV}:quantize=int8", f"{SNAPKV}:refit=true", "adakv:floor=0:of=snapkv:observe=4", "tova", "h2o", "kvzip",
     "expected:observe=4:samples=16", "winnow:observe=context:samples=16", "chunkkv:chunk=4:of=snapkv:observe=4:kernel=3",
-    "kvzip:plus=true", "keydiff", "dynamickv:observe=4:every=2", "criticalkv:of=snapkv:observe=4",
+    "kvzip:plus=true", "kvzip:equal=true", "winnow:observe=context:samples=16:equal=true", "keydiff",
+    "dynamickv:observe=4:every=2", "criticalkv:of=snapkv:observe=4",
 ]  # fmt: skip
 SHORT = wk.Study(("again", "summary", "facts", "questions"), tokens=4)
 

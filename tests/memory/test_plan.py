@@ -124,7 +124,15 @@ def test_layers_that_slide_are_counted(tokens: int, spec: str) -> None:
 
 @pytest.mark.parametrize("tokens", [WINDOW - 6, WINDOW, WINDOW + 6, 2 * WINDOW - 2, 3 * WINDOW, PROMPT])
 @pytest.mark.parametrize(
-    "spec", ["cake:observe=4", "expected:observe=4", "winnow:observe=4:least=2", "adakv:of=snapkv:observe=4"]
+    "spec",
+    [
+        "cake:observe=4",
+        "expected:observe=4",
+        "winnow:observe=4:least=2",
+        "adakv:of=snapkv:observe=4",
+        "expected:observe=4:equal=true",
+        "winnow:observe=4:least=2:equal=true",
+    ],
 )
 def test_plans_with_sliding_layers_are_never_exceeded(spec: str, tokens: int) -> None:
     """Policies whose layers share by prompt; what sliding layers hold after a prompt may be more than their window."""
@@ -135,7 +143,7 @@ def test_plans_with_sliding_layers_are_never_exceeded(spec: str, tokens: int) ->
     assert cache.most - padded <= need(read_shape(model.config, 4), wk.policy(spec), Budget(8), tokens, TaskProfile()).peak
 
 
-@pytest.mark.parametrize("spec", ["cake", "expected", "winnow", "winnow:task=aggregation"])
+@pytest.mark.parametrize("spec", ["cake", "expected", "winnow", "winnow:task=aggregation", "winnow:equal=true"])
 def test_policies_that_bound_what_they_hold_are_planned_with_less(spec: str) -> None:
     shape = replace(LLAMA, layers=LLAMA.layers * 4, model_info=replace(LLAMA.model_info, layers=20))
     made = wk.policy(spec)

@@ -47,6 +47,7 @@ def test_sum_sentences_and_peak_of_any_prompt(data: st.DataObject) -> None:
         "longest": draw(st.sampled_from([3, 32]), "longest"),
         "peak": draw(st.sampled_from([0.0, 0.35, 0.7, 1.0]), "peak"),
         "progressive": draw(st.booleans(), "progressive"),
+        "equal": draw(st.booleans(), "equal"),
         "profile": None if profile is None else random_profile(shape(layers), layers, profile),
     }
     prompt = asked(tokens, layers, budget, task)
@@ -67,10 +68,11 @@ def test_sum_sentences_and_peak_of_any_prompt(data: st.DataObject) -> None:
             assert len(in_all(now)) >= min(sinks + recent + room, tokens)
         before = now
     assert holds == prompt.total
+    assert not options["equal"] or {len(head) for layer in before for head in layer} == {budget}
     shared = in_all(before)
     assert shared >= {*range(min(sinks, tokens)), *range(tokens - recent, tokens)}
     assert recent >= min(options["observe"], made.parts.scorer.window, budget - sinks)
-    always = allocator.always + (0 if made.parts.shared is None else allocator.room(budget))
+    always = min(sinks, tokens) + recent + (0 if made.parts.shared is None else allocator.room(budget))
     assert len(shared) >= min(always, budget)
 
 

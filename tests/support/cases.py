@@ -73,10 +73,12 @@ CASES = [
     Case("winnow:observe=4:heads=3:sinks=2:samples=16:least=4"),  # no profile: the heads of this prompt
     Case(f"winnow:observe=8:heads=6:longest=5:peak=0.6:least=6:profile={PROFILES}"),
     Case(f"winnow:observe=4:top=2:share=0.5:least=0:progressive=false:sinks=0:profile={PROFILES}", budget=12),
+    Case(f"winnow:observe=8:heads=6:longest=5:peak=0.6:least=6:equal=true:profile={PROFILES}"),
     Case("winnow:observe=4:samples=16", "aggregation"),
     Case("winnow:observe=context:samples=16:sinks=1", budget=40),
     Case("expected:observe=4:samples=16"),
     Case("expected:observe=6:samples=300:sinks=0"),
+    Case("expected:observe=4:samples=16:equal=true"),
     Case("keydiff:sinks=2:observe=3"),
     Case("knorm:sinks=2:observe=3"),
     Case("lagkv:lag=8"),
@@ -90,7 +92,7 @@ CASES = [
 ]
 EVICTING = [case for case in CASES if case.name != "full"]
 # These serve texts that are read for questions to come, and nothing else: tests/policies/test_kvzip.py, tests/documents.
-STUDIED = [Case("kvzip"), Case("kvzip:plus=true")]
+STUDIED = [Case("kvzip"), Case("kvzip:plus=true"), Case("kvzip:equal=true")]
 # Lossy storage has laws of its own in laws/test_quantization.py: those about exact values do not hold for it.
 QUANTIZED = [
     Case("int8"),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from winnowkv.policies.parts import Allocator, ChunkEviction, Parts, PromptInfo,
 from winnowkv.policies.protected import check_spans, protect, rest, without_protected
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.types import BITS, Quantization, Spans
+
+# Methods that decide how many entries each layer and head keeps.
+DECIDES_NUMBERS = frozenset({"parts", "allocator", "selector", "wrap", "selector_over"})
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class BoundPolicy:
     parts: Parts
     evicts: bool
     notes: tuple[str, ...]
+
+    @property
+    def keeps_equal(self) -> bool:
+        """Whether all layers and heads keep the same number of entries of this prompt: all of them if nothing is evicted."""
+        return not self.evicts or self.policy.keeps_equal
 
     def query_positions(self) -> Tensor:
         """Prompt positions of the queries that the parts want of each layer: the scorer's, then those that vote."""
@@ -73,6 +81,9 @@ class Policy:
     per_head: whether heads of a layer may keep different numbers of entries; a layer is then held at its longest head.
     keeps_spans: whether tokens stay or go together with those beside them, and not by their own scores.
     own_selector: whether it is about how tokens are selected, so that no wrapper may exchange that.
+    keeps_equal: whether all layers and all heads keep the same number of entries, whatever the prompt. A class that overrides
+        one of :data:`DECIDES_NUMBERS` has to say so anew: for it this is False until it does. That of a text that is studied
+        is ``StudiedPolicy(of=policy).keeps_equal``, since the study may choose in its own way.
     """
 
     name: ClassVar[str]
@@ -89,6 +100,8 @@ class Policy:
     per_head: ClassVar[bool] = False
     keeps_spans: ClassVar[bool] = False
     own_selector: ClassVar[bool] = False
+    keeps_equal: ClassVar[bool] = True  # as the parts below
+    equal: bool = False  # the option of some policies that asks for that
     # Of every policy, as options or taken over from another policy; explained in TokenPolicy.
     sinks: int
     observe: int
@@ -98,6 +111,11 @@ class Policy:
     rounds: int
     heard: float
     refit: bool
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "keeps_equal" not in vars(cls) and not DECIDES_NUMBERS.isdisjoint(vars(cls)):
+            cls.keeps_equal = False  # what a base class says of its parts does not hold for others
 
     def require(self, option: str, *, minimum: float, maximum: float = math.inf, odd: bool = False) -> None:
         """Raise PolicyError if an option lies outside its bounds, is not finite or is not odd."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from winnowkv.policies.compose import SelectorWrapper
+from winnowkv.policies.compose import SelectorWrapper, from_inner
 from winnowkv.policies.parts import Selector
 from winnowkv.scoring.select import top_windows, with_recent, with_sinks
 from winnowkv.scoring.spans import window_reduce
@@ -25,6 +25,7 @@ class ChunkKV(SelectorWrapper):
     scope: ClassVar[str] = "chunks of consecutive tokens, heads and budgets as the inner policy"
     purpose: ClassVar[str] = "around another policy: neighbouring tokens stay together"
     keeps_spans: ClassVar[bool] = True
+    keeps_equal = from_inner("keeps_equal")
 
     chunk: int = 10
 

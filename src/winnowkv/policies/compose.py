@@ -51,6 +51,7 @@ class Wrapper(Policy, ABC):
     per_head = from_inner("per_head")
     keeps_spans = from_inner("keeps_spans")
     own_selector = from_inner("own_selector")
+    equal = from_inner("equal")
 
     @property
     def spec(self) -> str:

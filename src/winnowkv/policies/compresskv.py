@@ -58,6 +58,11 @@ class CompressKV(SnapKV):
         if not re.fullmatch(r"srh|traditional|all|random:[1-9]\d{0,8}", self.heads):
             raise PolicyError(f"compresskv: heads={shown(self.heads)} must be srh, traditional, all or random:k")
 
+    @property
+    def keeps_equal(self) -> bool:  # type: ignore[override]
+        """With ``budgets=uniform``."""
+        return self.budgets == "uniform"
+
     def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
         """Raise PolicyError for more heads than the model has, ProfileError if a profile is needed and missing."""
         count = int(self.heads.partition(":")[2] or self.heads_per_layer)

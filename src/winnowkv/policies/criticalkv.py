@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from winnowkv.policies.compose import WrappedScorer, Wrapper
+from winnowkv.policies.compose import WrappedScorer, Wrapper, from_inner
 from winnowkv.policies.parts import LayerStates, Parts, PromptInfo
 from winnowkv.scoring.select import top_tokens
 from winnowkv.scoring.values import projected_norms
@@ -29,6 +29,7 @@ class CriticalKV(Wrapper):
     scope: ClassVar[str] = "tokens per KV head by scores and values, budgets as the inner policy"
     purpose: ClassVar[str] = "around another policy: what a value adds to the output counts"
     needs_projection: ClassVar[bool] = True
+    keeps_equal = from_inner("keeps_equal")
 
     first: float = 0.5
 

@@ -15,7 +15,7 @@ from winnowkv.models.info import ModelInfo
 from winnowkv.models.rope import Rotation
 from winnowkv.policies.base import TokenPolicy
 from winnowkv.policies.cascade import CascadeAllocator
-from winnowkv.policies.parts import LayerStates, PromptInfo, Scorer, Selector
+from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, Scorer, Selector
 from winnowkv.scoring.allocate import apportion
 from winnowkv.scoring.attention import expected_attention, totals
 from winnowkv.types import Entries, Queries, Scores
@@ -34,8 +34,8 @@ class Expected(TokenPolicy):
     of the ``ahead`` positions after the prompt each, where the paper fits one normal distribution to all (measured worse,
     docs/winnow-measurements.md); a token scores their root mean square; layers share the budget as in CAKE (arXiv 2503.12491),
     by entropy and variance of the same attention, so that never more than the budget and one layer is held; fewer than
-    :data:`LAYERS_TO_COMPARE` layers get equal budgets. If a model's rotation is not known (or it has none) the queries stay as
-    they are.
+    :data:`LAYERS_TO_COMPARE` layers get equal budgets, and any number of them with ``equal``. If a model's rotation is not
+    known (or it has none) the queries stay as they are.
     """
 
     name: ClassVar[str] = "expected"
@@ -47,11 +47,17 @@ class Expected(TokenPolicy):
     observe: int = 32
     samples: int = 256
     ahead: int = 128
+    equal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("samples", minimum=4)
         self.require("ahead", minimum=1)
+
+    @property
+    def keeps_equal(self) -> bool:  # type: ignore[override]
+        """With ``equal``."""
+        return self.equal
 
     def minimum_budget(self, prompt: PromptInfo) -> int:
         """Sinks and the last token."""
@@ -82,9 +88,13 @@ class Expected(TokenPolicy):
         moving = {"sinks": self.sinks, "samples": self.samples, "ahead": self.ahead}
         return ExpectedScorer(tokens, window, rotation=model.rotation, **moving)
 
-    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> ExpectedAllocator:
-        """By the layers' preferences."""
-        return ExpectedAllocator(prompt, always=self.sinks + self.recent(prompt))
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """By the layers' preferences, or equally."""
+        return self.shared_by_layers(prompt, self.sinks + self.recent(prompt))
+
+    def shared_by_layers(self, prompt: PromptInfo, always: int) -> Allocator:
+        """How layers share the budget, each of which ``always`` keeps so many entries."""
+        return Allocator(prompt) if self.equal else ExpectedAllocator(prompt, always=always)
 
     def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
         """Sinks, the best tokens, the recent ones."""

@@ -29,6 +29,7 @@ class H2O(TokenPolicy):
     source: ClassVar[str] = "H2O, arXiv 2306.14048, section 4"
     scope: ClassVar[str] = "tokens per KV head, same budget for all layers"
     purpose: ClassVar[str] = "to compare: what the whole prompt looked at, and recent tokens"
+    keeps_equal: ClassVar[bool] = True
 
     recent: float = 0.5
     group_by: GroupKind = "mean"

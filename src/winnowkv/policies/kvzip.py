@@ -10,7 +10,7 @@ from typing import ClassVar
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.base import TokenPolicy
 from winnowkv.policies.parts import Allocator, LayerStates, PromptInfo, QueryFreeScorer, Selector
-from winnowkv.scoring.allocate import global_top_k
+from winnowkv.scoring.allocate import global_top_k, uniform
 from winnowkv.scoring.select import ragged_tokens, with_sinks
 from winnowkv.types import Entries, Indices, Scores
 
@@ -22,7 +22,8 @@ class KVzip(TokenPolicy):
     After the text comes an instruction to repeat it, and the text itself, 2,048 tokens at a time over the whole cache
     (arXiv 2505.23416, section 3); an entry scores the maximum over these queries and the GQA group. ``plus`` multiplies
     attention by the norm of ``W_O v`` and divides it by that of the query's hidden state, as attention enters it: KVzip+
-    (arXiv 2601.07891). Served by ``wk.read`` alone, since it needs the text once more.
+    (arXiv 2601.07891). ``equal`` (ours): every head of every layer keeps the same number, its own best. Served by ``wk.read``
+    alone, since it needs the text once more.
     Departure from the authors' code: the softmax is over the whole cache, and an entry may score from any part of the text
     read again; there each part is scored by itself, without the keys of the others.
     """
@@ -31,12 +32,12 @@ class KVzip(TokenPolicy):
     source: ClassVar[str] = "KVzip, arXiv 2505.23416; KVzip+, arXiv 2601.07891"
     scope: ClassVar[str] = "tokens per KV head, budgets over layers and heads, by the text read again"
     purpose: ClassVar[str] = "a text that is kept and asked later, read twice; only with wk.read"
-    per_head: ClassVar[bool] = True
     own_selector: ClassVar[bool] = True
     needs_study: ClassVar[bool] = True
 
     sinks: int = 4
     plus: bool = False
+    equal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,17 +48,37 @@ class KVzip(TokenPolicy):
         """With ``plus``."""
         return self.plus
 
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        """Without ``equal``."""
+        return not self.equal
+
+    @property
+    def keeps_equal(self) -> bool:  # type: ignore[override]
+        """With ``equal``."""
+        return self.equal
+
     def scorer(self, model: ModelInfo, prompt: PromptInfo) -> AgainScorer:
         """By the study alone."""
         return AgainScorer(prompt.tokens)
 
-    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> StudyAllocator:
-        """One top-k over all layers and heads."""
-        return StudyAllocator(prompt, self.sinks)
+    def allocator(self, model: ModelInfo, prompt: PromptInfo) -> Allocator:
+        """One top-k over all layers and heads; with ``equal`` the same for every layer."""
+        return study_choice(prompt, self.sinks, equal=self.equal)[0]
 
     def selector(self, model: ModelInfo, prompt: PromptInfo) -> Selector:
-        """And again over the heads of a layer, which gives each what it had in that."""
-        return TopHeads(prompt.tokens, 0, self.sinks)
+        """And again over the heads of a layer, which gives each what it had in that; with ``equal`` the best of each head."""
+        return study_choice(prompt, self.sinks, equal=self.equal)[1]
+
+
+def study_choice(prompt: PromptInfo, sinks: int, *, equal: bool) -> tuple[Allocator, Selector]:
+    """How a study's scores choose: by one top-k over all layers and heads, or the best of each head, ``equal`` everywhere.
+
+    The ``sinks`` stay in every head; there is no window.
+    """
+    if equal:
+        return WholeAllocator(prompt), Selector(prompt.tokens, 0, sinks)
+    return StudyAllocator(prompt, sinks), TopHeads(prompt.tokens, 0, sinks)
 
 
 @dataclass(frozen=True)
@@ -75,14 +96,23 @@ class AgainScorer(QueryFreeScorer):
 
 
 @dataclass(frozen=True)
-class StudyAllocator(Allocator):
+class WholeAllocator(Allocator):
+    """Every layer the same, once the text was studied; everything is held until then."""
+
+    def prefill_limits(self) -> list[int]:
+        """Everything."""
+        return [self.prompt.tokens] * self.prompt.layers
+
+    def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> Sequence[Entries]:
+        """The budget each."""
+        return uniform(self.prompt.layers, self.prompt.budget)
+
+
+@dataclass(frozen=True)
+class StudyAllocator(WholeAllocator):
     """A layer keeps what it has of the best scores of all layers and heads; the ``sinks`` stay in each."""
 
     sinks: int
-
-    def prefill_limits(self) -> list[int]:
-        """Everything: what stays is chosen when the text was studied."""
-        return [self.prompt.tokens] * self.prompt.layers
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[Entries]:
         """Mean entries over the heads of a layer, a fraction if they do not divide; the sum is exact."""

@@ -59,6 +59,7 @@ class WindowPolicy(TokenPolicy):
         For an option outside its bounds.
     """
 
+    keeps_equal: ClassVar[bool] = True
     published: ClassVar[int]
     fewest: ClassVar[int] = 1
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from winnowkv.policies.compose import WrappedScorer, Wrapper, from_inner
-from winnowkv.policies.kvzip import StudyAllocator, TopHeads
+from winnowkv.policies.kvzip import study_choice
 from winnowkv.policies.parts import LayerStates, Parts, PromptInfo, Selector
 from winnowkv.types import Queries, Scores
 
@@ -16,9 +16,9 @@ class StudiedPolicy(Wrapper):
     """A policy while a text is studied (cache/study.py); no policy to ask for.
 
     Where the inner policy keeps each head's best tokens, all tokens but its sinks compete by the study alone, in one top-k over
-    all layers and heads as in KVzip: its own scores beside the study's, and a window at the text's end, were measured worse
-    (docs/documents.md). Any other way to select (spans, budgets of heads, tokens that all layers keep) stays as it is, by the
-    policy's own scores pooled with the study's.
+    all layers and heads as in KVzip, or in each head by itself if the inner policy has ``equal=true``: its own scores beside
+    the study's, and a window at the text's end, were measured worse (docs/documents.md). Any other way to select (spans,
+    budgets of heads, tokens that all layers keep) stays as it is, by the policy's own scores pooled with the study's.
     """
 
     source: ClassVar[str] = "ours, docs/documents.md"
@@ -34,19 +34,19 @@ class StudiedPolicy(Wrapper):
     @property
     def per_head(self) -> bool:  # type: ignore[override]
         """Heads may keep different numbers if the study selects."""
-        return self.selects or self.of.per_head
+        return (self.selects and not self.of.equal) or self.of.per_head
+
+    @property
+    def keeps_equal(self) -> bool:  # type: ignore[override]
+        """Where the study selects, with the option ``equal`` alone."""
+        return self.of.keeps_equal and (self.of.equal or not self.of.evicts or not self.selects)
 
     def wrap(self, inner: Parts, prompt: PromptInfo) -> Parts:
         """All three parts, or none."""
         if not self.selects or type(inner.selector) is not Selector or inner.shared is not None:
             return inner
-        sinks = inner.selector.sinks
-        return Parts(
-            StudyScorer(prompt.tokens, 0, inner=inner.scorer),
-            StudyAllocator(prompt, sinks),
-            TopHeads(prompt.tokens, 0, sinks),
-            hint=inner.hint,
-        )
+        allocator, selector = study_choice(prompt, inner.selector.sinks, equal=self.of.equal)
+        return Parts(StudyScorer(prompt.tokens, 0, inner=inner.scorer), allocator, selector, hint=inner.hint)
 
 
 @dataclass(frozen=True, kw_only=True)

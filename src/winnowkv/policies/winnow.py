@@ -15,6 +15,7 @@ from winnowkv.policies.parts import Parts, PromptInfo, Selector
 from winnowkv.policies.sentences import SentenceVotes
 from winnowkv.prompt.structure import Structure
 from winnowkv.prompt.task import Task, TaskProfile
+from winnowkv.scoring.allocate import uniform
 from winnowkv.types import Entries, Scores
 
 GUESSED_HEADS = 16  # heads that stand in for retrieval heads if there is no profile
@@ -39,6 +40,7 @@ class Winnow(Expected):
     Without a profile the heads that attend most to one span of this prompt stand in, and all is held until the last layer
     has voted; without the prompt's structure (:func:`winnowkv.read_structure`) spans are 16 tokens and the question is the
     last ``observe``. ``observe="context"``: no question is known yet, so that all goes as ``expected``.
+    ``equal``: all layers share the budget equally, those before the last of the heads once it has voted.
     With ``lookahead`` or ``draft`` the sentences' share is what ``heard`` leaves of it: who was heard says where to look.
     """
 
@@ -73,9 +75,14 @@ class Winnow(Expected):
         self.require("least", minimum=0)
 
     @property
+    def keeps_equal(self) -> bool:  # type: ignore[override]
+        """With ``equal``."""
+        return self.equal
+
+    @property
     def blind(self) -> Expected:
         """What is left of the policy if no question is known."""
-        return Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize)
+        return Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize, equal=self.equal)
 
     @property
     def beside_heard(self) -> Winnow:
@@ -131,7 +138,7 @@ class Winnow(Expected):
         scorer = self.scorer_of(model, prompt.tokens, window)
         selector = Selector(prompt.tokens, window, self.sinks, recent=recent)
         if not self.keeps_sentences(prompt):
-            return Parts(scorer, ExpectedAllocator(prompt, always=self.sinks + recent), selector)
+            return Parts(scorer, self.shared_by_layers(prompt, self.sinks + recent), selector)
         profile = self.read_profile(model)
         heads = None if profile is None else tuple(
             profile.strong_heads() if self.heads is None else profile.top_heads(self.heads)
@@ -199,10 +206,12 @@ class SentenceAllocator(ExpectedAllocator):
 
     def shrink(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
         """All layers come down together while heads are awaited, then they share the budget."""
-        if len(scores) > self.awaited.stop:
-            return super().shrink(scores, held)
+        if len(scores) > self.awaited.stop:  # equal layers do not wait for each other
+            return self.allocate(scores, held) if self.options.equal else super().shrink(scores, held)
         return [min(int(entries), self.limit(len(scores) - 1)) for entries in held]
 
     def allocate(self, scores: Sequence[Scores], held: Sequence[Entries]) -> list[int]:
-        """In proportion to the preferences, above sinks, sentences and question."""
+        """In proportion to the preferences, above sinks, sentences and question; or equally."""
+        if self.options.equal:
+            return uniform(len(held), self.prompt.budget)
         return self.split(scores, held, self.always + self.room(self.prompt.budget))
