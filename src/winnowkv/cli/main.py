@@ -36,7 +36,21 @@ def options(
 
 def command_line() -> typer.Typer:
     """All commands of ``winnow``."""
-    from winnowkv.cli import audit, bench, calibrate, demo, eval as evaluation, generate, needle, plan, policies, report, task
+    from winnowkv.cli import (
+        audit,
+        bench,
+        calibrate,
+        context,
+        demo,
+        eval as evaluation,
+        generate,
+        needle,
+        plan,
+        policies,
+        report,
+        task,
+        vllm,
+    )
 
     app = typer.Typer(
         name="winnow",
@@ -45,7 +59,9 @@ def command_line() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)
-    for command in (demo, generate, plan, audit, bench, needle, evaluation, report, calibrate, task, policies):
+    for command in (
+        demo, generate, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task, policies,
+    ):  # fmt: skip
         command.register(app)
     return app
 

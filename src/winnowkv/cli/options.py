@@ -23,6 +23,7 @@ BUDGETS_HELP = "Comma-separated: entries per layer and KV head (128), or kept fr
 DEFAULT_BUDGETS = str(DEFAULT_BUDGET)
 DEFAULT_POLICY = "winnow"  # of every door: compress(), CompactCache, Engine, the command line
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+DEFAULT_STORE = "winnow-out/contexts"
 DTYPES = ("bfloat16", "float16", "float32")
 TASK_HELP = "'localization' (QA, retrieval) or 'aggregation' (summaries, few-shot, code), for policies that score by task."
 
@@ -106,6 +107,7 @@ Dtype = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+Store = Annotated[str, typer.Option("--store", envvar="WINNOW_STORE", help="Folder or URL of the contexts.")]
 Task = Annotated[
     str | None, typer.Option("--task", callback=task_name, help=f"{TASK_HELP} Default: classified.", show_default=False)
 ]

@@ -122,6 +122,14 @@ class Context:
         """Tokens of the document."""
         return self.header.seen
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is known of it, as plain data, without the document's tokens."""
+        header = self.header
+        return {
+            "id": self.id, "name": header.name, "kept": self.kept, "seen": self.seen, "bytes": self.bytes,
+            "policy": header.policy, "budget": header.budget, "dtype": header.dtype, "chat": header.chat,
+        }  # fmt: skip
+
     @cached_property
     def placeholders(self) -> list[int]:
         """``kept`` token ids that stand for the entries.
