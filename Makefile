@@ -10,13 +10,14 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next support soak check lint bench gpu-check eval gemma peers peers-speed clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint bench gpu-check eval gemma peers peers-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
 	@echo "make test-next    the laws with the newest transformers there is, pre-releases included, in .venv-next"
+	@echo "make test-vllm    stored contexts in an unmodified vLLM (CPU build, 2.4 GB), in .venv-vllm"
 	@echo "make support      try 87 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
 	@echo "make check        ruff, mypy, import-linter, tests"
@@ -39,6 +40,10 @@ test-fast: .venv/done-dev
 
 test-oldest: .venv-oldest/done-test
 	$(OLD)/python -m pytest
+
+# Three engines, one after the other in one process with one thread; under load their start can take minutes.
+test-vllm: .venv-vllm/done
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 $(VLLM)/python -m pytest tests/in_vllm --timeout 1200
 
 test-next: .venv-next/done
 	$(NEXT)/python -m pytest tests/laws
@@ -127,6 +132,7 @@ peers-speed: .venv/done-eval .venv-peers/done .venv-vllm/done
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 clean:

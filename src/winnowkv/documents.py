@@ -166,9 +166,13 @@ class Document:
 
         Raises CacheError as :func:`winnowkv.save_cache`.
         """
+        self.finish_answer()
+        save_cache(self.cache, self.model, path, tokens=self.ids, overwrite=overwrite)
+
+    def finish_answer(self) -> None:
+        """Read the last token of the last answer, which else waits for the next turn."""
         if self._coming:
             self._read([])
-        save_cache(self.cache, self.model, path, tokens=self.ids, overwrite=overwrite)
 
     @torch.no_grad()
     def _read(self, ids: Sequence[int]) -> Tensor:

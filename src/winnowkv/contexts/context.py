@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from winnowkv.errors import InputError
-from winnowkv.prompt.chat import rest_of_turn, text_ending
+from winnowkv.prompt.chat import next_turn, rest_of_turn, text_ending
 
 CONTEXT_PARAM = "winnow_context"  # in a request's kv_transfer_params, and in the body of a chat request
 ID_LENGTH = 32  # of the 64 characters of a digest
 CONTEXT_ID = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
+SALT = re.compile(rf"winnow:([0-9a-f]{{{ID_LENGTH}}})[0-9a-f]+")  # no other's: digests alone are common salts
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -33,6 +34,7 @@ class ContextHeader(BaseModel):
     layers, kv_heads, head_dim: what the tensors' shapes are.
     model: the model's architecture and sizes, and how it rotates keys (:func:`winnowkv.contexts.fit.model_fields`).
     chat: whether the document begins a turn of the model's chat template.
+    turns: whether questions and answers follow the text, so that another question begins a turn of its own.
     name: what a person calls it.
     """
 
@@ -49,6 +51,7 @@ class ContextHeader(BaseModel):
     policy: str
     budget: str
     chat: bool
+    turns: bool = False
     name: str
 
 
@@ -110,7 +113,7 @@ class Context:
     @property
     def salt(self) -> str:
         """Enters the hash of a request's first block, so that no other prompt can be given this context's blocks."""
-        return self.digest
+        return f"winnow:{self.digest}"
 
     @property
     def kept(self) -> int:
@@ -173,6 +176,8 @@ class Context:
         Raises InputError for an empty question, and for another tokenizer.
         """
         chat = self.header.chat
+        if self.header.turns:
+            return self.prompt(next_turn(tokenizer, question, chat=chat))
         ending = text_ending(tokenizer, self.tokens, chat=chat)
         return self.prompt(rest_of_turn(tokenizer, ending, question, chat=chat))
 

@@ -44,10 +44,11 @@ def export_context(
     InputError
         For a cache without its tokens.
     """
-    chat = isinstance(source, Document) and source.chat_template
-    cache = source.cache if isinstance(source, Document) else source
+    chat = turns = False
     if isinstance(source, Document):
-        tokens = source.ids
+        source.finish_answer()
+        tokens, chat, turns = source.ids, source.chat_template, len(source.ids) > source.text_tokens
+    cache = source.cache if isinstance(source, Document) else source
     if tokens is None:
         raise InputError("a cache does not know its token ids: give those that were read into it, tokens=")
     states = flat_states(cache)
@@ -63,7 +64,7 @@ def export_context(
         kept=states.kept, seen=states.seen, layers=states.keys.shape[0], kv_heads=states.keys.shape[2],
         head_dim=states.keys.shape[3], dtype=str(states.keys.dtype).removeprefix("torch."),
         model=model_fields(cache.model.config), policy=cache.compression.policy.spec,
-        budget=str(cache.report.budget), chat=chat, name=name,
+        budget=str(cache.report.budget), chat=chat, turns=turns, name=name,
     )  # fmt: skip
     return (store if isinstance(store, ContextStore) else ContextStore(store)).add(header, states, tokens)
 

@@ -29,6 +29,7 @@ from winnowkv.files import first_fault, reason
 
 SUFFIX = ".context"
 TENSORS = ("keys", "tokens", "values")
+TOKEN_BYTES = 4
 LONGEST_HEADER = 1 << 20  # bytes; ours have a thousand
 
 
@@ -82,8 +83,13 @@ class ContextStore:
         return sorted(one for one in ids if CONTEXT_ID.fullmatch(one))
 
     def __iter__(self) -> Iterator[Context]:
-        """All contexts."""
-        return (self.context(one) for one in self.ids())
+        """All contexts; one that is deleted meanwhile is left out. Raises CacheError for a file that cannot be used."""
+        for one in self.ids():
+            try:
+                found = self.context(one)
+            except InputError:
+                continue
+            yield found
 
     def __contains__(self, context: str) -> bool:
         return self._files.exists(self._path(check_id(context)))
@@ -95,23 +101,28 @@ class ContextStore:
         """
         path = self._known(context)
         try:
+            size = int(self._files.size(path))
             length = int.from_bytes(self._files.cat_file(path, 0, 8), "little")
             if not 0 < length <= LONGEST_HEADER:
                 raise self._damaged(context, f"its header would have {length} bytes")
             table = json.loads(self._files.cat_file(path, 8, 8 + length))
             header, _, digest = self._header(context, table.get("__metadata__") or {})
+            shape = list(state_shape(header))
+            if any(table[name]["shape"] != shape for name in ("keys", "values")):
+                raise self._damaged(context, f"keys of shape {table['keys']['shape']}, its header says {shape}")
+            ends = [table[name]["data_offsets"][1] for name in TENSORS]
+            if 8 + length + max(ends) != size:
+                raise self._damaged(context, f"it has {size} bytes, {8 + length + max(ends)} were written")
             begin, end = table["tokens"]["data_offsets"]
-            tokens = torch.frombuffer(
-                bytearray(self._files.cat_file(path, 8 + length + begin, 8 + length + end)), dtype=torch.int32
-            )
-            size = self._files.size(path)
+            if not 0 <= begin <= end or end - begin != TOKEN_BYTES * header.seen:
+                raise self._damaged(context, f"it holds {end - begin} bytes of token ids, of {header.seen} tokens")
+            data = self._files.cat_file(path, 8 + length + begin, 8 + length + end)
+            tokens = torch.frombuffer(bytearray(data), dtype=torch.int32)
         except FileNotFoundError:
             raise self._unknown(context) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(context, reason(error)) from None
-        if len(tokens) != header.seen:
-            raise self._damaged(context, f"it holds {len(tokens)} token ids of {header.seen}")
-        return Context(digest, header, tuple(tokens.tolist()), int(size))
+        return Context(digest, header, tuple(tokens.tolist()), size)
 
     def states(self, context: str) -> FlatStates:
         """Keys and values of a context, once its digest was compared.
@@ -131,9 +142,13 @@ class ContextStore:
             header, text, digest = self._header(context, json.loads(data[8 : 8 + length]).get("__metadata__") or {})
         except (SafetensorError, ValueError) as error:
             raise self._damaged(context, reason(error)) from None
+        shape = state_shape(header)
         if tuple(sorted(tensors)) != TENSORS or digest_of(text, tensors) != digest:
             raise self._damaged(context, "its content is not what its name says")
-        shape = (header.layers, header.kept, header.kv_heads, header.head_dim)
+        if tensors["tokens"].shape != (header.seen,):
+            raise self._damaged(
+                context, f"it holds token ids of shape {tuple(tensors['tokens'].shape)}, of {header.seen} tokens"
+            )
         if tensors["keys"].shape != shape or tensors["values"].shape != shape:
             raise self._damaged(context, f"keys of shape {tuple(tensors['keys'].shape)}, its header says {shape}")
         return FlatStates(tensors["keys"], tensors["values"], header.seen)
@@ -177,11 +192,16 @@ class ContextStore:
         return CacheError(f"context {context} in store {self.place} cannot be used ({why}): remove it and add it anew")
 
 
+def state_shape(header: ContextHeader) -> tuple[int, int, int, int]:
+    """``[L, n', Hkv, D]`` of keys and values."""
+    return header.layers, header.kept, header.kv_heads, header.head_dim
+
+
 def digest_of(header: str, tensors: dict[str, Tensor]) -> str:
     """Of a header and its tensors, 64 hexadecimal characters."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -156,13 +156,17 @@ def attention_layers(modules: dict[str, Any]) -> dict[int, Any]:
 def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise UnsupportedEngineError for what is known before the model runs to be no place for contexts."""
     model, cache, transfer = vllm_config.model_config, vllm_config.cache_config, vllm_config.kv_transfer_config
-    config = model.hf_config
+    config, parallel = model.hf_config, vllm_config.parallel_config
     why = None
     if len(kv_cache_config.kv_cache_groups) != 1:
         why = (
             f"{len(kv_cache_config.kv_cache_groups)} groups of layers with block tables of their own, contexts need one: where "
             "some layers slide, --disable-hybrid-kv-cache-manager gives all of them the same"
         )
+    elif model.runner_type != "generate":
+        why = f"a model that runs to {model.runner_type} has no use for contexts"
+    elif max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
+        why = "a context's entries would have to be divided among workers (context parallel): use tensor parallel"
     elif model.use_mla:
         why = "latent keys (MLA) cannot be moved to other positions"
     elif (kind := length_dependent(config)) is not None:

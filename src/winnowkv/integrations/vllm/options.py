@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -36,7 +37,7 @@ class ConnectorOptions:
         if not isinstance(given.get("store"), str) or not given["store"]:
             raise InputError('kv_connector_extra_config needs "store": the folder or URL of the contexts')
         ram = given.get("ram_gib", 4.0)
-        if isinstance(ram, bool) or not isinstance(ram, int | float) or not ram >= 0:
+        if isinstance(ram, bool) or not isinstance(ram, int | float) or not 0 <= ram < math.inf:
             raise InputError(f'"ram_gib": {ram!r} is no number of GiB: give 0 or more')
         if not isinstance(given.get("any_release", False), bool):
             raise InputError(f'"any_release": {given["any_release"]!r} is neither true nor false')

@@ -8,18 +8,16 @@ an error, alone.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from winnowkv.contexts.context import CONTEXT_PARAM, ID_LENGTH, Context
+from winnowkv.contexts.context import CONTEXT_PARAM, SALT, Context
 from winnowkv.contexts.fit import fields_difference
 from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import InputError, WinnowError
 
 logger = logging.getLogger(__name__)
-SALT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,14 @@ class ContextScheduler:
         asked = named_context(request)
         if asked is None:
             return
+        # Else vLLM would take no token from us and compute the placeholders: prompt_logprobs sets it, and so may a user.
+        request.skip_reading_prefix_cache = False
         try:
             self._requests[request.request_id] = self._checked(request, asked)
         except WinnowError as error:
             logger.error("request %s is refused: %s", request.request_id, error)
             self._requests[request.request_id] = Refused(str(error))
-            # Else vLLM would take no token from us: prompt_logprobs sets it.
-            request.skip_reading_prefix_cache = False
+            set_apart(request)
 
     def matched(self, request: Any, computed: int) -> int:
         """How many tokens beyond those ``computed`` already are to be loaded."""
@@ -89,6 +88,9 @@ class ContextScheduler:
         found.late = computed + 1 >= request.num_tokens
         if found.late:  # it fails in its second step, so there must be one
             request.max_tokens = max(request.max_tokens, 2)
+            if request.sampling_params is not None:
+                request.sampling_params = request.sampling_params.clone()
+                request.sampling_params.min_tokens = max(request.sampling_params.min_tokens, 2)
         return 0 if found.late else 1
 
     def allocated(self, request: Any, blocks: Sequence[int], loaded: int) -> None:
@@ -154,7 +156,15 @@ def named_context(request: Any) -> Any:
     if params.get(CONTEXT_PARAM) is not None:
         return params[CONTEXT_PARAM]
     salt = getattr(request, "cache_salt", None)
-    return salt[:ID_LENGTH] if isinstance(salt, str) and SALT.fullmatch(salt) else None
+    named = SALT.fullmatch(salt) if isinstance(salt, str) else None
+    return named[1] if named else None
+
+
+def set_apart(request: Any) -> None:
+    """Let a refused request share no block: what it computes is no context's, and its failed blocks are no other request's."""
+    request.cache_salt = f"refused:{request.request_id}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def unfit(request: Any) -> str | None:
@@ -162,7 +172,7 @@ def unfit(request: Any) -> str | None:
     sampling = getattr(request, "sampling_params", None)
     if sampling is None:
         return "a request that pools has no use for it: send the text"
-    if getattr(sampling, "prompt_logprobs", None) is not None:
+    if any(getattr(sampling, name, None) is not None for name in ("prompt_logprobs", "prompt_logprob_token_ids")):
         return "the document's tokens are not computed, so there are no prompt_logprobs: leave them out"
     if getattr(request, "lora_request", None) is not None:
         return "it was read without LoRA: ask without, or send the text"

@@ -14,7 +14,7 @@ OLDEST, BEYOND = "0.32", "0.33"  # tested with the CPU build 0.32.0
 def check_release(found: str, *, any_release: bool = False) -> None:
     """Raise UnsupportedEngineError for a release outside of what was tested; with ``any_release`` warn of it."""
     try:
-        tested = Version(OLDEST) <= Version(found) < Version(BEYOND)
+        tested = Version(OLDEST) <= Version(found) < Version(f"{BEYOND}.dev0")  # nor what comes before that release
     except InvalidVersion:  # a build from source
         tested = False
     if tested:
