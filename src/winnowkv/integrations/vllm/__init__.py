@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 from winnowkv.contexts.context import Context, ContextPrompt
 from winnowkv.contexts.export import export_context, whole_blocks
 from winnowkv.contexts.store import ContextStore
+from winnowkv.integrations.vllm.handoff import Handoff, HandoffPrompt, go_on
 
 if TYPE_CHECKING:
     from winnowkv.integrations.vllm.connector import WinnowConnector
 
-__all__ = ["Context", "ContextPrompt", "ContextStore", "WinnowConnector", "export_context", "whole_blocks"]
+__all__ = [
+    "Context", "ContextPrompt", "ContextStore", "Handoff", "HandoffPrompt", "WinnowConnector", "export_context", "go_on",
+    "whole_blocks",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from winnowkv.contexts.fit import length_dependent, model_fields, scales_by_position
 from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import UnsupportedEngineError
+from winnowkv.integrations.vllm.handoff import NO_HANDOFF, HandoffPass, HandoffScheduling, Tickets
+from winnowkv.integrations.vllm.listening import listen_to
 from winnowkv.integrations.vllm.options import ConnectorOptions
+from winnowkv.integrations.vllm.recording import Recorder
 from winnowkv.integrations.vllm.scheduler_side import ContextScheduler, Plan
 from winnowkv.integrations.vllm.versions import check_release
 from winnowkv.integrations.vllm.worker_side import ContextMemory, check_layers, load
@@ -41,6 +44,7 @@ class ConnectorMetadata(KVConnectorMetadata):
     """From the scheduler to the workers, before a step."""
 
     plan: Plan = field(default_factory=Plan)
+    passes: tuple[HandoffPass, ...] = ()
 
 
 class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
@@ -63,15 +67,21 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
         self._block = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._scheduler: ContextScheduler | None = None
         self._memory: ContextMemory | None = None
+        self._handoffs: HandoffScheduling | None = None
+        self._recorder: Recorder | None = None
         self._failed: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = ContextScheduler(self._store, model_fields(vllm_config.model_config.hf_config), self._block)
+            refusal = None if options.handoff_bytes else NO_HANDOFF
+            self._handoffs = HandoffScheduling(Tickets(self._store), self._block, refusal)
 
     # In the scheduler
 
     def on_new_request(self, request: Request) -> None:
         """A request came."""
         self._planner.add(request)
+        assert self._handoffs is not None
+        self._handoffs.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that the connector has beyond those of the local prefix cache; they are loaded within the step."""
@@ -89,7 +99,8 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
             for name in self._planner.late():
                 if name in scheduled:
                     running[name] = self._kv_cache_manager.get_block_ids(name)[0]
-        return ConnectorMetadata(self._planner.plan(running))
+        assert self._handoffs is not None
+        return ConnectorMetadata(self._planner.plan(running), self._handoffs.passes(scheduler_output))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks may be freed at once."""
@@ -100,7 +111,8 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """The same; without this method vLLM turns its hybrid cache manager off."""
         self._planner.finished(request.request_id)
-        return False, None
+        assert self._handoffs is not None
+        return False, self._handoffs.finished(request)
 
     @property
     def _planner(self) -> ContextScheduler:
@@ -119,6 +131,18 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
         layers = attention_layers(self._vllm_config.compilation_config.static_forward_context)
         check_layers(layers, model.get_num_layers(parallel), model.get_num_kv_heads(parallel), self._block)
 
+        if self._options.handoff_bytes:
+            check_whole(parallel)
+            self._recorder = Recorder(model.hf_config, self._store, self._options.handoff_bytes)
+            self._recorder.layers = listen_to(layers, self._recorder)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins: what is computed of requests that are handed off is heard from now on."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._recorder is not None:
+            assert isinstance(connector_metadata, ConnectorMetadata)
+            self._recorder.begin(connector_metadata.passes)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Load what the scheduler asked for, all layers at once."""
         metadata = self._get_connector_metadata()
@@ -136,7 +160,20 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is saved."""
 
     def wait_for_save(self) -> None:
-        """Nothing is saved."""
+        """The step is computed: prompts that were read to their end are handed off."""
+        if self._recorder is not None:
+            self._recorder.finish()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """These requests are over; none has transfers that go on."""
+        if self._recorder is not None:
+            self._recorder.forget(finished_req_ids)
+        return None, None
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether attention must run between CUDA graphs and not in them: a replayed graph cannot be heard."""
+        return ConnectorOptions.of(extra_config).handoff_bytes > 0
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be loaded: vLLM ends their requests with an error."""
@@ -151,6 +188,16 @@ def attention_layers(modules: dict[str, Any]) -> dict[int, Any]:
         for name, module in modules.items()
         if getattr(module, "kv_cache", None) is not None and hasattr(module, "impl")
     }
+
+
+def check_whole(parallel: Any) -> None:
+    """Raise UnsupportedEngineError if workers share the model: each would hear a part of a prompt's heads or layers."""
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if ranks > 1:
+        raise UnsupportedEngineError(
+            f"winnowkv's connector: {ranks} workers share the model, and a handoff hears all heads and layers in one: leave "
+            "handoff_gib out, or serve the model with one worker"
+        )
 
 
 def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

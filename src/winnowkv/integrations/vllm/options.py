@@ -20,11 +20,14 @@ class ConnectorOptions:
     ----------
     store: the folder or URL of the contexts.
     ram_gib: most GiB of contexts that each worker keeps in memory; the least recently used go first. 0 keeps none.
+    handoff_gib: most GiB that the worker holds of prompts that it compresses while vLLM computes them (handoff.py); 0: it
+        compresses none.
     any_release: also go on with a release of vLLM that was not tested.
     """
 
     store: str
     ram_gib: float = 4.0
+    handoff_gib: float = 0.0
     any_release: bool = False
 
     @classmethod
@@ -36,9 +39,10 @@ class ConnectorOptions:
             raise InputError(f"kv_connector_extra_config has no option {unknown[0]!r}: there are {', '.join(known)}")
         if not isinstance(given.get("store"), str) or not given["store"]:
             raise InputError('kv_connector_extra_config needs "store": the folder or URL of the contexts')
-        ram = given.get("ram_gib", 4.0)
-        if isinstance(ram, bool) or not isinstance(ram, int | float) or not 0 <= ram < math.inf:
-            raise InputError(f'"ram_gib": {ram!r} is no number of GiB: give 0 or more')
+        for name in ("ram_gib", "handoff_gib"):
+            size = given.get(name, 0)
+            if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < math.inf:
+                raise InputError(f'"{name}": {size!r} is no number of GiB: give 0 or more')
         if not isinstance(given.get("any_release", False), bool):
             raise InputError(f'"any_release": {given["any_release"]!r} is neither true nor false')
         return cls(**given)
@@ -47,3 +51,8 @@ class ConnectorOptions:
     def ram_bytes(self) -> int:
         """The same as ``ram_gib``."""
         return int(self.ram_gib * GIB)
+
+    @property
+    def handoff_bytes(self) -> int:
+        """The same as ``handoff_gib``."""
+        return int(self.handoff_gib * GIB)
