@@ -126,7 +126,7 @@ def test_options() -> None:
         ({}, 'needs "store": the folder or URL'),
         ({"store": ""}, 'needs "store": the folder or URL'),
         ({"store": 7}, 'needs "store": the folder or URL'),
-        ({"store": "/data", "ram": 4}, "has no option 'ram': there are store, ram_gib, any_release"),
+        ({"store": "/data", "ram": 4}, "has no option 'ram': there are store, ram_gib"),
         ({"store": "/data", "ram_gib": -1}, '"ram_gib": -1 is no number of GiB'),
         ({"store": "/data", "ram_gib": "4"}, "\"ram_gib\": '4' is no number of GiB"),
         ({"store": "/data", "ram_gib": True}, '"ram_gib": True is no number of GiB'),
