@@ -19,6 +19,10 @@ def vllm(
     ram_gib: Annotated[
         float, typer.Option("--ram-gib", help="Most GiB of contexts that each worker keeps in memory; 0 keeps none.")
     ] = 4.0,
+    handoff_gib: Annotated[
+        float,
+        typer.Option("--handoff-gib", help="Most GiB of prompts that a worker holds to compress them itself; 0: none are."),
+    ] = 0.0,
     any_release: Annotated[
         bool, typer.Option("--any-release", help="Also run with a release of vLLM that was not tested.")
     ] = False,
@@ -33,7 +37,7 @@ def vllm(
     """
     from winnowkv.integrations.vllm.launch import as_dict, server_command
 
-    command = server_command(model, store, flags or [], ram_gib=ram_gib, any_release=any_release)
+    command = server_command(model, store, flags or [], ram_gib=ram_gib, handoff_gib=handoff_gib, any_release=any_release)
     if as_json:
         print(json.dumps(as_dict(command), indent=2))
         return

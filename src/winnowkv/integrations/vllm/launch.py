@@ -15,6 +15,7 @@ import torch
 
 from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import InputError, ModelNotFoundError
+from winnowkv.integrations.vllm.listening import WORKER_EXTENSION
 from winnowkv.integrations.vllm.middleware import STORE_VARIABLE
 from winnowkv.integrations.vllm.options import ConnectorOptions
 from winnowkv.models.load import PACKAGED, best_device, best_dtype, model_folder
@@ -65,7 +66,13 @@ def installed() -> bool:
 
 
 def server_command(
-    model: str, store: str, flags: Sequence[str] = (), *, ram_gib: float = 4.0, any_release: bool = False
+    model: str,
+    store: str,
+    flags: Sequence[str] = (),
+    *,
+    ram_gib: float = 4.0,
+    handoff_gib: float = 0.0,
+    any_release: bool = False,
 ) -> ServerCommand:
     """The command line of a server that serves ``model`` and the contexts of ``store``.
 
@@ -74,7 +81,7 @@ def server_command(
     model: a folder, a hub id, or the name of a packaged model (``embedded``).
     store: a folder, which need not be there yet, or a URL.
     flags: vLLM's own, passed on as they are.
-    ram_gib, any_release: of :class:`ConnectorOptions`.
+    ram_gib, handoff_gib, any_release: of :class:`ConnectorOptions`.
 
     Raises
     ------
@@ -91,9 +98,14 @@ def server_command(
     ContextStore(store)
     place = store if "://" in store else str(Path(store).expanduser().absolute())
     extra: dict[str, object] = {"store": place, "ram_gib": ram_gib}
+    if handoff_gib:
+        extra["handoff_gib"] = handoff_gib
     if any_release:
         extra["any_release"] = True
     ConnectorOptions.of(extra)
+    if handoff_gib and any(option_name(flag) == "--worker-extension-cls" for flag in flags):
+        raise InputError("--worker-extension-cls cannot be passed on: a handoff needs it for itself, leave one of the two out")
+    listens = ["--worker-extension-cls", WORKER_EXTENSION] if handoff_gib else []
     config = {
         "kv_connector": "WinnowConnector",
         "kv_connector_module_path": "winnowkv.integrations.vllm",
@@ -105,7 +117,7 @@ def server_command(
     alias = ["--served-model-name", model] if model in PACKAGED and not named else []
     arguments = [
         sys.executable, "-m", SERVER, "--model", source, *alias, "--kv-transfer-config", json.dumps(config),
-        "--middleware", MIDDLEWARE, *flags,
+        "--middleware", MIDDLEWARE, *listens, *flags,
     ]  # fmt: skip
     return ServerCommand(arguments, {STORE_VARIABLE: place})
 

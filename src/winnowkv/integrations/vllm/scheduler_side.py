@@ -152,8 +152,8 @@ class ContextScheduler:
 
 def named_context(request: Any) -> Any:
     """What a request names as its context, None if nothing: in its parameters, or by its salt alone."""
-    params = getattr(request, "kv_transfer_params", None) or {}
-    if params.get(CONTEXT_PARAM) is not None:
+    params = getattr(request, "kv_transfer_params", None)
+    if isinstance(params, dict) and params.get(CONTEXT_PARAM) is not None:  # a client may send anything
         return params[CONTEXT_PARAM]
     salt = getattr(request, "cache_salt", None)
     named = SALT.fullmatch(salt) if isinstance(salt, str) else None
