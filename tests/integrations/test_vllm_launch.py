@@ -45,6 +45,17 @@ def test_the_command_names_model_connector_middleware_and_store(tmp_path: Path, 
     assert shlex.split(command.shell) == [f"WINNOW_STORE={store}", *command.arguments]
 
 
+def test_a_handoff_brings_its_worker_extension_which_is_importable() -> None:
+    command = server_command("m", "s", handoff_gib=0.5)
+    options = json.loads(value(command.arguments, "--kv-transfer-config"))["kv_connector_extra_config"]
+    assert ConnectorOptions.of(options).handoff_gib == 0.5
+    module, _, _ = value(command.arguments, "--worker-extension-cls").rpartition(".")
+    assert importlib.util.find_spec(module) is not None
+    assert "--worker-extension-cls" not in server_command("m", "s").arguments
+    with pytest.raises(InputError, match="^--worker-extension-cls cannot be passed on"):
+        server_command("m", "s", ["--worker-extension-cls", "other"], handoff_gib=0.5)
+
+
 def test_a_url_stays_as_it_is() -> None:
     assert server_command("m", "memory://contexts").environment == {"WINNOW_STORE": "memory://contexts"}
 
