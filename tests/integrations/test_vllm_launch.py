@@ -52,7 +52,7 @@ def test_a_handoff_brings_its_worker_extension_which_is_importable() -> None:
     module, _, _ = value(command.arguments, "--worker-extension-cls").rpartition(".")
     assert importlib.util.find_spec(module) is not None
     assert "--worker-extension-cls" not in server_command("m", "s").arguments
-    with pytest.raises(InputError, match="^--worker-extension-cls cannot be passed on"):
+    with pytest.raises(InputError, match=r"^--worker-extension-cls cannot be passed on"):
         server_command("m", "s", ["--worker-extension-cls", "other"], handoff_gib=0.5)
 
 
