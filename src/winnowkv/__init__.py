@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         PolicyError,
         ProfileError,
+        UnsupportedEngineError,
         UnsupportedModelError,
         WinnowError,
     )
@@ -59,7 +60,7 @@ _HOMES = {
     "winnowkv.engine.sampling": ("Logprob", "Sampling"),
     "winnowkv.errors": (
         "BudgetError", "CacheError", "InputError", "ModelNotFoundError", "PolicyError", "ProfileError",
-        "UnsupportedModelError", "WinnowError",
+        "UnsupportedEngineError", "UnsupportedModelError", "WinnowError",
     ),
     "winnowkv.models.calibration": ("CalibrationProfile", "read_profile"),
     "winnowkv.models.info": ("ModelInfo",),
@@ -74,12 +75,12 @@ _HOMES = {
 _HOME_OF = {name: module for module, public in _HOMES.items() for name in public}
 
 __all__ = [
-    "Answer", "Budget", "BudgetError", "CacheError", "CalibrationProfile", "CompactCache", "Completion", "Document", "Engine",
-    "Event", "Explanation", "InputError", "LayerStates", "Logprob", "ModelInfo", "ModelNotFoundError", "Policy",
+    "Answer", "Budget", "BudgetError", "CacheError", "CalibrationProfile", "CompactCache", "Completion", "Document",
+    "Engine", "Event", "Explanation", "InputError", "LayerStates", "Logprob", "ModelInfo", "ModelNotFoundError", "Policy",
     "PolicyError", "ProfileError", "PromptInfo", "Report", "Request", "Run", "Sampling", "Structure", "Study",
-    "TaskProfile", "UnsupportedModelError", "WinnowError", "adakv", "chunkkv", "compress", "criticalkv", "extend", "greedy",
-    "load", "load_cache", "open_document", "policy", "prefill", "read", "read_profile", "read_structure", "save_cache", "stack",
-    "task_profile",
+    "TaskProfile", "UnsupportedEngineError", "UnsupportedModelError", "WinnowError", "adakv", "chunkkv", "compress",
+    "criticalkv", "extend", "greedy", "load", "load_cache", "open_document", "policy", "prefill", "read", "read_profile",
+    "read_structure", "save_cache", "stack", "task_profile",
 ]  # fmt: skip
 
 
