@@ -36,7 +36,7 @@ from winnowkv.cache.forks import fork
 from winnowkv.cache.listening import Ear, Teller
 from winnowkv.cache.reading import extend, greedy, prefill
 from winnowkv.cache.stacked import stack
-from winnowkv.cache.study import Study, hear, replay_studied
+from winnowkv.cache.study import Study, hear, replay_studied, text_structure
 from winnowkv.cli.loading import load_model
 from winnowkv.cli.main import one_sentence
 from winnowkv.cli.options import budgets as read_budgets
@@ -96,6 +96,7 @@ class Text:
         self.model, self.tokenizer, chat = model, tokenizer, uses_chat(None, tokenizer)
         self.ids = open_turn(tokenizer, text, chat=chat)
         self.asked = rest_of_turn(tokenizer, text_ending(tokenizer, self.ids, chat=chat), question, chat=chat)
+        self._structure = text_structure(tokenizer, self.ids)
         self.recorded = wk.CompactCache(model, "full", 1, record=len(self.ids))
         prefill(model, torch.tensor([self.ids], device=model.device), self.recorded)
         self._chosen, self._heard, self.seconds = chosen, dict[bool, Ear](), dict[str, float]()
@@ -130,7 +131,7 @@ class Text:
         """A cache that holds what a way keeps."""
         if way.study is None:
             return self.recorded.replay(way.policy, budget)
-        return replay_studied(self.recorded, self.heard(weighs=way.weighs), way.study, way.policy, budget)
+        return replay_studied(self.recorded, self.heard(weighs=way.weighs), way.study, way.policy, budget, self._structure)
 
     def logits(self, caches: Sequence[wk.CompactCache], more: Sequence[int], last: int) -> tuple[wk.CompactCache, torch.Tensor]:
         """The question and ``more`` read into several caches at once; the logits of the ``last`` tokens."""

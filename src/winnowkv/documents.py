@@ -24,7 +24,7 @@ from winnowkv.cache.generated import LEAST_DECODE_BUDGET, check_decode_budget
 from winnowkv.cache.listening import Progress
 from winnowkv.cache.reading import prefill
 from winnowkv.cache.snapshot import load_document, save_cache
-from winnowkv.cache.study import Level, Study, fitted, study_text, wait_for_study
+from winnowkv.cache.study import Level, Study, fitted, study_text, text_structure, wait_for_study
 from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.request import NOT_FINITE
 from winnowkv.engine.sampling import Sampler, Sampling, choose
@@ -319,7 +319,7 @@ def read(
     cache = CompactCache(model, made, budget, task=tasks, decode_budget=decode_budget, keep=keep)
     inputs = torch.tensor([[*ids, *asked]], device=input_device(model))
     if asked_study is not None:
-        wait_for_study(cache)
+        wait_for_study(cache, text_structure(tokenizer, ids))
     prefill(model, inputs, cache, chunk=chunk, ceiling=ceiling, hint=len(asked))
     if asked_study is not None:
         begin = text_begin(tokenizer, ids, chat=templated, system=system)

@@ -15,11 +15,16 @@ from support.study import attended
 from support.tokenizers import ChatLetters, Letters
 from winnowkv.cache.forks import fork
 from winnowkv.cache.listening import AGAIN, WRITE, Ear, Teller, again_ids, read_again, weighing, write_about
-from winnowkv.cache.study import Study, Studying, fitted, hear, replay_studied, study_text, wait_for_study
+from winnowkv.cache.study import Study, Studying, fitted, hear, replay_studied, study_text, text_structure, wait_for_study
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
+from winnowkv.policies import PromptInfo
+from winnowkv.policies.studied import StudiedSentences
 from winnowkv.prompt.chat import open_turn, rest_of_turn, text_begin, text_ending
+from winnowkv.prompt.structure import Structure
+from winnowkv.prompt.task import TaskProfile
 
 TEXT = "The archive of Oakham was founded in 1712.\nIts first keeper wrote the history of the town; it has nine rooms."
+BLIND = "winnow:observe=context:samples=16"
 SNAPKV = "snapkv:observe=4:kernel=3"
 
 
@@ -27,7 +32,7 @@ def waiting(model: PreTrainedModel, policy: str = SNAPKV, budget: float = 0.4) -
     """A cache that holds the text and waits for a study, the text's ids, and where it begins."""
     ids = open_turn(ChatLetters(), TEXT, chat=True)
     cache = wk.CompactCache(model, policy, budget)
-    wait_for_study(cache)
+    wait_for_study(cache, text_structure(ChatLetters(), ids))
     wk.prefill(model, torch.tensor([ids], device=DEVICE), cache)
     return cache, ids, text_begin(ChatLetters(), ids, chat=True)
 
@@ -38,6 +43,24 @@ def states(cache: wk.CompactCache) -> list[tuple[Tensor, Tensor]]:
 
 def same(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> bool:
     return all(torch.equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def test_sentences_that_all_heads_keep_are_the_texts_own_if_they_are_known() -> None:
+    """Else spans of 16 tokens. A sentence scores its mean over layers and heads, the last one gives its best tokens."""
+    structure = Structure(40, 0, 0, (10, 30))
+    known = StudiedSentences.of(PromptInfo(40, 2, 20, TaskProfile(structure=structure)), 4)
+    unknown = [
+        StudiedSentences.of(PromptInfo(40, 2, 20, task), 4)
+        for task in (TaskProfile(), TaskProfile(structure=Structure(41, 0, 0, (10,))))
+    ]
+    assert known == StudiedSentences((10, 30), 64, 4, 10)
+    assert unknown == [StudiedSentences((), 16, 4, 10)] * 2
+    assert StudiedSentences.of(PromptInfo(40, 2, 5, TaskProfile()), 4).room == 1
+    votes = [torch.full((1, 1, 40), 0.1) for _ in range(2)]
+    votes[0][..., 4:10] = 0.5
+    votes[1][..., [12, 14]] = 2.0  # [10, 30): 2.3 of 20 tokens in the mean of both, more than the last ten, less than [4, 10)
+    votes[1][..., 0] = 9.0  # a sink
+    assert known.choose(votes, None).tolist() == [[[4, 5, 6, 7, 8, 9, 10, 11, 12, 14]]]
 
 
 @pytest.mark.parametrize("plus", [False, True])
@@ -182,7 +205,7 @@ def test_processes_that_share_heads_are_refused(llama: PreTrainedModel) -> None:
         wait_for_study(cache)
 
 
-@pytest.mark.parametrize("policy", ["kvzip", "kvzip:plus=true", "winnow:observe=context:samples=16", f"{SNAPKV}:refit=true"])
+@pytest.mark.parametrize("policy", ["kvzip", "kvzip:plus=true", BLIND, f"{BLIND}:equal=true", f"{SNAPKV}:refit=true"])
 @pytest.mark.parametrize("kind", ["llama", "hybrid"])
 def test_one_study_of_a_recorded_text_serves_every_policy_and_budget(llama: PreTrainedModel, policy: str, kind: str) -> None:
     """As each would by a study of its own."""
@@ -202,7 +225,7 @@ def test_one_study_of_a_recorded_text_serves_every_policy_and_budget(llama: PreT
     for budget in (20, 0.5):
         alone, *_ = waiting(model, policy, budget)
         study_text(alone, ChatLetters(), ids, begin, study, chat=True)
-        shared = replay_studied(recorded, ear, study, policy, budget)
+        shared = replay_studied(recorded, ear, study, policy, budget, text_structure(ChatLetters(), ids))
         assert same(states(alone), states(shared))
         assert alone.report.kept_entries == shared.report.kept_entries
         assert alone.report.refitted == shared.report.refitted

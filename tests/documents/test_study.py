@@ -26,6 +26,8 @@ POLICIES = [
     "kvzip:plus=true", "kvzip:equal=true", "winnow:observe=context:samples=16:equal=true", "keydiff",
     "dynamickv:observe=4:every=2", "criticalkv:of=snapkv:observe=4",
 ]  # fmt: skip
+BLIND = "winnow:observe=context:samples=16"
+EQUAL = f"{BLIND}:equal=true"
 SHORT = wk.Study(("again", "summary", "facts", "questions"), tokens=4)
 
 
@@ -117,10 +119,19 @@ def test_an_interrupted_study_leaves_nothing_half_done(llama: PreTrainedModel, p
 
 
 def test_spans_that_are_protected_stay(llama: PreTrainedModel) -> None:
-    for policy in (SNAPKV, "kvzip", "winnow:observe=context:samples=16"):
+    for policy in (SNAPKV, "kvzip", BLIND, EQUAL):
         doc = studied(llama, policy, 60, keep=[(20, 40)])
         assert all(set(range(20, 40)) <= set(row) for layer in kept(doc) for row in layer)
         assert sum(doc.report.kept_entries[0]) == 60 * 5
+
+
+def test_with_equal_numbers_all_heads_keep_the_same_sentences(llama: PreTrainedModel) -> None:
+    """Half of the budget; the rest each head chooses by itself, as all of it where numbers may differ."""
+    for policy in (EQUAL, BLIND):
+        rows = [set(row) for layer in kept(studied(llama, policy, 80)) for row in layer]
+        common = set.intersection(*rows) - {0, 1, 2, 3}
+        assert (len(common) >= 40) == (policy == EQUAL)
+        assert all(row - common for row in rows)
 
 
 def test_forks_files_and_turns_are_as_those_of_any_document(llama: PreTrainedModel, tmp_path: Path) -> None:

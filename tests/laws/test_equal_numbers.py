@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from winnowkv.cache.selection import PromptSelection
 from winnowkv.policies import PromptInfo
 from winnowkv.policies.expected import Expected
 from winnowkv.policies.parts import Allocator
-from winnowkv.policies.studied import StudiedPolicy
+from winnowkv.policies.studied import SENTENCE_SHARE, StudiedPolicy
 from winnowkv.prompt.chat import open_turn, text_begin
+from winnowkv.prompt.structure import read_structure
 
 TEXT = "The archive of Oakham was founded in 1712.\nIts first keeper wrote the history of the town; it has nine rooms."
 SPANS = [(1, 4), (30, 33), (PROMPT - 2, PROMPT - 1)]
@@ -161,18 +163,34 @@ def test_winnow_keeps_the_same_sentences_with_and_without() -> None:
 STUDY = ["winnow:observe=context:samples=16", "expected:observe=4:samples=16", "criticalkv:of=expected:samples=16", "kvzip"]
 
 
+def plain_sentences(most: Tensor, ends: Sequence[int], room: int) -> list[int]:
+    """Positions of the sentences with the best mean after the sinks; of the last one its best tokens."""
+    bounds = [4, *(end for end in ends if end > 4), len(most)]
+    bounds = sorted({0, *(cut for begin, end in pairwise(bounds) for cut in range(begin, end, 64)), len(most)})
+    spans = sorted(pairwise(bounds), key=lambda span: -most[slice(*span)].mean().item())
+    order = [at for span in spans for at in sorted(range(*span), key=lambda at: -most[at].item()) if at >= 4]
+    return order[:room]
+
+
 @pytest.mark.parametrize("spec", [*STUDY, "kvzip:plus=true"])
 @pytest.mark.parametrize("budget", [12, 60])
 def test_a_study_chooses_the_best_of_every_head(model: PreTrainedModel, spec: str, budget: int) -> None:
-    """By the whole attention: the root mean square over what was read again, for kvzip the maximum; sinks stay."""
+    """By the whole attention: the root mean square over what was read again, for kvzip the maximum; sinks stay.
+
+    But for kvzip the best sentences come first, by the maximum over all heads of all layers.
+    """
     doc = wk.read(model, ChatLetters(), TEXT, f"{spec}:equal=true", budget, study=None if "kvzip" in spec else "lean")
     assert numbers(doc.cache) == {(budget, True, budget)}
     ids = open_turn(ChatLetters(), TEXT, chat=True)
     ((instruction, chunk),) = again_ids(ChatLetters(), ids, text_begin(ChatLetters(), ids, chat=True), 2048, chat=True)
     found = attended(model, ids, [*instruction, *chunk], plus="plus" in spec)
+    most = torch.cat([whole.unflatten(0, (2, -1)).amax((1, 2)) for whole in found]).mean(0)
+    first = plain_sentences(most, read_structure(ChatLetters(), ids).ends, int(SENTENCE_SHARE * budget))
     for layer, whole in zip(doc.cache.compact_layers, found, strict=True):
         by_head = whole.unflatten(0, (2, -1))
         scores = by_head.amax((1, 2)) if "kvzip" in spec else by_head.square().mean(2).sqrt().mean(1)
+        if "kvzip" not in spec:
+            scores[:, first] = torch.inf
         scores[:, :4] = torch.inf
         (held,) = layer.positions
         assert torch.equal(held.cpu().long(), scores.topk(budget).indices.sort().values.cpu())

@@ -24,6 +24,7 @@ from winnowkv.models.info import end_tokens, position_limit
 from winnowkv.policies import LayerStates, Policy
 from winnowkv.policies.studied import StudiedPolicy
 from winnowkv.prompt.chat import rest_of_turn, text_ending
+from winnowkv.prompt.structure import Structure, read_structure
 from winnowkv.scoring.study import Evidence
 
 if TYPE_CHECKING:
@@ -105,15 +106,25 @@ class Studying(Looking):
         return Evidence(found.pop("again"), tuple(found.values()), self._study.maximum)
 
 
-def wait_for_study(cache: CompactCache) -> None:
+def wait_for_study(cache: CompactCache, structure: Structure | None = None) -> None:
     """From a fresh cache on: the prompt is held whole until :func:`study_text`.
 
-    Raises UnsupportedModelError if several processes share the model's heads.
+    ``structure``: the text's (:func:`text_structure`), for policies that keep its sentences in every head; without it these
+    keep spans of a fixed length. Raises UnsupportedModelError if several processes share the model's heads.
     """
     cache.compression.heads.check_alone("study=")
     asked = cache.compression
-    cache.compression = replace(asked, study=True, policy=StudiedPolicy(of=asked.policy))
+    studied = StudiedPolicy(of=asked.policy)
+    tasks = asked.tasks
+    if structure is not None and studied.shares_sentences:
+        tasks = tuple(replace(task, structure=structure) for task in tasks)
+    cache.compression = replace(asked, study=True, policy=studied, tasks=tasks)
     cache.reset()
+
+
+def text_structure(tokenizer: Any, ids: Sequence[int]) -> Structure:
+    """Where sentences end in a text that will be asked later: it has no question."""
+    return replace(read_structure(tokenizer, ids), question=0, tail=0)
 
 
 @torch.no_grad()
@@ -195,14 +206,20 @@ def hear(
 
 
 def replay_studied(
-    recorded: CompactCache, heard: Ear, study: Study, policy: str | Policy, budget: Budget | int | float | str
+    recorded: CompactCache,
+    heard: Ear,
+    study: Study,
+    policy: str | Policy,
+    budget: Budget | int | float | str,
+    structure: Structure | None = None,
 ) -> CompactCache:
     """What a policy keeps of a recorded text by what was heard of it: one study serves many policies and budgets.
 
-    Equal to a study of its own (a test says so), but for seconds. Raises as :meth:`CompactCache.replay`.
+    ``structure``: as for :func:`wait_for_study`. Equal to a study of its own (a test says so), but for seconds. Raises as
+    :meth:`CompactCache.replay`.
     """
     other = type(recorded)(recorded.model, policy, budget)
-    wait_for_study(other)
+    wait_for_study(other, structure)
     other.replay_into(recorded)
     assert other.looking is not None
     studying = Studying(other.looking, heard.context, study, heard.only(study.sources))
