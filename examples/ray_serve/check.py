@@ -1,6 +1,6 @@
 """Two replicas of vLLM that share a store of contexts; one is killed while questions are asked.
 
-    python check.py            # about six minutes on two cores, 6 GiB of memory; no GPU, no hub
+    python check.py            # four to eight minutes on two cores, 9 GiB of memory; no GPU, no hub
     python check.py --direct   # the same without Ray's own front end: chat requests that name a context
 
 Every answer must have the tokens that winnowkv's own cache gives for the same context and question. Exit code 1 if an answer
