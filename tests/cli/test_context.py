@@ -16,7 +16,7 @@ from support.contexts import drawn_context
 from support.models import tiny_model
 from support.terminal import blocks, too_wide
 from support.tokenizers import ChatLetters
-from winnowkv.cli.context import BLIND_POLICY, HINTED_POLICY, STUDIED_POLICY
+from winnowkv.cli.context import BLIND_POLICY, HINTED_POLICY
 from winnowkv.contexts.store import ContextStore
 from winnowkv.policies import policy as make_policy
 from winnowkv.prompt.chat import PROBES
@@ -85,6 +85,7 @@ def test_json_and_standard_input(winnow: Winnow, folder: Path, store: Path, monk
     _, same, _ = winnow("context", "add", "-", *how, stdin=TEXT)
     assert json.loads(same)["id"] == found["id"]
     _, out, _ = winnow("context", "list", "--json")
+    assert found.pop("notes") == []
     del found["store"], found["seconds"]
     assert json.loads(out) == {"store": str(store), "contexts": [found], "damaged": []}
     _, out, _ = winnow("context", "rm", found["id"], "--json")
@@ -169,7 +170,7 @@ def test_damaged_files_are_listed_beside_the_others(winnow: Winnow, store: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "policy"),
-    [([], BLIND_POLICY), (["--study", "lean"], STUDIED_POLICY), (["--hint", "What was founded?"], HINTED_POLICY)],
+    [([], BLIND_POLICY), (["--study", "none"], BLIND_POLICY), (["--hint", "What was founded?"], HINTED_POLICY)],
 )
 def test_default_policies_keep_equally_many(winnow: Winnow, tmp_path: Path, more: list[str], policy: str) -> None:
     (tmp_path / "report.txt").write_text("The archive of Oakham was founded in 1712. It has nine rooms and a tower. " * 8)
@@ -180,3 +181,18 @@ def test_default_policies_keep_equally_many(winnow: Winnow, tmp_path: Path, more
     found: dict[str, Any] = json.loads(out)
     assert (found["policy"], found["kept"] % 16, found["chat"]) == (make_policy(policy).spec, 0, True)
     assert found["kept"] < found["seen"]
+
+
+def test_a_document_is_studied_by_default_if_there_is_room(winnow: Winnow, folder: Path, tmp_path: Path) -> None:
+    limit = tiny_model("llama").config.max_position_embeddings
+    (tmp_path / "long.txt").write_text(" ".join(f"w{n % 120 + 1}" for n in range(limit - 8)))
+    more = ("--model", folder, "--store", tmp_path, "--block", 16, "--dtype", "float32", "--no-chat")
+    code, out, err = winnow("context", "add", tmp_path / "long.txt", *more)
+    assert code == 0, err
+    assert "no positions left to read the document again" in " ".join(out.split())
+    code, out, err = winnow("context", "add", folder / "report.txt", *more)
+    assert code == 0, err
+    assert "no positions left" not in " ".join(out.split())
+    code, _, err = winnow("context", "add", tmp_path / "long.txt", *more, "--study", "lean")
+    assert code == 2
+    assert "study" in err

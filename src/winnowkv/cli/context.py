@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # Policies that keep the same number of entries in every layer and head, as engines with one block table need.
 BLIND_POLICY = "winnow:observe=context:equal=true"  # of texts whose questions are not known
-STUDIED_POLICY = f"{BLIND_POLICY}:refit=true"
 HINTED_POLICY = "winnow:equal=true"
 SHORTEST_PREFIX = 4  # characters of an id that name a context
 
@@ -40,8 +39,8 @@ def add(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"Eviction policy, one that keeps equally many in all layers and heads. Default: {BLIND_POLICY}, with --study "
-            f"also :refit=true, with --hint {HINTED_POLICY}.",
+            help=f"Eviction policy, one that keeps equally many in all layers and heads. Default: {BLIND_POLICY}, with --hint "
+            f"{HINTED_POLICY}.",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +51,9 @@ def add(
     study: Annotated[
         str | None,
         typer.Option(
-            help="Find out first what matters: lean reads the document again, full also writes about it.", show_default=False
+            help="Find out first what matters: lean reads the document again, full also writes about it, none does not. "
+            "Default: lean, without --hint and --policy.",
+            show_default=False,
         ),
     ] = None,
     hint: Annotated[
@@ -66,27 +67,32 @@ def add(
 ) -> None:
     """Compress a document and store it.
 
-    winnow context add report.txt --store contexts --study lean
+    winnow context add report.txt --store contexts --hint "Who wrote it, when, and why?"
     """
     text = read_document(file)
     from winnowkv.contexts.export import whole_blocks
     from winnowkv.contexts.store import ContextStore
 
     whole_blocks(1, budget, block)  # before transformers is imported, which takes seconds
-    chosen = policy or (HINTED_POLICY if hint is not None else BLIND_POLICY if study is None else STUDIED_POLICY)
+    chosen = policy or (HINTED_POLICY if hint is not None else BLIND_POLICY)
+    by_default = policy is None and hint is None and study is None
     place = ContextStore(store)
     from winnowkv.cache.compression import Compression
     from winnowkv.cache.study import Study
     from winnowkv.cli.loading import check_policies, load_model
 
     check_policies([chosen], [])
-    asked = None if study is None else Study.of(study)
+    asked = None if study in (None, "none") and not by_default else Study.of(study or "lean")
 
     def check(checked: PreTrainedModel) -> None:
         Compression.of(checked, chosen, 1.0, None, task_is_known=True)
 
     with working(f"loading {model}"):
         loaded, tokenizer = load_model(model, check, device=device, dtype=dtype)
+    notes: list[str] = []
+    if by_default and not study_fits(loaded, tokenizer, text, system=system, chat=chat):
+        notes.append("the model has no positions left to read the document again: a --hint says what must not be lost")
+        asked = None
     started = time.perf_counter()
     context = compressed(
         loaded, tokenizer, text, chosen, budget, place, block=block, study=asked, hint=hint, system=system, chat=chat,
@@ -94,14 +100,34 @@ def add(
     )  # fmt: skip
     seconds = time.perf_counter() - started
     if as_json:
-        print(json.dumps({**context.to_dict(), "store": store, "seconds": round(seconds, 3)}, indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                {**context.to_dict(), "store": store, "seconds": round(seconds, 3), "notes": notes},
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
         return
     print(context.id)
+    for text in notes:
+        note(text)
     note(
         f"{context.kept} of {context.seen} entries kept by {context.header.policy}, {mebibytes(context.bytes)} MiB in {store}, "
         f"{seconds:.1f} s"
     )
     note(f'ask it: winnow vllm {model} --store {store}, then requests with "winnow_context": "{context.id}"')
+
+
+def study_fits(model: PreTrainedModel, tokenizer: Any, text: str, *, system: str | None, chat: bool | None) -> bool:
+    """Whether the model has positions left after a text to read it again."""
+    from winnowkv.cache.study import Study, fitted
+    from winnowkv.prompt.chat import open_turn, uses_chat
+
+    try:
+        fitted(Study.of("lean"), model, len(open_turn(tokenizer, text, chat=uses_chat(chat, tokenizer), system=system)))
+    except InputError:
+        return False
+    return True
 
 
 def compressed(
