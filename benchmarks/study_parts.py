@@ -80,6 +80,8 @@ WAYS = [
     Way("winnow lean", BLIND, Study()),
     Way("winnow lean, equal", EQUAL, Study()),
     Way("winnow lean, equal, refit", f"{EQUAL}:refit=true", Study()),
+    Way("winnow lean, equal, no sentences", EQUAL, Study(sentences=0)),
+    Way("winnow lean, equal, no sentences, refit", f"{EQUAL}:refit=true", Study(sentences=0)),
     Way("winnow lean, equal, maximum, refit", f"{EQUAL}:refit=true", Study(maximum=True)),
     Way("winnow lean, maximum", BLIND, Study(maximum=True)),
     Way("winnow lean, refit", f"{BLIND}:refit=true", Study()),

@@ -319,7 +319,7 @@ def read(
     cache = CompactCache(model, made, budget, task=tasks, decode_budget=decode_budget, keep=keep)
     inputs = torch.tensor([[*ids, *asked]], device=input_device(model))
     if asked_study is not None:
-        wait_for_study(cache, text_structure(tokenizer, ids))
+        wait_for_study(cache, asked_study, text_structure(tokenizer, ids))
     prefill(model, inputs, cache, chunk=chunk, ceiling=ceiling, hint=len(asked))
     if asked_study is not None:
         begin = text_begin(tokenizer, ids, chat=templated, system=system)

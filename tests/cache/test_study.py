@@ -25,14 +25,17 @@ from winnowkv.prompt.task import TaskProfile
 
 TEXT = "The archive of Oakham was founded in 1712.\nIts first keeper wrote the history of the town; it has nine rooms."
 BLIND = "winnow:observe=context:samples=16"
+LEAN = Study()
 SNAPKV = "snapkv:observe=4:kernel=3"
 
 
-def waiting(model: PreTrainedModel, policy: str = SNAPKV, budget: float = 0.4) -> tuple[wk.CompactCache, list[int], int]:
+def waiting(
+    model: PreTrainedModel, policy: str = SNAPKV, budget: float = 0.4, study: Study = LEAN
+) -> tuple[wk.CompactCache, list[int], int]:
     """A cache that holds the text and waits for a study, the text's ids, and where it begins."""
     ids = open_turn(ChatLetters(), TEXT, chat=True)
     cache = wk.CompactCache(model, policy, budget)
-    wait_for_study(cache, text_structure(ChatLetters(), ids))
+    wait_for_study(cache, study, text_structure(ChatLetters(), ids))
     wk.prefill(model, torch.tensor([ids], device=DEVICE), cache)
     return cache, ids, text_begin(ChatLetters(), ids, chat=True)
 
@@ -48,14 +51,14 @@ def same(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) 
 def test_sentences_that_all_heads_keep_are_the_texts_own_if_they_are_known() -> None:
     """Else spans of 16 tokens. A sentence scores its mean over layers and heads, the last one gives its best tokens."""
     structure = Structure(40, 0, 0, (10, 30))
-    known = StudiedSentences.of(PromptInfo(40, 2, 20, TaskProfile(structure=structure)), 4)
+    known = StudiedSentences.of(PromptInfo(40, 2, 20, TaskProfile(structure=structure)), 4, 0.5)
     unknown = [
-        StudiedSentences.of(PromptInfo(40, 2, 20, task), 4)
+        StudiedSentences.of(PromptInfo(40, 2, 20, task), 4, 0.5)
         for task in (TaskProfile(), TaskProfile(structure=Structure(41, 0, 0, (10,))))
     ]
     assert known == StudiedSentences((10, 30), 64, 4, 10)
     assert unknown == [StudiedSentences((), 16, 4, 10)] * 2
-    assert StudiedSentences.of(PromptInfo(40, 2, 5, TaskProfile()), 4).room == 1
+    assert StudiedSentences.of(PromptInfo(40, 2, 5, TaskProfile()), 4, 0.5).room == 1
     votes = [torch.full((1, 1, 40), 0.1) for _ in range(2)]
     votes[0][..., 4:10] = 0.5
     votes[1][..., [12, 14]] = 2.0  # [10, 30): 2.3 of 20 tokens in the mean of both, more than the last ten, less than [4, 10)
@@ -175,6 +178,7 @@ def test_a_text_that_stays_whole_gives_its_room_back(llama: PreTrainedModel) -> 
         ({"sources": ("summary",)}, "sources must have 'again'"),
         ({"tokens": 0}, "tokens=0 must be at least 1"),
         ({"chunk": 8}, "chunk=8 at least 16"),
+        ({"sentences": 1.5}, "sentences=1.5 is a share of the budget: give a number from 0 to 1"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
@@ -202,14 +206,15 @@ def test_processes_that_share_heads_are_refused(llama: PreTrainedModel) -> None:
     cache = wk.CompactCache(llama, SNAPKV, 20)
     cache.compression = replace(cache.compression, heads=HeadGroup(0, 2))
     with pytest.raises(UnsupportedModelError, match="study= needs all heads of the model in one process"):
-        wait_for_study(cache)
+        wait_for_study(cache, Study())
 
 
 @pytest.mark.parametrize("policy", ["kvzip", "kvzip:plus=true", BLIND, f"{BLIND}:equal=true", f"{SNAPKV}:refit=true"])
 @pytest.mark.parametrize("kind", ["llama", "hybrid"])
 def test_one_study_of_a_recorded_text_serves_every_policy_and_budget(llama: PreTrainedModel, policy: str, kind: str) -> None:
     """As each would by a study of its own."""
-    model, made, study = llama if kind == "llama" else hybrid(), wk.policy(policy), Study(("again", "facts"), tokens=4)
+    model, made = llama if kind == "llama" else hybrid(), wk.policy(policy)
+    study = Study(("again", "facts"), tokens=4, sentences=0.4)
     if made.needs_study:
         study = Study()
     ids = open_turn(ChatLetters(), TEXT, chat=True)
@@ -223,7 +228,7 @@ def test_one_study_of_a_recorded_text_serves_every_policy_and_budget(llama: PreT
     heard = study if made.needs_study else Study(("again", "summary", "facts"), tokens=4)
     hear(reading, ear, ChatLetters(), ids, begin, heard, **options)
     for budget in (20, 0.5):
-        alone, *_ = waiting(model, policy, budget)
+        alone, *_ = waiting(model, policy, budget, study)
         study_text(alone, ChatLetters(), ids, begin, study, chat=True)
         shared = replay_studied(recorded, ear, study, policy, budget, text_structure(ChatLetters(), ids))
         assert same(states(alone), states(shared))

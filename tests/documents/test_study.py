@@ -120,17 +120,19 @@ def test_an_interrupted_study_leaves_nothing_half_done(llama: PreTrainedModel, p
 
 def test_spans_that_are_protected_stay(llama: PreTrainedModel) -> None:
     for policy in (SNAPKV, "kvzip", BLIND, EQUAL):
-        doc = studied(llama, policy, 60, keep=[(20, 40)])
+        doc = studied(llama, policy, 60, keep=[(20, 40)], study=None if policy == "kvzip" else wk.Study(sentences=0.5))
         assert all(set(range(20, 40)) <= set(row) for layer in kept(doc) for row in layer)
         assert sum(doc.report.kept_entries[0]) == 60 * 5
 
 
 def test_with_equal_numbers_all_heads_keep_the_same_sentences(llama: PreTrainedModel) -> None:
-    """Half of the budget; the rest each head chooses by itself, as all of it where numbers may differ."""
-    for policy in (EQUAL, BLIND):
-        rows = [set(row) for layer in kept(studied(llama, policy, 80)) for row in layer]
+    """Half of the budget; the rest each head chooses by itself. Without the share, or where numbers may differ, nothing."""
+    assert kept(studied(llama, BLIND, 80)) == kept(studied(llama, BLIND, 80, study=wk.Study(sentences=0.5)))
+    for policy, share in ((EQUAL, 0.5), (EQUAL, 0.0), (BLIND, 0.5)):
+        doc = studied(llama, policy, 80, study=wk.Study(sentences=share))
+        rows = [set(row) for layer in kept(doc) for row in layer]
         common = set.intersection(*rows) - {0, 1, 2, 3}
-        assert (len(common) >= 40) == (policy == EQUAL)
+        assert (len(common) >= 40) == (policy == EQUAL and share > 0)
         assert all(row - common for row in rows)
 
 

@@ -25,7 +25,7 @@ from winnowkv.cache.selection import PromptSelection
 from winnowkv.policies import PromptInfo
 from winnowkv.policies.expected import Expected
 from winnowkv.policies.parts import Allocator
-from winnowkv.policies.studied import SENTENCE_SHARE, StudiedPolicy
+from winnowkv.policies.studied import StudiedPolicy
 from winnowkv.prompt.chat import open_turn, text_begin
 from winnowkv.prompt.structure import read_structure
 
@@ -173,19 +173,19 @@ def plain_sentences(most: Tensor, ends: Sequence[int], room: int) -> list[int]:
 
 
 @pytest.mark.parametrize("spec", [*STUDY, "kvzip:plus=true"])
-@pytest.mark.parametrize("budget", [12, 60])
-def test_a_study_chooses_the_best_of_every_head(model: PreTrainedModel, spec: str, budget: int) -> None:
+@pytest.mark.parametrize(("budget", "share"), [(12, 0.0), (12, 0.5), (60, 0.0), (60, 0.75)])
+def test_a_study_chooses_the_best_of_every_head(model: PreTrainedModel, spec: str, budget: int, share: float) -> None:
     """By the whole attention: the root mean square over what was read again, for kvzip the maximum; sinks stay.
 
-    But for kvzip the best sentences come first, by the maximum over all heads of all layers.
+    The best sentences come first if they have a share, by the maximum over all heads of all layers; not for kvzip.
     """
-    doc = wk.read(model, ChatLetters(), TEXT, f"{spec}:equal=true", budget, study=None if "kvzip" in spec else "lean")
+    doc = wk.read(model, ChatLetters(), TEXT, f"{spec}:equal=true", budget, study=wk.Study(sentences=share))
     assert numbers(doc.cache) == {(budget, True, budget)}
     ids = open_turn(ChatLetters(), TEXT, chat=True)
     ((instruction, chunk),) = again_ids(ChatLetters(), ids, text_begin(ChatLetters(), ids, chat=True), 2048, chat=True)
     found = attended(model, ids, [*instruction, *chunk], plus="plus" in spec)
     most = torch.cat([whole.unflatten(0, (2, -1)).amax((1, 2)) for whole in found]).mean(0)
-    first = plain_sentences(most, read_structure(ChatLetters(), ids).ends, int(SENTENCE_SHARE * budget))
+    first = plain_sentences(most, read_structure(ChatLetters(), ids).ends, int(share * budget))
     for layer, whole in zip(doc.cache.compact_layers, found, strict=True):
         by_head = whole.unflatten(0, (2, -1))
         scores = by_head.amax((1, 2)) if "kvzip" in spec else by_head.square().mean(2).sqrt().mean(1)

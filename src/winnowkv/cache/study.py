@@ -46,17 +46,20 @@ class Study:
     tokens: most that it writes for each of these, the most likely ones.
     chunk: tokens of the text that are read again at once.
     maximum: a token scores the most attention that one query pays, as in KVzip, and not the root mean square over all.
+    sentences: share of the budget, 0 to 1, for whole sentences that every layer and head keeps, if the policy has
+        ``equal=true`` and the study chooses for it; 0 for none. Else nothing changes.
 
     Raises
     ------
     InputError
-        For other sources, and for numbers below 1 (tokens) and 16 (chunk).
+        For other sources, for numbers below 1 (tokens) and 16 (chunk), and for a share of sentences outside 0 to 1.
     """
 
     sources: tuple[Source, ...] = ("again",)
     tokens: int = 96
     chunk: int = 2048
     maximum: bool = False
+    sentences: float = 0.5
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -68,6 +71,9 @@ class Study:
             raise InputError(
                 f"study: tokens={self.tokens} must be at least 1 and chunk={self.chunk} at least {LEAST_CHUNK}: give more"
             )
+
+        if not 0 <= self.sentences <= 1:
+            raise InputError(f"study: sentences={self.sentences} is a share of the budget: give a number from 0 to 1")
 
     @classmethod
     def of(cls, asked: Study | str) -> Study:
@@ -106,7 +112,7 @@ class Studying(Looking):
         return Evidence(found.pop("again"), tuple(found.values()), self._study.maximum)
 
 
-def wait_for_study(cache: CompactCache, structure: Structure | None = None) -> None:
+def wait_for_study(cache: CompactCache, study: Study, structure: Structure | None = None) -> None:
     """From a fresh cache on: the prompt is held whole until :func:`study_text`.
 
     ``structure``: the text's (:func:`text_structure`), for policies that keep its sentences in every head; without it these
@@ -114,7 +120,7 @@ def wait_for_study(cache: CompactCache, structure: Structure | None = None) -> N
     """
     cache.compression.heads.check_alone("study=")
     asked = cache.compression
-    studied = StudiedPolicy(of=asked.policy)
+    studied = StudiedPolicy(of=asked.policy, sentences=study.sentences)
     tasks = asked.tasks
     if structure is not None and studied.shares_sentences:
         tasks = tuple(replace(task, structure=structure) for task in tasks)
@@ -219,7 +225,7 @@ def replay_studied(
     :meth:`CompactCache.replay`.
     """
     other = type(recorded)(recorded.model, policy, budget)
-    wait_for_study(other, structure)
+    wait_for_study(other, study, structure)
     other.replay_into(recorded)
     assert other.looking is not None
     studying = Studying(other.looking, heard.context, study, heard.only(study.sources))

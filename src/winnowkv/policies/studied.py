@@ -1,6 +1,6 @@
 """What a study makes of another policy: what it found out takes the place of scores, and one top-k that of budgets.
 
-Where every head must keep the same number, sentences that all heads keep take most of it (:class:`StudiedSentences`).
+Where every head must keep the same number, sentences that all heads keep may take a part of it (:class:`StudiedSentences`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from winnowkv.scoring.select import top_spans
 from winnowkv.scoring.spans import span_reduce
 from winnowkv.types import HeadScores, Indices, Queries, Scores
 
-SENTENCE_SHARE = 0.5  # of the budget, for sentences that all heads keep
 LONGEST_SENTENCE = 64  # tokens; longer ones are cut
 SPAN_WIDTH = 16  # tokens of a span, if the sentences are not known
 
@@ -31,13 +30,15 @@ class StudiedPolicy(Wrapper):
 
     Where the inner policy keeps each head's best tokens, all tokens but its sinks compete by the study alone, in one top-k over
     all layers and heads as in KVzip: its own scores beside the study's, and a window at the text's end, were measured worse
-    (docs/documents.md). If the inner policy has ``equal=true``, :class:`StudiedSentences` take :data:`SENTENCE_SHARE` of the
-    budget in every head, and the rest each head fills by itself. Any other way to select (spans, budgets of heads, tokens that
+    (docs/documents.md). If the inner policy has ``equal=true``, each head keeps its own best, beside :class:`StudiedSentences`
+    that take the share ``sentences`` of the budget in every head. Any other way to select (spans, budgets of heads, tokens that
     all layers keep) stays as it is, by the policy's own scores pooled with the study's.
     """
 
     source: ClassVar[str] = "ours, docs/documents.md"
     scope: ClassVar[str] = "as the inner policy, budgets over layers and heads by a study of the text"
+
+    sentences: float = 0.0
 
     name = from_inner("name")
 
@@ -49,7 +50,7 @@ class StudiedPolicy(Wrapper):
     @property
     def shares_sentences(self) -> bool:
         """Whether all layers and heads keep the same sentences, whose ends it then asks for."""
-        return self.selects and self.of.equal
+        return self.selects and self.of.equal and self.sentences > 0
 
     @property
     def uses_structure(self) -> bool:  # type: ignore[override]
@@ -71,7 +72,7 @@ class StudiedPolicy(Wrapper):
         if not self.selects or type(inner.selector) is not Selector or inner.shared is not None:
             return inner
         allocator, selector = study_choice(prompt, inner.selector.sinks, equal=self.of.equal)
-        shared = StudiedSentences.of(prompt, inner.selector.sinks) if self.shares_sentences else None
+        shared = StudiedSentences.of(prompt, inner.selector.sinks, self.sentences) if self.shares_sentences else None
         return Parts(StudyScorer(prompt.tokens, 0, inner=inner.scorer), allocator, selector, shared, inner.hint)
 
 
@@ -95,9 +96,9 @@ class StudiedSentences(SharedTokens):
     room: int
 
     @classmethod
-    def of(cls, prompt: PromptInfo, sinks: int) -> StudiedSentences:
-        """Of a text; spans of :data:`SPAN_WIDTH` tokens if its sentences are not known."""
-        structure, room = prompt.task.structure, min(int(SENTENCE_SHARE * prompt.budget), prompt.budget - sinks)
+    def of(cls, prompt: PromptInfo, sinks: int, share: float) -> StudiedSentences:
+        """Of a text, for a share of its budget; spans of :data:`SPAN_WIDTH` tokens if its sentences are not known."""
+        structure, room = prompt.task.structure, max(min(int(share * prompt.budget), prompt.budget - sinks), 0)
         if structure is None or structure.tokens != prompt.tokens:
             return cls((), SPAN_WIDTH, sinks, room)
         return cls(structure.ends, LONGEST_SENTENCE, sinks, room)
