@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,22 +57,16 @@ class ContextHeader(BaseModel):
 
 
 @dataclass(frozen=True)
-class ContextPrompt:
-    """A request on a context: token ids, the salt that keeps its blocks apart from all others', and the parameters.
-
-    Attributes
-    ----------
-    ids: placeholders, then the tokens that follow the document.
-    """
+class EnginePrompt(ABC):
+    """A request to vLLM: token ids, the salt that keeps its blocks apart from all others', and the connector's parameters."""
 
     ids: list[int]
     salt: str
-    context: str
 
     @property
+    @abstractmethod
     def kv_transfer_params(self) -> dict[str, Any]:
-        """What names the context to the connector."""
-        return {CONTEXT_PARAM: self.context}
+        """What it says to the connector."""
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -87,6 +82,18 @@ class ContextPrompt:
     def body(self) -> dict[str, Any]:
         """For the body of ``POST /v1/completions``."""
         return {"prompt": self.ids, "cache_salt": self.salt, "kv_transfer_params": self.kv_transfer_params}
+
+
+@dataclass(frozen=True)
+class ContextPrompt(EnginePrompt):
+    """A request on a context; ``ids`` are placeholders, then the tokens that follow the document."""
+
+    context: str
+
+    @property
+    def kv_transfer_params(self) -> dict[str, Any]:
+        """What names the context."""
+        return {CONTEXT_PARAM: self.context}
 
 
 @dataclass(frozen=True)

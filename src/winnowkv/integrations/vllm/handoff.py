@@ -20,7 +20,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from winnowkv.budget import DEFAULT_BUDGET, Budget
-from winnowkv.contexts.context import CONTEXT_PARAM, ContextPrompt, check_id
+from winnowkv.contexts.context import CONTEXT_PARAM, ContextPrompt, EnginePrompt, check_id
 from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import CacheError, InputError, PolicyError, WinnowError
 from winnowkv.files import first_fault, reason
@@ -105,11 +105,9 @@ def check_policy(policy: Policy) -> None:
 
 
 @dataclass(frozen=True)
-class HandoffPrompt:
-    """Request A: token ids, a salt of its own, and the parameters."""
+class HandoffPrompt(EnginePrompt):
+    """Request A, to be sent with ``max_tokens=1``; its salt is its own."""
 
-    ids: list[int]
-    salt: str
     asked: Asked
 
     @property
@@ -118,22 +116,9 @@ class HandoffPrompt:
         return {HANDOFF_PARAM: self.asked.model_dump()}
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """For ``vllm.LLM.generate``, beside ``SamplingParams(max_tokens=1, extra_args=prompt.extra_args)``."""
-        return {"prompt_token_ids": self.ids, "cache_salt": self.salt}
-
-    @property
-    def extra_args(self) -> dict[str, Any]:
-        """For ``vllm.SamplingParams``."""
-        return {"kv_transfer_params": self.kv_transfer_params}
-
-    @property
     def body(self) -> dict[str, Any]:
         """For the body of ``POST /v1/completions``."""
-        return {
-            "prompt": self.ids, "max_tokens": 1, "cache_salt": self.salt, "return_token_ids": True,
-            "kv_transfer_params": self.kv_transfer_params,
-        }  # fmt: skip
+        return {**super().body, "max_tokens": 1, "return_token_ids": True}
 
 
 @dataclass(frozen=True)
