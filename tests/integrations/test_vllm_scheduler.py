@@ -296,3 +296,13 @@ def test_a_plan_is_given_out_once(store: ContextStore) -> None:
     assert (one.context, one.first, one.blocks) == (context.id, 8, [5, 7])
     assert one.slots == [*range(7 * 8, 8 * 8), *range(5 * 8, 5 * 8 + 4)]
     assert planner.plan({}).loads == []
+
+
+def test_no_more_headers_are_remembered_than_the_limit(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("winnowkv.integrations.vllm.scheduler_side.REMEMBERED", 2)
+    contexts, planner = [add_context(store, seed=seed) for seed in range(4)], ContextScheduler(store, MODEL, BLOCK)
+    for at, context in enumerate([*contexts, contexts[0]]):
+        request = Request.on(str(at), context.prompt(QUESTION), BLOCK)
+        planner.add(request)
+        assert planner.matched(request, 0) == context.kept
+        assert len(planner._contexts) == min(at + 1, 2)

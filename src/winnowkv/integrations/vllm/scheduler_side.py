@@ -18,6 +18,7 @@ from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import InputError, WinnowError
 
 logger = logging.getLogger(__name__)
+REMEMBERED = 1024  # contexts whose headers are not read again
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,10 @@ class ContextScheduler:
         known = self._contexts.get(asked) if isinstance(asked, str) else None
         if known is None or known.id not in self.store:
             known = self.store.context(asked)
+            self._contexts.pop(known.id, None)
             self._contexts[known.id] = known
+            if len(self._contexts) > REMEMBERED:  # their token ids take memory
+                self._contexts.pop(next(iter(self._contexts)))
         return known
 
 
