@@ -1,4 +1,4 @@
-"""What cannot be served on a context fails by itself, in vLLM: never as text, and nobody beside it is harmed."""
+"""What cannot be served on a context fails by itself, in vLLM: never as text, and no request beside it is harmed."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_layers_that_slide_keep_their_last_tokens(tmp_path: Path, sizes: tuple[i
     for number, layer in enumerate(whole.layers):
         slides = layer in whole.sliding_layers
         keys, values = layer.keys[0, :, :TOKENS].transpose(0, 1), layer.values[0, :, :TOKENS].transpose(0, 1)
-        if slides:  # what was before its window nobody sees
+        if slides:  # what was before its window is not seen
             keys, values = (torch.cat([torch.randn(TOKENS - len(part), *part.shape[1:]), part]) for part in (keys, values))
         asked, scale = (torch.randn(TOKENS, 8, 16)[None].transpose(1, 2), 1.0) if slides else next(queries)
         states.append((asked[0].transpose(0, 1), keys, values))

@@ -46,7 +46,7 @@ class Registered(Enum):
     CPU_MLA = f"{__name__}.Latent"
 
     def is_overridden(self) -> bool:
-        """Whether somebody took its place."""
+        """Whether another took its place."""
         return self.name in OVERRIDDEN
 
 
