@@ -17,6 +17,7 @@ import winnowkv as wk
 from support.architectures import SERVED, build
 from winnowkv.models import load as models
 from winnowkv.models.gguf import CONTROL, GEMMA_NAMES, NORMAL, SPACE, USER_DEFINED, dequantize, sentencepiece_tokenizer
+from winnowkv.models.info import position_limit
 
 installed = pytest.mark.skipif(
     not models.find_parts(models.GEMMA), reason=f"Gemma-3-270M is not installed ({models.PACKAGED[models.GEMMA].install})"
@@ -182,7 +183,7 @@ def test_config_is_that_of_gemma_3_270m(gemma: tuple[PreTrainedModel, Any]) -> N
     assert [n for n, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
     assert config.rope_parameters["full_attention"]["rope_theta"] == 1e6
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 1e4
-    assert (config.sliding_window, config.query_pre_attn_scalar, models.position_limit(gemma[0])) == (512, 256, 32768)
+    assert (config.sliding_window, config.query_pre_attn_scalar, position_limit(gemma[0])) == (512, 256, 32768)
     assert gemma[0].lm_head.weight.data_ptr() == gemma[0].model.embed_tokens.weight.data_ptr()
 
 
