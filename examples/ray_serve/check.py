@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before ray and torch are imported: two engines on a few cores; Ray on this machine alone, and not behind all others.
+# Before ray and torch are imported: two engines on a few cores; Ray on this machine alone, with the priority of others.
 os.environ.update(
     {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}

@@ -59,7 +59,7 @@ def call(
 
 @dataclass
 class Vllm:
-    """What stands behind the middleware: models, a tokenizer of letters, and for all else what it was sent."""
+    """What the middleware wraps: models, a tokenizer of letters, and for all else what it was sent."""
 
     tokenizer: Any = field(default_factory=ChatLetters)
     adapters: Sequence[str] = ()

@@ -37,7 +37,7 @@ class HttpAnswer:
 
 
 class OwnServer:
-    """The application behind the middleware.
+    """The application that the middleware wraps.
 
     Answers about short texts are remembered: the same few are asked for with every question on a context.
     """
