@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,11 @@ import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.cli.options import DEFAULT_STORE, Chat, Device, Dtype, Json, Model, Store
+from winnowkv.cli.progress import working
 from winnowkv.cli.tables import Column, ResultTable, keys, note, say
+from winnowkv.cli.texts import checked_text, standard_input
 from winnowkv.errors import InputError, PolicyError, WinnowError
-from winnowkv.files import check_plain, plain_lines, read_text
+from winnowkv.files import plain_lines, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,26 +77,29 @@ def add(
     whole_blocks(1, budget, block)  # before transformers is imported, which takes seconds
     chosen = policy or (HINTED_POLICY if hint is not None else BLIND_POLICY)
     by_default = policy is None and hint is None and study is None
+    level = "lean" if by_default else study
     place = ContextStore(store)
     from winnowkv.cache.compression import Compression
     from winnowkv.cache.study import Study
     from winnowkv.cli.loading import check_policies, load_model
+    from winnowkv.prompt.chat import open_turn, uses_chat
 
     check_policies([chosen], [])
-    asked = None if study in (None, "none") and not by_default else Study.of(study or "lean")
+    asked = None if level in (None, "none") else Study.of(level)
 
     def check(checked: PreTrainedModel) -> None:
         Compression.of(checked, chosen, 1.0, None, task_is_known=True)
 
     with working(f"loading {model}"):
         loaded, tokenizer = load_model(model, check, device=device, dtype=dtype)
+    tokens = len(open_turn(tokenizer, text, chat=uses_chat(chat, tokenizer), system=system))
     notes: list[str] = []
-    if by_default and not study_fits(loaded, tokenizer, text, system=system, chat=chat):
+    if by_default and not study_fits(loaded, tokens):
         notes.append("the model has no positions left to read the document again: a --hint says what must not be lost")
         asked = None
     started = time.perf_counter()
     context = compressed(
-        loaded, tokenizer, text, chosen, budget, place, block=block, study=asked, hint=hint, system=system, chat=chat,
+        loaded, tokenizer, text, tokens, chosen, budget, place, block=block, study=asked, hint=hint, system=system, chat=chat,
         name=name if name is not None else "" if file == "-" else file.replace("\\", "/").rpartition("/")[2],
     )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -118,23 +122,22 @@ def add(
     note(f'ask it: winnow vllm {model} --store {store}, then requests with "winnow_context": "{context.id}"')
 
 
-def study_fits(model: PreTrainedModel, tokenizer: Any, text: str, *, system: str | None, chat: bool | None) -> bool:
-    """Whether the model has positions left after a text to read it again."""
+def study_fits(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether the model has positions left after a text of so many tokens to read it again."""
     from winnowkv.cache.study import Study, fitted
-    from winnowkv.prompt.chat import open_turn, uses_chat
 
     try:
-        fitted(Study.of("lean"), model, len(open_turn(tokenizer, text, chat=uses_chat(chat, tokenizer), system=system)))
+        fitted(Study.of("lean"), model, tokens)
     except InputError:
         return False
     return True
 
 
 def compressed(
-    model: PreTrainedModel, tokenizer: Any, text: str, policy: str, budget: str, store: ContextStore, *, block: int,
-    study: Study | None, hint: str | None, system: str | None, chat: bool | None, name: str,
+    model: PreTrainedModel, tokenizer: Any, text: str, tokens: int, policy: str, budget: str, store: ContextStore, *,
+    block: int, study: Study | None, hint: str | None, system: str | None, chat: bool | None, name: str,
 ) -> Context:  # fmt: skip
-    """Read, compress and store a document; with a progress bar while it is studied.
+    """Read, compress and store a document of so many tokens; with a progress bar while it is studied.
 
     Raises PolicyError, before the document is read, for a policy that may keep different numbers in layers and heads.
     """
@@ -143,10 +146,8 @@ def compressed(
     from winnowkv.documents import read
     from winnowkv.policies import policy as make_policy
     from winnowkv.policies.studied import StudiedPolicy
-    from winnowkv.prompt.chat import open_turn, uses_chat
 
     context_rotation(model)  # what no context can be made of is told before the work
-    tokens = len(open_turn(tokenizer, text, chat=uses_chat(chat, tokenizer), system=system))
     entries = whole_blocks(tokens, budget, block)
     made = make_policy(policy)
     studied = study is not None or made.needs_study
@@ -232,14 +233,8 @@ def read_document(file: str) -> str:
 
         text = read_text(Path(file), lambda why: InputError(f"document {file} {why}"))
     else:
-        try:
-            text = plain_lines(sys.stdin.read())
-        except UnicodeDecodeError:
-            raise InputError("standard input is not UTF-8 text: give the document as UTF-8") from None
-    check_plain(text, lambda why: InputError(f"the document is not UTF-8 text: {why}"))
-    if not text.strip():
-        raise InputError("the document is empty: give at least one word")
-    return text
+        text = plain_lines(standard_input("document"))
+    return checked_text(text, "document")
 
 
 def mebibytes(count: int) -> str:
@@ -252,13 +247,6 @@ def mebibytes(count: int) -> str:
 def printable(text: str) -> str:
     """A name on one line."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def working(what: str) -> Any:
-    """Show on a terminal, on standard error, what takes a while."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
 
 
 @contextmanager

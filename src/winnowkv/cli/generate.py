@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +13,11 @@ import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.cli.options import DEFAULT_POLICY, Chat, Device, Dtype, Json, Model, Quality, Task, with_quality
+from winnowkv.cli.progress import working
 from winnowkv.cli.tables import note
+from winnowkv.cli.texts import checked_text, standard_input
 from winnowkv.errors import InputError
-from winnowkv.files import check_plain, read_text
+from winnowkv.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,13 +201,6 @@ def write_answer(
     return pieces.text
 
 
-def working(what: str) -> AbstractContextManager[Any]:
-    """Show on a terminal, on standard error, what takes a while."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
-
-
 def show_text(piece: str) -> None:
     """Print a piece of the answer at once."""
     print(piece, end="", flush=True)
@@ -243,16 +237,10 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     elif prompt is None or prompt == "-":
         if sys.stdin.isatty():
             raise InputError("no prompt: give one as an argument, with --file, or on standard input")
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError:
-            raise InputError("standard input is not UTF-8 text: give the prompt as UTF-8") from None
+        text = standard_input("prompt")
     else:
         text = prompt
-    check_plain(text, lambda why: InputError(f"the prompt is not UTF-8 text: {why}"))
-    if not text.strip():
-        raise InputError("the prompt is empty: give at least one word")
-    return text
+    return checked_text(text, "prompt")
 
 
 def register(app: typer.Typer) -> None:

@@ -1,15 +1,22 @@
-"""The progress bar of a resumable run, with messages about finished lines at the start and after Ctrl-C."""
+"""What a command shows while it works: the progress bar of a resumable run, with messages about finished lines, or one line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from winnowkv.evaluate.report.store import ResultStore
+
+
+def working(what: str) -> AbstractContextManager[Any]:
+    """Show on a terminal, on standard error, what takes a while."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from winnowkv.errors import InputError
-from winnowkv.prompt.chat import next_turn, rest_of_turn, text_ending
+from winnowkv.prompt.chat import next_turn, rest_of_turn, shared_tokens, text_ending
 
 CONTEXT_PARAM = "winnow_context"  # in a request's kv_transfer_params, and in the body of a chat request
 ID_LENGTH = 32  # of the 64 characters of a digest
@@ -165,12 +165,10 @@ class Context:
 
         Raises InputError if the prompt does not begin with the document, or ends with it.
         """
-        at = next((at for at, pair in enumerate(zip(ids, self.tokens, strict=False)) if pair[0] != pair[1]), None)
-        if at is None and len(ids) < self.seen:
-            at = len(ids)
-        if at is not None:
+        same = shared_tokens(ids, self.tokens)
+        if same < self.seen:
             raise InputError(
-                f"the prompt is not one on context {self.id}: of the document's {self.seen} tokens it begins with {at}; put "
+                f"the prompt is not one on context {self.id}: of the document's {self.seen} tokens it begins with {same}; put "
                 "the document first, unchanged, with the system message it was stored with"
             )
         if len(ids) == self.seen:
