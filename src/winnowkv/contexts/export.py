@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from winnowkv.budget import Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.contexts.context import Context, ContextHeader
 from winnowkv.contexts.fit import model_fields
-from winnowkv.contexts.flat import flat_states
+from winnowkv.contexts.flat import FlatStates, flat_states
 from winnowkv.contexts.store import ContextStore
 from winnowkv.documents import Document
 from winnowkv.errors import BudgetError, InputError
@@ -60,13 +61,21 @@ def export_context(
             f"{states.kept % block}; budget={whole_blocks(len(tokens), states.kept, block)} fills whole blocks",
             stacklevel=2,
         )
-    header = ContextHeader(
-        kept=states.kept, seen=states.seen, layers=states.keys.shape[0], kv_heads=states.keys.shape[2],
-        head_dim=states.keys.shape[3], dtype=str(states.keys.dtype).removeprefix("torch."),
-        model=model_fields(cache.model.config), policy=cache.compression.policy.spec,
-        budget=str(cache.report.budget), chat=chat, turns=turns, name=name,
-    )  # fmt: skip
+    about = {"policy": cache.compression.policy.spec, "budget": str(cache.report.budget), "name": name}
+    header = header_of(states, cache.model.config, **about, chat=chat, turns=turns)
     return (store if isinstance(store, ContextStore) else ContextStore(store)).add(header, states, tokens)
+
+
+def header_of(
+    states: FlatStates, config: Any, *, policy: str, budget: str, name: str, chat: bool = False, turns: bool = False
+) -> ContextHeader:
+    """The header of a context with these entries, of the model with this config."""
+    layers, kept, kv_heads, head_dim = states.keys.shape
+    return ContextHeader(
+        kept=kept, seen=states.seen, layers=layers, kv_heads=kv_heads, head_dim=head_dim,
+        dtype=str(states.keys.dtype).removeprefix("torch."), model=model_fields(config), policy=policy, budget=budget,
+        chat=chat, turns=turns, name=name,
+    )  # fmt: skip
 
 
 def whole_blocks(tokens: int, budget: Budget | int | float | str, block: int = VLLM_BLOCK) -> int:

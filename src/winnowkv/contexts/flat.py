@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
@@ -25,6 +26,7 @@ from winnowkv.contexts.fit import length_dependent, scales_by_position
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.head_group import HeadGroup
 from winnowkv.models.rope import Rotation, read_rotation, sliding_rotation
+from winnowkv.types import Keys, Values
 
 EQUAL_POLICIES = "winnow:equal=true, expected:equal=true, kvzip:equal=true or snapkv"
 
@@ -82,7 +84,8 @@ def flat_states(cache: CompactCache) -> FlatStates:
         if isinstance(each, CompactLayer):
             turns, states = rotation, each.entries_in_use()
         else:
-            turns, states = sliding_rotation(model) or rotation, window_states(each, kept, seen)
+            turns = sliding_rotation(model) or rotation
+            states = window_states(each.sliding_window, each.keys, each.values, kept, seen)
         keys.append(moved(states[0][0], turns, kept - seen))
         values.append(states[1][0].transpose(0, 1).cpu())
     shapes = {tuple(part.shape[1:]) for part in (*keys, *values)}
@@ -91,21 +94,18 @@ def flat_states(cache: CompactCache) -> FlatStates:
     return FlatStates(torch.stack(keys), torch.stack(values), seen)
 
 
-def window_states(layer: Any, kept: int, seen: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, Hkv, n', D]`` of a layer that slides: those of its last tokens, after zeros.
+def window_states(window: int, keys: Keys, values: Values, kept: int, seen: int) -> tuple[Keys, Values]:
+    """Keys and values ``[1, Hkv, n', D]`` of a layer that slides over ``window`` tokens: those of its last tokens, after zeros.
 
     Raises CacheError if what follows would see tokens that do not fit.
     """
-    visible = min(layer.sliding_window - 1, seen)
+    visible = min(window - 1, seen)
     if kept < visible:
         raise CacheError(
             f"{kept} entries are fewer than the {visible} tokens that a sliding layer sees: a budget of {visible} or more fits"
         )
-    keys, values = (
-        torch.nn.functional.pad(part[:, :, part.shape[2] - visible :], (0, 0, kept - visible, 0))
-        for part in (layer.keys, layer.values)
-    )
-    return keys, values
+    in_front = (0, 0, kept - visible, 0)
+    return pad(keys[:, :, keys.shape[2] - visible :], in_front), pad(values[:, :, values.shape[2] - visible :], in_front)
 
 
 def moved(keys: Float[Tensor, "Hkv n D"], rotation: Rotation, by: int) -> Float[Tensor, "n Hkv D"]:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
-from winnowkv.contexts.context import CONTEXT_ID, Context, ContextHeader, check_id
+from winnowkv.contexts.context import CONTEXT_ID, ID_LENGTH, Context, ContextHeader, check_id
 from winnowkv.contexts.flat import FlatStates
 from winnowkv.errors import CacheError, InputError
-from winnowkv.files import first_fault, reason
+from winnowkv.files import Fail, first_fault, reason
 
 SUFFIX = ".context"
 TENSORS = ("keys", "tokens", "values")
@@ -60,15 +60,8 @@ class ContextStore:
         path = self._path(digest)
         data = save_tensors(tensors, metadata={"winnowkv": text, "digest": digest})
         if not self._files.exists(path):
-            scratch = f"{self._root}/.{secrets.token_hex(8)}.part"
-            try:
-                self._files.makedirs(self._root, exist_ok=True)
-                self._files.pipe_file(scratch, data)
-                self._files.mv(scratch, path)
-            except (OSError, NotImplementedError) as error:
-                with suppress(OSError):
-                    self._files.rm_file(scratch)
-                raise CacheError(f"store {self.place}: context {digest[:32]} cannot be written: {reason(error)}") from None
+            what = f"store {self.place}: context {digest[:ID_LENGTH]}"
+            write_whole(self._files, path, data, lambda why: CacheError(f"{what} {why}"))
         return Context(digest, header, tuple(tokens), len(data))
 
     def ids(self) -> list[str]:
@@ -171,7 +164,7 @@ class ContextStore:
             return None
 
     def _path(self, context: str) -> str:
-        return f"{self._root}/{context[:32]}{SUFFIX}"
+        return f"{self._root}/{context[:ID_LENGTH]}{SUFFIX}"
 
     def _known(self, context: str) -> str:
         return self._path(check_id(context))
@@ -190,6 +183,20 @@ class ContextStore:
 
     def _damaged(self, context: str, why: str) -> CacheError:
         return CacheError(f"context {context} in store {self.place} cannot be used ({why}): remove it and add it anew")
+
+
+def write_whole(files: Any, path: str, data: bytes, fail: Fail) -> None:
+    """Write a file of an fsspec file system as a whole or not at all. Raises the error that ``fail`` makes of the reason."""
+    folder = path.rpartition("/")[0]
+    scratch = f"{folder}/.{secrets.token_hex(8)}.part"
+    try:
+        files.makedirs(folder, exist_ok=True)
+        files.pipe_file(scratch, data)
+        files.mv(scratch, path)
+    except (OSError, NotImplementedError) as error:
+        with suppress(OSError):
+            files.rm_file(scratch)
+        raise fail(f"cannot be written: {reason(error)}") from None
 
 
 def state_shape(header: ContextHeader) -> tuple[int, int, int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,9 +124,9 @@ def choose(
 
 def window(size: int, kept: int, seen: int, keys: Tensor, values: Tensor) -> Kept:
     """Of a layer that slides, ``[t, Hkv, D]`` of the last tokens, those that the next token sees, after zeros."""
-    by_head = [states.transpose(0, 1)[None].cpu() for states in (keys, values)]
-    padded = window_states(SimpleNamespace(sliding_window=size, keys=by_head[0], values=by_head[1]), kept, seen)
-    return Kept(padded[0][0], padded[1][0])
+    keys, values = (states.transpose(0, 1)[None].cpu() for states in (keys, values))
+    keys, values = window_states(size, keys, values, kept, seen)
+    return Kept(keys[0], values[0])
 
 
 def flat(kept: Sequence[Kept], seen: int, rotations: Sequence[Rotation]) -> FlatStates:

@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.contexts.context import CONTEXT_PARAM, ContextPrompt, EnginePrompt, check_id
-from winnowkv.contexts.store import ContextStore
+from winnowkv.contexts.store import ContextStore, write_whole
 from winnowkv.errors import CacheError, InputError, PolicyError, WinnowError
-from winnowkv.files import first_fault, reason
+from winnowkv.files import first_fault
 from winnowkv.integrations.vllm.listening import WORKER_EXTENSION
 from winnowkv.policies import Policy, policy as make_policy
 from winnowkv.prompt.structure import Structure, read_structure
@@ -178,13 +178,8 @@ class Tickets:
 
     def put(self, ticket: str, answer: Mapping[str, Any]) -> None:
         """Leave an answer, as a whole or not at all. Raises CacheError if it cannot be written."""
-        scratch = f"{self._folder}/.{ticket}.part"
-        try:
-            self._files.makedirs(self._folder, exist_ok=True)
-            self._files.pipe_file(scratch, json.dumps(answer).encode())
-            self._files.mv(scratch, f"{self._folder}/{ticket}")
-        except (OSError, NotImplementedError) as error:
-            raise CacheError(f"{self._folder}/{ticket} cannot be written: {reason(error)}") from None
+        path = f"{self._folder}/{ticket}"
+        write_whole(self._files, path, json.dumps(answer).encode(), lambda why: CacheError(f"{path} {why}"))
 
     def take(self, ticket: str) -> dict[str, Any] | None:
         """An answer that was left, and remove it; None if there is none, or if it cannot be read."""

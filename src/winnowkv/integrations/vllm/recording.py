@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from winnowkv.cache.selection import PromptSelection
-from winnowkv.contexts.context import CONTEXT_PARAM, ContextHeader
-from winnowkv.contexts.fit import model_fields
+from winnowkv.contexts.context import CONTEXT_PARAM
+from winnowkv.contexts.export import header_of
 from winnowkv.contexts.flat import context_rotation
 from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import CacheError, InputError, WinnowError
@@ -236,11 +236,7 @@ class Recorder:
         rotations = [self._rotation if layer.window is None else self._sliding for layer in self._in_order()]
         states = flat(prompt.kept, each.tokens, rotations)
         made, budget = each.asked.made()
-        header = ContextHeader(
-            kept=states.kept, seen=states.seen, layers=states.keys.shape[0], kv_heads=states.keys.shape[2],
-            head_dim=states.keys.shape[3], dtype=str(states.keys.dtype).removeprefix("torch."),
-            model=model_fields(self._config), policy=made.spec, budget=str(budget), chat=False, name="handoff",
-        )  # fmt: skip
+        header = header_of(states, self._config, policy=made.spec, budget=str(budget), name="handoff")
         context = self._store.add(header, states, each.ids)
         times = {"choose_seconds": round(prompt.seconds, 4), "store_seconds": round(time.perf_counter() - started, 4)}
         self._tickets.put(each.ticket, {CONTEXT_PARAM: context.id, "kept": context.kept, "seen": context.seen, **times})
