@@ -39,6 +39,13 @@ def fields_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str
     return None
 
 
+def why_unmovable(config: Any) -> str | None:
+    """Why keys of the model cannot be moved to other positions, as far as its config tells; None if they can."""
+    if (kind := length_dependent(config)) is not None:
+        return f"the model's rotation ({kind}) changes with the prompt's length"
+    return "the model scales queries by their position" if scales_by_position(config) else None
+
+
 def length_dependent(config: Any) -> str | None:
     """The kind of RoPE whose frequencies change with the length of the prompt, if the model has one."""
     kinds = [value for name, value in rope_options(config).items() if name.rpartition(".")[2] == "rope_type"]

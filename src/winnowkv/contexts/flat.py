@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
 from winnowkv.cache.looking import check_chosen
-from winnowkv.contexts.fit import length_dependent, scales_by_position
+from winnowkv.contexts.fit import why_unmovable
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.head_group import HeadGroup
 from winnowkv.models.rope import Rotation, read_rotation, sliding_rotation
@@ -118,12 +118,8 @@ def moved(keys: Float[Tensor, "Hkv n D"], rotation: Rotation, by: int) -> Float[
 def context_rotation(model: object) -> Rotation:
     """The model's rotation, if it is one by which keys can be moved. Raises UnsupportedModelError if not."""
     config = model.config  # type: ignore[attr-defined]
-    if (kind := length_dependent(config)) is not None:
-        raise UnsupportedModelError(
-            f"this model's rotation ({kind}) changes with the prompt's length, so its keys cannot be moved: no context"
-        )
-    if scales_by_position(config):
-        raise UnsupportedModelError("this model scales queries by their position, so its keys cannot be moved: no context")
+    if (why := why_unmovable(config)) is not None:
+        raise UnsupportedModelError(f"{why}, so its keys cannot be moved: no context")
     rotation = read_rotation(model)
     if rotation is None:
         raise UnsupportedModelError(

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from winnowkv.contexts.fit import length_dependent, model_fields, scales_by_position
+from winnowkv.contexts.fit import model_fields, why_unmovable
 from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import UnsupportedEngineError
 from winnowkv.integrations.vllm.handoff import NO_HANDOFF, HandoffPass, HandoffScheduling, Tickets
@@ -67,20 +67,20 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
         self._block = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._scheduler: ContextScheduler | None = None
         self._memory: ContextMemory | None = None
-        self._handoffs: HandoffScheduling | None = None
+        self._layers: dict[int, Any] = {}  # vLLM's attention layers of this worker, by their number in the model
+        self._handoff_scheduling: HandoffScheduling | None = None
         self._recorder: Recorder | None = None
         self._failed: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = ContextScheduler(self._store, model_fields(vllm_config.model_config.hf_config), self._block)
             refusal = None if options.handoff_bytes else NO_HANDOFF
-            self._handoffs = HandoffScheduling(Tickets(self._store), self._block, refusal)
+            self._handoff_scheduling = HandoffScheduling(Tickets(self._store), self._block, refusal)
 
     # In the scheduler
 
     def on_new_request(self, request: Request) -> None:
         """A request came."""
         self._planner.add(request)
-        assert self._handoffs is not None
         self._handoffs.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -99,7 +99,6 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
             for name in self._planner.late():
                 if name in scheduled:
                     running[name] = self._kv_cache_manager.get_block_ids(name)[0]
-        assert self._handoffs is not None
         return ConnectorMetadata(self._planner.plan(running), self._handoffs.passes(scheduler_output))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -111,13 +110,17 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """The same; without this method vLLM turns its hybrid cache manager off."""
         self._planner.finished(request.request_id)
-        assert self._handoffs is not None
         return False, self._handoffs.finished(request)
 
     @property
     def _planner(self) -> ContextScheduler:
         assert self._scheduler is not None
         return self._scheduler
+
+    @property
+    def _handoffs(self) -> HandoffScheduling:
+        assert self._handoff_scheduling is not None
+        return self._handoff_scheduling
 
     # In a worker
 
@@ -128,13 +131,13 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
         rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
         self._memory = ContextMemory(self._store, self._options.ram_bytes, rank, ranks)
         model = self._vllm_config.model_config
-        layers = attention_layers(self._vllm_config.compilation_config.static_forward_context)
-        check_layers(layers, model.get_num_layers(parallel), model.get_num_kv_heads(parallel), self._block)
+        self._layers = attention_layers(self._vllm_config.compilation_config.static_forward_context)
+        check_layers(self._layers, model.get_num_layers(parallel), model.get_num_kv_heads(parallel), self._block)
 
         if self._options.handoff_bytes:
             check_whole(parallel)
             self._recorder = Recorder(model.hf_config, self._store, self._options.handoff_bytes)
-            self._recorder.layers = listen_to(layers, self._recorder)
+            self._recorder.layers = listen_to(self._layers, self._recorder)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins: what is computed of requests that are handed off is heard from now on."""
@@ -150,8 +153,7 @@ class WinnowConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed |= metadata.plan.failed
         if metadata.plan.loads:
             assert self._memory is not None
-            layers = attention_layers(forward_context.no_compile_layers)
-            self._failed |= load(self._memory, metadata.plan.loads, layers, self._vllm_config.model_config.dtype)
+            self._failed |= load(self._memory, metadata.plan.loads, self._layers, self._vllm_config.model_config.dtype)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Everything was loaded before the step."""
@@ -203,7 +205,7 @@ def check_whole(parallel: Any) -> None:
 def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise UnsupportedEngineError for what is known before the model runs to be no place for contexts."""
     model, cache, transfer = vllm_config.model_config, vllm_config.cache_config, vllm_config.kv_transfer_config
-    config, parallel = model.hf_config, vllm_config.parallel_config
+    parallel = vllm_config.parallel_config
     why = None
     if len(kv_cache_config.kv_cache_groups) != 1:
         why = (
@@ -216,10 +218,8 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
         why = "a context's entries would have to be divided among workers (context parallel): use tensor parallel"
     elif model.use_mla:
         why = "latent keys (MLA) cannot be moved to other positions"
-    elif (kind := length_dependent(config)) is not None:
-        why = f"the model's rotation ({kind}) changes with the prompt's length"
-    elif scales_by_position(config):
-        why = "the model scales queries by their position"
+    elif (unmovable := why_unmovable(model.hf_config)) is not None:
+        why = unmovable
     elif str(cache.cache_dtype) not in ("auto", "float16", "bfloat16", "float32"):
         why = f"kv_cache_dtype {cache.cache_dtype} was not tested: leave it out"
     elif transfer is not None and transfer.kv_load_failure_policy != "fail":
