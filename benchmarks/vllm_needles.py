@@ -27,14 +27,12 @@ from winnowkv.contexts.context import ContextPrompt
 from winnowkv.contexts.export import export_context, whole_blocks
 from winnowkv.contexts.store import ContextStore
 from winnowkv.evaluate.needle.prompts import Needle, PromptBuilder, read_haystack, read_needles
+from winnowkv.integrations.vllm.options import transfer_config
 from winnowkv.models.load import model_folder
 from winnowkv.prompt.chat import open_turn
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 HERE = Path(__file__).parent
-SERVED = {
-    "kv_connector": "WinnowConnector", "kv_role": "kv_both", "kv_connector_module_path": "winnowkv.integrations.vllm",
-}  # fmt: skip
 Line = dict[str, Any]
 
 
@@ -70,7 +68,7 @@ def ask_vllm(args: argparse.Namespace, store: ContextStore, prompts: list[Contex
     engine = vllm.LLM(
         model=str(model_folder("embedded", torch.float32)), dtype="float32", max_model_len=longest + 1, enforce_eager=True,
         kv_cache_memory_bytes=args.memory << 20,
-        kv_transfer_config={**SERVED, "kv_connector_extra_config": {"store": store.place}},
+        kv_transfer_config=transfer_config(store.place),
     )  # fmt: skip
     outputs = []
     for requests, extra in (

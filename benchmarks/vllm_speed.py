@@ -49,6 +49,7 @@ from winnowkv.errors import InputError
 from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.store import write_json
+from winnowkv.integrations.vllm.options import transfer_config
 from winnowkv.models.load import EMBEDDED, model_folder
 from winnowkv.prompt.chat import open_turn
 from winnowkv.report import MIB
@@ -303,10 +304,7 @@ def main() -> None:
         "model": str(folder), "dtype": "bfloat16", "max_model_len": LONGEST, "enforce_eager": not args.compile,
         "kv_cache_memory_bytes": args.kv_mib * MIB, "enable_prefix_caching": True,
     }  # fmt: skip
-    transfer = {
-        "kv_connector": "WinnowConnector", "kv_connector_module_path": "winnowkv.integrations.vllm", "kv_role": "kv_both",
-        "kv_connector_extra_config": {"store": str((args.out / "store").resolve())},
-    }  # fmt: skip
+    transfer = transfer_config(str((args.out / "store").resolve()))
     lines: list[Cell] = []
     loads = [os.getloadavg()]
     with ExitStack() as stack:

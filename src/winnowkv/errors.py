@@ -17,6 +17,10 @@ class InputError(WinnowError, ValueError):
     """A prompt, a mask or a file that cannot be used as it is."""
 
 
+class UnknownContextError(InputError):
+    """A context that is not in its store, or no longer."""
+
+
 class UnsupportedModelError(WinnowError):
     """A model whose attention or cache does not go through transformers' two sockets."""
 

@@ -20,6 +20,7 @@ from winnowkv.contexts.flat import FlatStates, flat_states
 from winnowkv.contexts.store import ContextStore
 from winnowkv.integrations.vllm import Handoff, go_on
 from winnowkv.integrations.vllm.listening import WORKER_EXTENSION
+from winnowkv.integrations.vllm.options import transfer_config
 from winnowkv.models.load import EMBEDDED, INSTALL, find_wheel, model_folder
 
 pytestmark = [
@@ -48,10 +49,7 @@ class Engine:
         self.model, self.tokenizer = wk.load(EMBEDDED, dtype=torch.float32)
         text = (resources.files("winnowkv.evaluate.needle") / "data" / "haystack.txt").read_text(encoding="utf-8")
         self.ids: list[int] = self.tokenizer.encode(text)
-        transfer = {
-            "kv_connector": "WinnowConnector", "kv_connector_module_path": "winnowkv.integrations.vllm", "kv_role": "kv_both",
-            "kv_connector_extra_config": {"store": str(place), "handoff_gib": 0.5},
-        }  # fmt: skip
+        transfer = transfer_config(str(place), handoff_gib=0.5)
         self.llm: Any = LLM(
             str(model_folder(EMBEDDED, torch.float32)), dtype="float32", enforce_eager=True, max_model_len=2304,
             max_num_batched_tokens=PASS, kv_cache_memory_bytes=BLOCKS * BLOCK_BYTES, kv_transfer_config=transfer,

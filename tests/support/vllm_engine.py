@@ -16,6 +16,7 @@ from winnowkv.contexts.context import Context, ContextPrompt
 from winnowkv.contexts.export import export_context
 from winnowkv.contexts.store import ContextStore
 from winnowkv.evaluate.needle.prompts import read_haystack
+from winnowkv.integrations.vllm.options import transfer_config
 from winnowkv.models.load import model_folder
 
 QUESTIONS = ["What is this text about?", "Who is mentioned in it?"]
@@ -77,11 +78,7 @@ def engine(store: ContextStore | None, dtype: str = "float32", **options: Any) -
 
     settings = {"max_model_len": 2048, "kv_cache_memory_bytes": 512 * MIB, "enforce_eager": True, **options}
     if store is not None:
-        settings["kv_transfer_config"] = {
-            "kv_connector": "WinnowConnector", "kv_role": "kv_both",
-            "kv_connector_module_path": "winnowkv.integrations.vllm",
-            "kv_connector_extra_config": {"store": store.place},
-        }  # fmt: skip
+        settings["kv_transfer_config"] = transfer_config(store.place)
     llm = vllm.LLM(model=str(model_folder("embedded", getattr(torch, dtype))), dtype=dtype, **settings)
     try:
         yield llm

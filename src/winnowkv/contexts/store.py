@@ -24,7 +24,7 @@ from torch import Tensor
 
 from winnowkv.contexts.context import CONTEXT_ID, ID_LENGTH, Context, ContextHeader, check_id
 from winnowkv.contexts.flat import FlatStates
-from winnowkv.errors import CacheError, InputError
+from winnowkv.errors import CacheError, InputError, UnknownContextError
 from winnowkv.files import Fail, first_fault, reason
 
 SUFFIX = ".context"
@@ -80,7 +80,7 @@ class ContextStore:
         for one in self.ids():
             try:
                 found = self.context(one)
-            except InputError:
+            except UnknownContextError:
                 continue
             yield found
 
@@ -178,11 +178,39 @@ class ContextStore:
         except ValidationError as error:
             raise self._damaged(context, first_fault(error)) from None
 
-    def _unknown(self, context: str) -> InputError:
-        return InputError(f"there is no context {context} in store {self.place}: see winnow context list --store {self.place}")
+    def _unknown(self, context: str) -> UnknownContextError:
+        return UnknownContextError(
+            f"there is no context {context} in store {self.place}: see winnow context list --store {self.place}"
+        )
 
     def _damaged(self, context: str, why: str) -> CacheError:
         return CacheError(f"context {context} in store {self.place} cannot be used ({why}): remove it and add it anew")
+
+
+class RememberedContexts:
+    """The contexts of a store, of which the last that were asked for are not read again as long as they are there.
+
+    Parameters
+    ----------
+    limit: most that are held, since their token ids take memory; the least recently used go.
+    """
+
+    def __init__(self, store: ContextStore, limit: int) -> None:
+        self.store, self.limit = store, limit
+        self._known: dict[str, Context] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, asked: Any) -> Context:
+        """A context. Raises as :meth:`ContextStore.context`."""
+        found = self._known.pop(asked, None) if isinstance(asked, str) else None
+        if found is None or found.id not in self.store:
+            found = self.store.context(asked)
+        self._known[found.id] = found
+        while len(self._known) > self.limit:
+            del self._known[next(iter(self._known))]
+        return found
 
 
 def write_whole(files: Any, path: str, data: bytes, fail: Fail) -> None:

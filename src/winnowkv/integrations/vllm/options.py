@@ -56,3 +56,16 @@ class ConnectorOptions:
     def handoff_bytes(self) -> int:
         """The same as ``handoff_gib``."""
         return int(self.handoff_gib * GIB)
+
+
+def transfer_config(store: str, **options: Any) -> dict[str, Any]:
+    """What vLLM's ``kv_transfer_config`` is for the contexts of a store; ``options`` of :class:`ConnectorOptions`.
+
+    Raises InputError as :meth:`ConnectorOptions.of`.
+    """
+    extra = {"store": store, **options}
+    ConnectorOptions.of(extra)
+    return {
+        "kv_connector": "WinnowConnector", "kv_connector_module_path": "winnowkv.integrations.vllm", "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }  # fmt: skip

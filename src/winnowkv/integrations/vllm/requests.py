@@ -13,8 +13,8 @@ from typing import Any
 
 from winnowkv.contexts.context import CONTEXT_PARAM, Context
 from winnowkv.contexts.fit import fields_difference
-from winnowkv.contexts.store import ContextStore
-from winnowkv.errors import CacheError, InputError, WinnowError
+from winnowkv.contexts.store import ContextStore, RememberedContexts
+from winnowkv.errors import CacheError, InputError, UnknownContextError, WinnowError
 from winnowkv.files import shown
 from winnowkv.prompt.chat import BEFORE_QUESTION, PROBES, apply_template, open_turn, shared_tokens, text_ending, user_message
 
@@ -80,27 +80,21 @@ class Contexts:
 
     def __init__(self, store: ContextStore) -> None:
         self.store = store
-        self._known: dict[str, Context] = {}
+        self._known = RememberedContexts(store, MOST_CONTEXTS)
 
     def __getitem__(self, asked: Any) -> Context:
         """A context. Raises RefusedError for what is none, is not there or cannot be used, without the store's place."""
-        found = self._known.pop(asked, None) if isinstance(asked, str) else None
         try:
-            if asked not in self.store:
-                raise RefusedError(CONTEXT_PARAM, f"there is no context {asked} in the server's store: see {CONTEXTS_PATH}")
-            if found is None:
-                found = self.store.context(asked)
-        except RefusedError:
-            raise
+            return self._known[asked]
+        except UnknownContextError:
+            raise RefusedError(
+                CONTEXT_PARAM, f"there is no context {asked} in the server's store: see {CONTEXTS_PATH}"
+            ) from None
         except CacheError as error:
             logger.error("%s", error)
             raise RefusedError(CONTEXT_PARAM, DAMAGED.format(asked)) from None
         except InputError as error:
             raise RefusedError(CONTEXT_PARAM, str(error)) from None
-        self._known[found.id] = found
-        while len(self._known) > MOST_CONTEXTS:
-            del self._known[next(iter(self._known))]
-        return found
 
     def listed(self) -> list[Body]:
         """All contexts as plain data; of a file that cannot be used its id and why."""

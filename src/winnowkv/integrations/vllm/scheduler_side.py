@@ -14,7 +14,7 @@ from typing import Any
 
 from winnowkv.contexts.context import CONTEXT_PARAM, SALT, Context
 from winnowkv.contexts.fit import fields_difference
-from winnowkv.contexts.store import ContextStore
+from winnowkv.contexts.store import ContextStore, RememberedContexts
 from winnowkv.errors import InputError, WinnowError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ContextScheduler:
     def __init__(self, store: ContextStore, model: Mapping[str, Any], block: int) -> None:
         self.store, self.model, self.block = store, model, block
         self._requests: dict[str, Context | Refused] = {}
-        self._contexts: dict[str, Context] = {}
+        self._contexts = RememberedContexts(store, REMEMBERED)
         self._plan = Plan()
 
     def add(self, request: Any) -> None:
@@ -123,7 +123,7 @@ class ContextScheduler:
 
     def _checked(self, request: Any, asked: Any) -> Context:
         """The context of a request. Raises InputError or CacheError if it cannot have it."""
-        context = self._context(asked)
+        context = self._contexts[asked]
         difference = fields_difference(context.header.model, self.model)
         if difference is not None:
             raise InputError(f"context {context.id} is of another model: {difference}")
@@ -142,16 +142,6 @@ class ContextScheduler:
         if request.cache_salt != context.salt:
             raise InputError(f"context {context.id}: cache_salt is not the context's: make the request by Context.prompt")
         return context
-
-    def _context(self, asked: Any) -> Context:
-        known = self._contexts.get(asked) if isinstance(asked, str) else None
-        if known is None or known.id not in self.store:
-            known = self.store.context(asked)
-            self._contexts.pop(known.id, None)
-            self._contexts[known.id] = known
-            if len(self._contexts) > REMEMBERED:  # their token ids take memory
-                self._contexts.pop(next(iter(self._contexts)))
-        return known
 
 
 def named_context(request: Any) -> Any:
