@@ -35,6 +35,7 @@ from winnowkv.policies import Policy, Tasks, policy as make_policy
 from winnowkv.prompt.chat import next_turn, open_turn, rest_of_turn, text_begin, text_ending, uses_chat
 from winnowkv.prompt.structure import read_structure
 from winnowkv.report import Report
+from winnowkv.types import Between
 
 BLIND_POLICY = "winnow:observe=context"  # for questions that are not known yet
 STUDIED_POLICY = "winnow:observe=context:refit=true"
@@ -277,6 +278,7 @@ def read(
     ceiling: int | float | None = None,
     study: Level | Study | None = None,
     progress: Progress | None = None,
+    between: Between | None = None,
 ) -> Document:
     """Read a text once, keep ``budget`` of its cache, and ask it many questions.
 
@@ -300,6 +302,7 @@ def read(
         write a summary, facts and questions (:class:`Study`). The whole cache is held meanwhile; ``report.study_seconds`` says
         what it took. Without it nothing is studied, but for the policy ``kvzip``, which reads the text again.
     progress: called while a text is studied, with the tokens done and those in all.
+    between: called between the layers while the text is read and studied, as for :class:`CompactCache`.
 
     Raises
     ------
@@ -316,7 +319,7 @@ def read(
     if hint is not None:
         asked = rest_of_turn(tokenizer, text_ending(tokenizer, ids, chat=templated), hint, chat=templated)
         tasks = hinted_tasks(tokenizer, [*ids, *asked], len(asked), task, made)
-    cache = CompactCache(model, made, budget, task=tasks, decode_budget=decode_budget, keep=keep)
+    cache = CompactCache(model, made, budget, task=tasks, decode_budget=decode_budget, keep=keep, between=between)
     inputs = torch.tensor([[*ids, *asked]], device=input_device(model))
     if asked_study is not None:
         wait_for_study(cache, asked_study, text_structure(tokenizer, ids))
@@ -324,6 +327,7 @@ def read(
     if asked_study is not None:
         begin = text_begin(tokenizer, ids, chat=templated, system=system)
         study_text(cache, tokenizer, ids, begin, asked_study, chat=templated, progress=progress)
+    cache.between = None
     return Document(model, tokenizer, cache, ids, chat=templated)
 
 

@@ -24,11 +24,14 @@ a layer keep different numbers, the shorter ones are padded in front with -1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Between = Callable[[int], None]  # called between the layers of a forward pass, with its tokens
 
 Queries = Float[Tensor, "B Hq W D"]
 Keys = Float[Tensor, "B Hkv S D"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +17,6 @@ from support.tokenizers import word_tokenizer
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.admission import Admission
 from winnowkv.engine.engine import Engine
-from winnowkv.engine.request import Claim
 from winnowkv.engine.sampling import Sampling
 
 BEGINS = ("full", "snapkv:observe=8", "dynamickv:observe=4", "cake:observe=4", "adakv:floor=0:of=s", "headkv:observe=4:k",
@@ -151,7 +152,7 @@ def test_a_prompt_that_needs_more_than_claimed_and_does_not_fit_fails_alone(
 ) -> None:
     """Claims that are too low, as those of a policy that is not ours may be."""
     claim = Admission.claim
-    monkeypatch.setattr(Admission, "claim", lambda self, tokens, *more: Claim(9, [4] * 5, claim(self, tokens, *more).room))
+    monkeypatch.setattr(Admission, "claim", lambda *asked: replace(claim(*asked), peak=9, entries=[4] * 5))
     free = Engine(llama, word_tokenizer(), **SNAP)
     memory = free._slots.bytes_alone([20] * 5, 4)
     engine = Engine(llama, word_tokenizer(), kv_memory=memory, **SNAP)

@@ -1,9 +1,8 @@
 """The compact cache: storage behind transformers' cache socket.
 
-Each :class:`CompactLayer` holds unexpanded KV heads of only the entries that stay, grows
-in place while tokens are generated, and tells transformers its *logical* length
-(tokens seen, hence RoPE positions) and its *physical* one (entries held, hence masks).
-What stays is decided by a :class:`~winnowkv.cache.session.PrefillSession`, not here.
+Each :class:`CompactLayer` holds unexpanded KV heads of only the entries that stay, grows in place while tokens are generated,
+and tells transformers its *logical* length (tokens seen, hence RoPE positions) and its *physical* one (entries held, hence
+masks). What stays is decided by a :class:`~winnowkv.cache.session.PrefillSession`, not here.
 """
 
 from __future__ import annotations
@@ -37,7 +36,9 @@ from winnowkv.cache.storage import LayerStorage
 from winnowkv.errors import CacheError, InputError, UnsupportedModelError
 from winnowkv.policies import Policy, Tasks
 from winnowkv.report import Report
-from winnowkv.types import Padding, Valid
+from winnowkv.types import Between, Padding, Valid
+
+OWN = ("_hold", "between")  # of one cache and not of its copies
 
 
 class CompactCache(LayerStorage):
@@ -45,24 +46,23 @@ class CompactCache(LayerStorage):
 
     Parameters
     ----------
-    model: a decoder-only transformers model whose attention goes through ``AttentionInterface``.
-        While the cache lives the model's attention goes through ours, which hands every other
-        cache on to the framework's own function; the model is put back when the cache dies.
+    model: a decoder-only transformers model whose attention goes through ``AttentionInterface``. While the cache lives it goes
+        through ours, which hands every other cache on to the framework's own function; then the model is put back.
     policy: a name, a spec (``"windowkv:group=6"``, ``"snapkv:quantize=int8"``) or a :class:`Policy`.
     budget: kept entries (int), the kept fraction of the prompt (float), or ``"auto:0.95"``, the smallest that is expected
         to give 95% of the full cache's tokens on this prompt (:class:`~winnowkv.budget.Budget`).
-    task: ``"localization"``, ``"aggregation"`` or a :class:`TaskProfile`, for policies that score
-        by task; a sequence gives each row of a batch its own.
-    decode_budget: most entries per layer and KV head to hold of what comes after the prompt, at least 64. They are
-        evicted in blocks of 64, so up to 63 more are held between; the last 32 stay and, per KV head, those that one
-        of the last 32 queries attended to most. The prompt's entries are not touched. None: no limit.
-    record: keep the last ``record`` queries of every layer, so that :meth:`replay` can run
-        other policies over this prefill; for evaluation.
+    task: ``"localization"``, ``"aggregation"`` or a :class:`TaskProfile`, for policies that score by task; a sequence gives
+        each row of a batch its own.
+    decode_budget: most entries per layer and KV head to hold of what comes after the prompt, at least 64. They go in blocks of
+        64, so up to 63 more are held between; the last 32 stay and, per KV head, those that one of the last 32 queries
+        attended to most. The prompt's entries are not touched. None: no limit.
+    record: keep every layer's last ``record`` queries, so that :meth:`replay` can run other policies; for evaluation.
     keep_scores: keep the importance scores, so that :meth:`explain` can answer and the report has ``kept_mass``.
     keep: spans ``(start, end)`` of token positions that every layer and head keeps, whatever they score, such as a system
         prompt; counted from the prompt's first token without padding. They count in the budget.
     quality: ``lean``, ``balanced`` or ``best``: options of the policy (:func:`~winnowkv.policies.quality.with_quality`).
     hold: keep the model's attention routed while the cache lives; False for a block's caches, which end with it.
+    between: called before each layer of a pass, with its tokens; other work on the model may be done there.
 
     Raises
     ------
@@ -83,13 +83,14 @@ class CompactCache(LayerStorage):
         keep: Sequence[tuple[int, int]] = (),
         quality: str | None = None,
         hold: bool = True,
+        between: Between | None = None,
     ) -> None:
         check_model(model)
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
         self.compression = Compression.of(model, policy, budget, task, keep_scores=keep_scores, keep=keep, quality=quality)
         super().__init__(model, decode_budget, self.compression.policy.decode_eviction())
-        self._record = record
+        self._record, self.between = record, between
         self._model = weakref.ref(model)
         self._forget()
         self._set_hold(hold)
@@ -109,16 +110,16 @@ class CompactCache(LayerStorage):
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactCache:
         """A cache of its own, which may outlive this one."""
         copied = memo[id(self)] = type(self).__new__(type(self))
-        vars(copied).update({name: deepcopy(value, memo) for name, value in vars(self).items() if name != "_hold"})
+        vars(copied).update(
+            {name: deepcopy(value, memo) for name, value in vars(self).items() if name not in OWN}, between=None
+        )
         copied._set_hold(self._holds_on)
         copied._watch_passes()
         return copied
 
     def _forget(self) -> None:
-        self.report = new_report(self.compression)
-        self.session: PrefillSession | None = PrefillSession(
-            self.compression, self.compact_layers, self.report, self._projections
-        )
+        self.report, layers = new_report(self.compression), self.compact_layers
+        self.session: PrefillSession | None = PrefillSession(self.compression, layers, self.report, self._projections)
         self.recording = Recording(self._record) if self._record else None
         self.looking: Looking | None = None  # while a prompt that was read is held whole
         self.heard: Heard | None = None  # of a copy that a draft reads into
@@ -129,8 +130,7 @@ class CompactCache(LayerStorage):
 
     def reset(self) -> None:
         """Forget the prompt and what came after it; the next one is compressed afresh, with a report of its own."""
-        for layer in self.sliding_layers:
-            # Older releases would write zeros into what a replay may share, and go on after the zeros.
+        for layer in self.sliding_layers:  # older releases would write zeros into what a replay may share, and go on after them
             layer.keys = layer.values = None
             layer.is_initialized = False
         super().reset()
@@ -182,6 +182,8 @@ class CompactCache(LayerStorage):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; the keys returned carry a tag by which attention finds its way back here."""
+        if self.between is not None:
+            self.between(key_states.shape[-2])
         if layer_idx not in self._numbers:
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             layer: Any = self.layers[layer_idx]
@@ -221,16 +223,15 @@ class CompactCache(LayerStorage):
         """Physical length and our mark. Raises CacheError if the compress block of this cache has ended."""
         if not self._hold.take(self.model, route=False):
             raise CacheError(
-                "this cache was made in a compress block that has ended: go on inside the block, "
-                "or pass a cache of your own, past_key_values=CompactCache(model, ...)"
+                "this cache was made in a compress block that has ended: go on inside the block, or pass a cache of your own, "
+                "past_key_values=CompactCache(model, ...)"
             )
         return super().get_mask_sizes(*args, **kwargs)
 
     def crop(self, tokens: int) -> None:
         """Take generated tokens back. Negative: that many; positive: down to that length; 0: nothing.
 
-        Raises CacheError, with nothing taken back, for tokens of the prompt, and if a layer's sliding
-        window has lost what would have to come back into it.
+        Raises CacheError, with nothing taken back, for tokens of the prompt, and if a sliding window lost what would return.
         """
         back = -tokens if tokens <= 0 else self.get_seq_length() - tokens
         if back <= 0 or not self.get_seq_length():
@@ -246,9 +247,9 @@ class CompactCache(LayerStorage):
     def begin_chunks(self, tokens: int, chunk: int | None, ceiling: int | float | None = None, *, hint: int = 0) -> list[int]:
         """Get ready to read one prompt of ``tokens`` in chunks; returns their lengths. After each comes :meth:`end_chunk`.
 
-        The last ``hint`` tokens are a chunk of their own: the policy chooses by them, then they are taken back.
-        ``chunk`` None reads all before them at once. Every layer has room for ``ceiling + chunk`` entries from the first chunk
-        on, for the whole prompt without a ceiling.
+        The last ``hint`` tokens are a chunk of their own: the policy chooses by them, then they are taken back. ``chunk`` None
+        reads all before them at once. Every layer has room for ``ceiling + chunk`` entries from the first chunk on, for the
+        whole prompt without a ceiling.
         Raises CacheError for a cache that is not fresh or records under a ceiling, and the errors of a prompt that is read
         at once: all of them before anything is read.
         """
@@ -305,8 +306,7 @@ class CompactCache(LayerStorage):
 
     def observe(self, layer_idx: int, queries: Tensor, scale: float) -> None:
         """After a layer's attention: score and evict while the prompt is read, later count and hold the decode budget."""
-        number, layer = self._numbers[layer_idx], self.layers[layer_idx]
-        assert isinstance(layer, CompactLayer)
+        number = self._numbers[layer_idx]
         if self.session is not None:
             if self.recording is not None:
                 self.recording.take(number, queries, scale)
@@ -316,6 +316,7 @@ class CompactCache(LayerStorage):
             heard = self.heard if self.looking is None else self.looking.heard
             if heard is not None:
                 heard.take(number, queries)
+            layer: Any = self.layers[layer_idx]
             layer.trim(queries, scale)
         if number == len(self._numbers) - 1:
             if not self._holds_on:
@@ -366,9 +367,8 @@ class CompactCache(LayerStorage):
     def explain(self, layer: int, token: int, row: int = 0) -> list[Explanation]:
         """Why a token of the prompt stayed or went, for each KV head of a compressed layer.
 
-        ``layer`` counts compressed layers, ``token`` the prompt's tokens without padding, ``row`` the rows of the batch as it
-        was read. Raises CacheError without ``keep_scores=True`` and before a prompt was read, InputError for a layer, token or
-        row that is not there.
+        ``layer`` counts compressed layers, ``token`` the prompt's tokens without padding, ``row`` the batch's rows when read.
+        Raises CacheError without ``keep_scores=True`` and before a prompt was read, InputError for what is not there.
         """
         return found_choices(self._choices, self.compression.keep_scores).explain(layer, token, row)
 

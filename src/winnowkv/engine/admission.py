@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.chunked import cut
 from winnowkv.cache.compression import Compression
+from winnowkv.cache.layer import BUFFER_GROWTH
 from winnowkv.engine.drafts import Drafts
 from winnowkv.engine.request import Ahead, Claim
 from winnowkv.engine.sampling import Sampling
@@ -22,53 +24,70 @@ class Admission:
 
     Parameters
     ----------
-    shape: the model's. compression: policy and budget of every request.
+    shape: the model's.
     kv_memory: most bytes of keys and values; None for no limit.
     prefill_chunk, prefill_ceiling: as for :class:`~winnowkv.engine.engine.Engine`.
-
-    Attributes
-    ----------
-    lean: policy and budget of a request that can never fit as its policy looks.
     """
 
     def __init__(
         self,
         shape: Shape,
-        compression: Compression,
         kv_memory: int | None = None,
         prefill_chunk: int | None = None,
         prefill_ceiling: int | float | None = None,
     ) -> None:
         self.kv_memory = kv_memory
-        self.lean = replace(compression, policy=compression.policy.lean())
-        self._shape, self._compression = shape, compression
+        self._shape = shape
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
 
-    def accept(self, tokens: int, sampling: Sampling, task: TaskProfile, slots: Slots) -> Claim:
+    def accept(self, compression: Compression, tokens: int, sampling: Sampling, task: TaskProfile, slots: Slots) -> Claim:
         """The claim of a prompt of ``tokens``; if its policy looks and that can never fit, the lean one, with a note.
 
         Raises InputError if a request does not fit even into empty slots, and what :meth:`claim` raises.
         """
-        claim = self.claim(tokens, sampling, task)
+        claim = self.claim(compression, tokens, sampling, task)
         least = self._alone(claim, sampling.n, slots)
         if self.kv_memory is None or least <= self.kv_memory:
             return claim
-        policy = self._compression.policy
-        if not policy.looks:
+        if not compression.policy.looks:
             raise self.too_small(least, tokens, sampling)
-        lean = self.claim(tokens, sampling, task, lean=True)
+        lean = self.claim(replace(compression, policy=compression.policy.lean()), tokens, sampling, task)
         if (lean_least := self._alone(lean, sampling.n, slots)) > self.kv_memory:
             raise self.too_small(lean_least, tokens, sampling)
         times = f" for each of n={sampling.n} choices" if sampling.n > 1 else ""
         note = (
-            f"{self._compression.asked}: while it looks, a prompt of {tokens} tokens{times} needs {least} bytes, kv_memory is "
+            f"{compression.asked}: while it looks, a prompt of {tokens} tokens{times} needs {least} bytes, kv_memory is "
             f"{self.kv_memory}: the answer was made without lookahead, draft and refit; give kv_memory={least} or more"
         )
         return replace(lean, note=note)
 
-    def claim(self, tokens: int, sampling: Sampling, task: TaskProfile, *, lean: bool = False) -> Claim:
+    def accept_after(self, after: CompactCache, tokens: int, sampling: Sampling, slots: Slots) -> Claim:
+        """The claim of ``tokens`` that go on from a document's cache, of which the request needs a copy.
+
+        Raises InputError if that does not fit even into empty slots.
+        """
+        layers, whole = after.compact_layers, after.get_seq_length() + tokens
+        entries = [layer.length + tokens for layer in layers]
+        peak = sum(layer.entry_bytes * (held + BUFFER_GROWTH) for layer, held in zip(layers, entries, strict=True))
+        for layer in self._shape.layers:
+            if layer.window is not None:
+                peak += layer.kv_bytes(min(whole, layer.window + tokens), self._shape.itemsize)
+        claim = Claim(after.compression, peak, entries, sampling.max_new_tokens - 1)
+        if self.kv_memory is not None and (least := self._alone(claim, sampling.n, slots)) > self.kv_memory:
+            raise self.too_small(least, whole, sampling)
+        return claim
+
+    def whole_bytes(self, tokens: int) -> int:
+        """Bytes of a prompt of which nothing is evicted."""
+        return prefill_bytes(self._shape, tokens, tokens)
+
+    def check_fits(self, size: int, what: str) -> None:
+        """Raise InputError if so many bytes can never be free."""
+        if self.kv_memory is not None and size > self.kv_memory:
+            raise InputError(f"{what} needs {size} bytes of keys and values, kv_memory is {self.kv_memory}: give more")
+
+    def claim(self, compression: Compression, tokens: int, sampling: Sampling, task: TaskProfile) -> Claim:
         """What a prompt of ``tokens`` needs. Raises BudgetError and InputError if budget or chunks cannot serve it."""
-        compression = self.lean if lean else self._compression
         policy, budget, layers = compression.policy, compression.budget, len(self._shape.compressed)
         peak = need(self._shape, policy, budget, tokens, task).peak
         prompt = compression.prompt(tokens, layers, task)
@@ -81,7 +100,7 @@ class Admission:
             kept, whole = min(kept, chunks.most), chunks.most
             if len(chunks.lengths) > 1:  # every layer holds all entries that are left until the last chunk was read
                 peak = prefill_bytes(self._shape, chunks.most, self._chunk)
-        claim = Claim(peak, self.equal_entries(kept), sampling.max_new_tokens - 1)
+        claim = Claim(compression, peak, self.equal_entries(kept), sampling.max_new_tokens - 1)
         if not policy.looks:
             return claim
         if budget.target is not None:  # its budget is not known yet: bound as a prompt of which something goes
@@ -95,10 +114,10 @@ class Admission:
         looking = looking_need(self._shape, bound, whole, peak, copied, sampling.max_new_tokens)
         return replace(claim, peak=looking.cache, looking=Ahead(looking.cache, claim.columns, looking.copy))
 
-    def kept_entries(self, tokens: int, task: TaskProfile) -> list[int]:
+    def kept_entries(self, compression: Compression, tokens: int, task: TaskProfile) -> list[int]:
         """What each compressed layer keeps of a prompt of ``tokens`` without chunks, equally many."""
-        policy, layers = self._compression.policy, len(self._shape.compressed)
-        prompt = self._compression.prompt(tokens, layers, task)
+        policy, layers = compression.policy, len(self._shape.compressed)
+        prompt = compression.prompt(tokens, layers, task)
         return self.equal_entries(prompt.budget if policy.evicts_from(prompt) else tokens)
 
     def equal_entries(self, entries: int) -> list[int]:
@@ -120,9 +139,9 @@ class Admission:
             f"max_new_tokens{fewer}"
         )
 
-    def can_read(self, claim: Claim, held: int) -> bool:
-        """Whether a prompt can be read while ``held`` bytes are taken."""
-        return self.kv_memory is None or held + claim.peak <= self.kv_memory
+    def can_read(self, peak: int, held: int) -> bool:
+        """Whether something that needs ``peak`` bytes can be read while ``held`` bytes are taken."""
+        return self.kv_memory is None or held + peak <= self.kv_memory
 
     def can_place(self, columns: Sequence[int], slots: Slots, rows: int, ahead: Sequence[Ahead] = (), held: int = 0) -> bool:
         """Whether the slots can take more rows, each with so many columns of each compressed layer, for entries and new tokens.

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from winnowkv.api import read_tasks
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
-from winnowkv.cache.compression import Compression
+from winnowkv.cache.forks import fork
 from winnowkv.cache.looking import settle
 from winnowkv.cache.reading import prefill
-from winnowkv.cache.reports import new_report
 from winnowkv.engine.admission import Admission
 from winnowkv.engine.drafts import Drafts
+from winnowkv.engine.intake import Intake, Settings
+from winnowkv.engine.interleaving import Interleaving
+from winnowkv.engine.job import Job
 from winnowkv.engine.looking import LookingSteps
-from winnowkv.engine.request import Completion, Event, Request, Row, free_frames
+from winnowkv.engine.request import Completion, Event, Listener, Request, Row, free_frames
 from winnowkv.engine.sampling import Sampling, check_whole, choose
 from winnowkv.engine.scheduler import Scheduler
 from winnowkv.engine.slots import Slots
@@ -34,17 +34,21 @@ from winnowkv.engine.step import GREEDY, advance
 from winnowkv.errors import InputError, WinnowError
 from winnowkv.memory.shape import shape_of
 from winnowkv.memory.sizes import read_size
-from winnowkv.models.info import end_tokens, position_limit, prompt_limit
+from winnowkv.models.info import cache_argument
 from winnowkv.policies import Policy
-from winnowkv.prompt.chat import AnyPrompt, token_ids
+from winnowkv.prompt.chat import AnyPrompt
 from winnowkv.prompt.task import TaskProfile
+from winnowkv.types import Between
+
+T = TypeVar("T")
 
 
 class Engine:
     """Answers many prompts at once with compressed caches. Every method may be called from any thread.
 
     First come, first served: a prompt is read as soon as the bytes of keys and values that it needs, while it is read and
-    afterwards with all its new tokens, fit beside what is held. One prompt is read at a time.
+    afterwards with all its new tokens, fit beside what is held. One prompt is read at a time; with ``interleave`` the others
+    decode meanwhile.
 
     Parameters
     ----------
@@ -54,6 +58,8 @@ class Engine:
         exists while its buffers grow or shrink comes on top, one layer at a time.
     max_rows: most choices (of all requests) that decode together.
     prefill_chunk, prefill_ceiling: read prompts in chunks (:func:`winnowkv.cache.reading.prefill`).
+    interleave: tokens of a prompt that are read between two decode steps of the others, in whole layers (a prompt of twice as
+        many tokens waits after each half of the layers). None: they wait until a prompt is read.
     compile: compiled decode steps (:class:`Slots`); :meth:`warm_up` compiles them before the first request.
     task: of all prompts that are submitted without one; None classifies each prompt, if the policy asks for a task.
 
@@ -83,23 +89,26 @@ class Engine:
         compile: bool = False,
         task: TaskProfile | str | None = None,
         quality: str | None = None,
+        interleave: int | None = None,
     ) -> None:
         check_whole("max_rows", max_rows, 1)
+        if interleave is not None:
+            check_whole("interleave", interleave, 1, ", or None")
         if prefill_ceiling is not None and prefill_chunk is None:
             raise InputError(f"prefill_ceiling={prefill_ceiling} limits what is held between chunks: give prefill_chunk, too")
         self.model, self.tokenizer = model, tokenizer
         limit = None if kv_memory is None else read_size(kv_memory, "kv_memory")
         self.max_rows = max_rows
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
-        self._task, self._compile = task, compile
+        self._compile, self._interleave = compile, interleave
         # Raises now what would be raised for every prompt.
-        self._compression = Compression.of(model, policy, budget, task, task_is_known=task is not None, quality=quality)
-        self._compression.heads.check_alone("the engine")
-        self.policy, self.budget = self._compression.asked, self._compression.budget
-        self.end_tokens = end_tokens(model, tokenizer)
+        self._intake = Intake(model, tokenizer, Settings(policy, budget, quality, task), max_rows)
+        self.policy, self.budget = self._intake.compression.asked, self._intake.compression.budget
+        self.end_tokens = self._intake.end_tokens
         slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
         shape = shape_of(slots.layers, model)
-        self._admission = Admission(shape, self._compression, limit, prefill_chunk, prefill_ceiling)
+        self._layers = len(shape.layers)
+        self._admission = Admission(shape, limit, prefill_chunk, prefill_ceiling)
         drafts = Drafts(model)
         self._scheduler = Scheduler(slots, drafts, self._admission, max_rows)
         asked = self._scheduler.may_draft, self._scheduler.postprocess, self._scheduler.fail_looker
@@ -131,45 +140,73 @@ class Engine:
 
     def warm_up(self, prompt_tokens: int, new_tokens: int = 128) -> float:
         """Compile the steps of up to ``max_rows`` prompts of that length, as many as fit; returns the seconds it took."""
-        entries = self._admission.kept_entries(prompt_tokens, TaskProfile.of(self._task or "localization"))
+        entries = self._admission.kept_entries(
+            self._intake.compression, prompt_tokens, TaskProfile.of(self._intake.settings.task or "localization")
+        )
         room = new_tokens - 1
         rows = self.max_rows
         if self.kv_memory is not None:
             most = max(self.kv_memory // self._slots.bytes_alone(entries, room), 1)
             rows = max(size for size in self._slots.graph_rows(min(rows, most)) if size <= most)
         with self._scheduler.turn():
-            if self._scheduler.broken:
-                self._scheduler.replace(Slots(self.model, compile=self._compile))
+            self._mend()
             return self._slots.warm_up(rows, entries[0], room)
 
-    def submit(self, prompt: AnyPrompt, sampling: Sampling = GREEDY, *, task: TaskProfile | str | None = None) -> Request:
+    def submit(
+        self,
+        prompt: AnyPrompt,
+        sampling: Sampling = GREEDY,
+        *,
+        task: TaskProfile | str | None = None,
+        policy: str | Policy | None = None,
+        budget: Budget | int | float | str | None = None,
+        quality: str | None = None,
+        after: CompactCache | None = None,
+        listener: Listener | None = None,
+    ) -> Request:
         """Queue a prompt: text as it is, chat messages, or token ids. :meth:`step` does the work.
+
+        Parameters
+        ----------
+        policy, budget, quality: of this prompt, in place of the engine's; a policy of its own has no quality but the one given.
+        after: the cache of a document (:attr:`winnowkv.Document.cache`, read without a decode budget). The prompt, token ids,
+            goes on from it, and nothing of the prompt is evicted. The cache itself stays as it is.
+        listener: called with each of the request's events by the thread that makes them, which holds a lock: it only hands them
+            on.
 
         Raises
         ------
         InputError
-            For a prompt that is empty, too long, or can never fit into ``kv_memory``; for more choices than ``max_rows``.
+            For a prompt that is empty, too long, or can never fit into ``kv_memory``; for more choices than ``max_rows``; for
+            a policy beside ``after``.
         BudgetError
             If a budget in entries cannot hold sinks and recent window of a prompt of this length.
+        PolicyError, ProfileError, UnsupportedModelError
+            For a policy of its own, as :class:`Engine`.
+        CacheError
+            For a cache that no row can go on from.
         """
-        return self._submit(prompt, sampling, task, None)
-
-    def _submit(
-        self, prompt: AnyPrompt, sampling: Sampling, task: TaskProfile | str | None, inbox: deque[Event] | None
-    ) -> Request:
-        if sampling.n > self.max_rows:
-            raise InputError(
-                f"n={sampling.n} choices decode together, and max_rows is {self.max_rows}: give Engine(max_rows={sampling.n}), "
-                "or a lower n"
-            )
-        ids = self._read_prompt(prompt, sampling)
-        given = self._task if task is None else task
-        (profile,) = read_tasks(self.tokenizer, torch.tensor([ids]), None, given, self._compression.policy)
-        claim = self._admission.accept(len(ids), sampling, profile, self._slots)
-        made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": self._slots.device, "inbox": inbox}
-        request = Request(ids, sampling, profile, claim, new_report(self._compression), **made)
+        own = Settings(policy, budget, quality, task)
+        where = self._admission, self._slots
+        request = self._intake.request(prompt, sampling, own, *where, after=after, listener=listener)
         self._scheduler.add(request)
         return request
+
+    def run_job(self, work: Callable[[Between], T], peak: int) -> Job[T]:
+        """Queue work on the model, such as reading a document. It is done by :meth:`step`, when its turn has come.
+
+        ``work`` is given a function for ``between=`` of the caches that it reads into (:func:`winnowkv.read` takes it):
+        requests decode meanwhile. ``peak``: most bytes of keys and values that it holds (:meth:`whole_bytes`).
+        Raises InputError for more bytes than ``kv_memory``.
+        """
+        self._admission.check_fits(peak, "this work")
+        job = Job(work, peak)
+        self._scheduler.add(job)
+        return job
+
+    def whole_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of so many tokens of which nothing is evicted."""
+        return self._admission.whole_bytes(tokens)
 
     def cancel(self, request: Request, index: int | None = None) -> None:
         """End a request or one choice now. Its row is free at once, or as soon as the forward pass that is running ends."""
@@ -181,6 +218,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Read the first waiting prompt if it fits, then do one decode step of all active requests; returns their events.
 
+        With ``interleave`` further decode steps are done while the prompt is read, and their events are among those returned.
+
         A request whose policy looks takes its first tokens from its own whole cache, in a forward pass with the others that
         look, and then, with a draft, waits while that is decoded, a token a step, together with those of others.
 
@@ -188,17 +227,18 @@ class Engine:
         event holds it. Any other error is raised, and ends all requests that were in the forward pass; their memory is
         free, and the next step goes on with the others.
         """
+        events: list[Event] = []
+        failed: list[Exception] = []  # decode steps while a prompt was read
         with self._scheduler.turn():
-            if self._scheduler.broken:
-                self._scheduler.replace(Slots(self.model, compile=self._compile))
-            events = self._prefill(self._scheduler.next_prompt())
-            events += self._looking.run(self._scheduler.lookers())
-            try:
-                events += self._scheduler.place()
-                events += self._decode(self._scheduler.rows())
-            except BaseException as error:
-                self._recover(error)
-                raise
+            self._mend()
+            coming = self._scheduler.next_prompt()
+            if isinstance(coming, Job):
+                self._work(coming, events, failed)
+            elif coming is not None:
+                self._prefill(coming, events, failed)
+            self._advance(events)
+            if failed:
+                raise failed[0]
             return events
 
     def generate(
@@ -225,7 +265,7 @@ class Engine:
                 try:
                     asked.append(self.submit(prompt, how, task=task))
                 except WinnowError as error:
-                    asked.append(self._refused(how, error))
+                    asked.append(self._intake.refused(how, error))
             while any(one.completion is None for one in asked if isinstance(one, Request)):
                 self.step()
         except BaseException:
@@ -241,7 +281,7 @@ class Engine:
     ) -> Iterator[Event]:
         """The events of one prompt as they come, the last one of each choice with its completion; closing it cancels."""
         inbox: deque[Event] = deque()
-        request, going = self._submit(prompt, sampling, task, inbox), sampling.n
+        request, going = self.submit(prompt, sampling, task=task, listener=inbox.append), sampling.n
         try:
             while going:
                 while inbox:
@@ -253,19 +293,50 @@ class Engine:
         finally:
             self.cancel(request)
 
-    def _prefill(self, request: Request | None) -> list[Event]:
+    def _advance(self, events: list[Event], reading: int | None = None) -> None:
+        """One step of all that are not read; ``reading``: bytes that what is being read may still come to hold."""
+        events += self._looking.run(self._scheduler.lookers())
+        try:
+            if reading is None:
+                events += self._scheduler.place()
+            else:
+                self._scheduler.place_lookers(reading)
+            events += self._decode(self._scheduler.rows())
+        except BaseException as error:
+            self._recover(error, reading=reading is not None)
+            raise
+
+    def _between(self, peak: int, stopped: Callable[[], bool], events: list[Event], failed: list[Exception]) -> Interleaving:
+        """What a cache calls between the layers of what is read into it. A step that fails does not end the reading."""
+
+        def step() -> None:
+            try:
+                self._mend()
+                self._advance(events, peak)
+            except Exception as error:
+                failed.append(error)
+
+        return Interleaving(self._interleave, self._layers, step, stopped)
+
+    def _work(self, job: Job[Any], events: list[Event], failed: list[Exception]) -> None:
+        """Do a job."""
+        self._scheduler.work_on(job)
+        try:
+            job.run(self._between(job.peak, lambda: job.stopped, events, failed))
+        finally:
+            self._scheduler.work_on(None)
+
+    def _prefill(self, request: Request, events: list[Event], failed: list[Exception]) -> None:
         """Read a prompt into a cache and choose the first new token."""
-        if request is None:
-            return []
         request.started = time.perf_counter()
         cache: CompactCache | None = None
         try:
-            compression = self._compression if request.claim.note is None else self._admission.lean
-            cache = CompactCache(self.model, compression.policy, self.budget, task=request.task, hold=False)
-            cache.report.policy = self.policy  # as it was asked: looking it up again takes longer than a decode step
+            cache = self._new_cache(request)
             request.report = cache.report
             self._scheduler.begin(request, cache)
+            cache.between = self._between(request.claim.peak, lambda: request.completion is not None, events, failed)
             logits, rows = self._prompt_logits(request, cache), request.rows
+            cache.between = None  # what a row that looks reads is a step of its own
             if request.claim.note is not None:
                 cache.report.notes.append(request.claim.note)
             if cache.looking is not None and not cache.looking.evicts:
@@ -276,15 +347,29 @@ class Engine:
         except BaseException as error:
             cache = None  # else the error, which has a way to this frame, would keep it
             free_frames(error)
-            events = self._scheduler.fail_prompt(request, error)
-            if isinstance(error, WinnowError):
-                return events
-            raise
-        return self._scheduler.postprocess(rows, chosen)
+            events += self._scheduler.fail_prompt(request, error)
+            if not isinstance(error, WinnowError):
+                raise
+            return
+        events += self._scheduler.postprocess(rows, chosen)
+
+    def _new_cache(self, request: Request) -> CompactCache:
+        """What a request's prompt is read into."""
+        if request.after is not None:
+            after, request.after = request.after, None
+            return fork(after)
+        asked = request.claim.compression
+        cache = CompactCache(self.model, asked.policy, asked.budget, task=request.task, hold=False)
+        cache.report.policy = asked.asked  # looking it up again takes longer than a decode step
+        return cache
 
     def _prompt_logits(self, request: Request, cache: CompactCache) -> Tensor:
         """Logits of the first new token, ``[1, vocabulary]``."""
         ids = torch.tensor([request.prompt], device=self._slots.device)
+        if cache.session is None:  # it goes on from a document
+            for part in ids.split(self._chunk or ids.shape[1], 1):
+                output = self.model(input_ids=part, **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
+            return output.logits[:, -1]
         return prefill(self.model, ids, cache, chunk=self._chunk, ceiling=self._ceiling)
 
     def _decode(self, rows: list[Row]) -> list[Event]:
@@ -293,37 +378,20 @@ class Engine:
             return []
         return self._scheduler.postprocess(rows, advance(self._slots, [row.sampler for row in rows]))
 
-    def _recover(self, error: BaseException) -> None:
+    def _mend(self) -> None:
+        """New slots in place of broken ones."""
+        if self._scheduler.broken:
+            self._scheduler.replace(Slots(self.model, compile=self._compile))
+
+    def _recover(self, error: BaseException, *, reading: bool = False) -> None:
         """Free all rows after an error: some layers may have the new tokens and some not, so that none can go on.
 
         If there is no memory for new slots either, the next step tries again.
         """
         free_frames(error)
-        self._scheduler.fail_rows(error)
+        self._scheduler.fail_rows(error, reading=reading)
         try:
-            self._scheduler.replace(Slots(self.model, compile=self._compile))
+            self._mend()
         except Exception as second:
             free_frames(second)
             second.__context__, error.__context__ = error.__context__, second
-
-    def _refused(self, sampling: Sampling, error: WinnowError) -> Completion:
-        """The answer to a prompt that was not accepted."""
-        free_frames(error)
-        ended = Completion(0, [], "", "error", None, new_report(self._compression), None, None, error)
-        return replace(ended, others=tuple(replace(ended, index=index) for index in range(1, sampling.n)))
-
-    def _read_prompt(self, prompt: AnyPrompt, sampling: Sampling) -> list[int]:
-        """Token ids, checked against the model."""
-        ids = token_ids(self.tokenizer, prompt)
-        if not ids:
-            raise InputError("the prompt is empty: give at least one token")
-        vocabulary: Any = self.model.get_input_embeddings()
-        if unknown := [token for token in ids if not 0 <= token < vocabulary.num_embeddings]:
-            raise InputError(f"token {unknown[0]} is unknown: the model has tokens 0 to {vocabulary.num_embeddings - 1}")
-        limit = prompt_limit(self.model, sampling.max_new_tokens)
-        if limit is not None and len(ids) > limit:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, with {sampling.max_new_tokens} new ones it passes the model's "
-                f"{position_limit(self.model)} positions: shorten it or lower max_new_tokens"
-            )
-        return ids

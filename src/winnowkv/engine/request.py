@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import time
 import traceback
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from winnowkv.cache.cache import CompactCache
+from winnowkv.cache.compression import Compression
 from winnowkv.cache.reports import report_decode
 from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling
@@ -36,6 +37,7 @@ class Completion:
         ``error`` (see ``error``).
     logprobs: of each token, if they were asked for.
     report: what was kept of the prompt; a choice's own for what came after it.
+    document_tokens: those before the prompt, of a document that it goes on from; they were not read again.
     queue_seconds, first_token_seconds: from submission until the engine began to read the prompt, and until the first
         token was chosen; None if the request ended before.
     index: which of the ``n`` choices this is, from 0. others: the choices after this one, of a whole request's completion.
@@ -52,6 +54,7 @@ class Completion:
     error: BaseException | None = None
     index: int = 0
     others: tuple[Completion, ...] = field(default=(), repr=False)
+    document_tokens: int = 0
 
     @property
     def choices(self) -> tuple[Completion, ...]:
@@ -75,6 +78,9 @@ class Event:
     index: int = 0
 
 
+Listener = Callable[[Event], None]  # called with the scheduler's lock held: it only hands the event on
+
+
 @dataclass(frozen=True)
 class Ahead:
     """What a choice that has no row yet holds meanwhile and needs then.
@@ -90,13 +96,14 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Claim:
-    """The memory that one request needs.
+    """The memory that one request needs, and the ``compression`` that it is served with.
 
     ``peak``: most bytes while its prompt is read. ``entries``: of each compressed layer afterwards. ``room``: entries of
     new tokens. Each choice needs entries and room of its own. ``looking``: what a choice needs until it has its row, if the
     policy looks. ``note``: why the request is served without lookahead, draft and refit, if it is.
     """
 
+    compression: Compression
     peak: int
     entries: list[int]
     room: int
@@ -127,6 +134,7 @@ class Request:
     Attributes
     ----------
     prompt: its token ids. sampling: how it is continued. choices: its ``sampling.n`` continuations.
+    after: the cache of a document that the prompt goes on from, until it is read. document_tokens: those that it has seen.
     completion: None until all choices have ended; then that of the first, whose ``choices`` are all.
     """
 
@@ -141,15 +149,17 @@ class Request:
         tokenizer: Any,
         end_tokens: frozenset[int],
         device: torch.device,
-        inbox: deque[Event] | None = None,
+        after: CompactCache | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.prompt, self.sampling, self.task, self.claim, self.report = prompt, sampling, task, claim, report
+        self.after, self.document_tokens = after, 0 if after is None else after.get_seq_length()
         self.completion: Completion | None = None
         self.submitted, self.started = time.perf_counter(), 0.0
         self.end_tokens = frozenset[int]() if sampling.ignore_eos else end_tokens
         each = (sampling.choice(index) for index in range(sampling.n))
         self.choices = [Choice(one, tokenizer, self.end_tokens, device) for one in each]
-        self._inbox = inbox
+        self._listener = listener
 
     @property
     def tokens(self) -> list[int]:
@@ -199,6 +209,7 @@ class Request:
             first_token_seconds=choice.first - self.submitted if choice.first else None,
             error=error,
             index=index,
+            document_tokens=self.document_tokens,
         )
         each = [one.completion for one in self.choices if one.completion is not None]
         if len(each) == len(self.choices):
@@ -207,8 +218,8 @@ class Request:
 
     def _event(self, index: int, token: int | None, text: str, logprob: Logprob | None, finished: Completion | None) -> Event:
         event = Event(self, token, text, logprob, finished, index)
-        if self._inbox is not None:
-            self._inbox.append(event)
+        if self._listener is not None:
+            self._listener(event)
         return event
 
 

@@ -11,11 +11,13 @@ from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.looking import fork_looking
 from winnowkv.engine.admission import Admission
 from winnowkv.engine.drafts import Drafts
+from winnowkv.engine.job import Job
 from winnowkv.engine.looking import Looker
 from winnowkv.engine.request import Ahead, Event, Reason, Request, Row
 from winnowkv.engine.sampling import Logprob
 from winnowkv.engine.slots import Slots
 from winnowkv.engine.step import drop_ended
+from winnowkv.errors import InputError
 
 
 class Scheduler:
@@ -51,15 +53,16 @@ class Scheduler:
         self.slots, self.drafts, self.admission, self.max_rows = slots, drafts, admission, max_rows
         self._lock = threading.Condition()
         self._in_turn = False
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Request | Job] = deque()
         self.broken = False
         self._rows: list[Row] = []  # in the order of the slots' rows
         self._lookers: list[Looker] = []  # first come, first
         self._prompt: tuple[Request, CompactCache] | None = None  # being read, or read and waiting for its row
+        self._job: Job | None = None  # being done
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Requests and jobs in the queue."""
         return len(self._waiting)
 
     @property
@@ -67,7 +70,7 @@ class Scheduler:
         """Requests whose prompt is being read or that decode."""
         with self._lock:
             rows = [*self._rows, *(looker.row for looker in self._lookers)]
-            return len({id(row.request) for row in rows}) + (self._prompt is not None)
+            return len({id(row.request) for row in rows}) + (self._prompt is not None) + (self._job is not None)
 
     @property
     def held_bytes(self) -> int:
@@ -77,11 +80,13 @@ class Scheduler:
 
     @property
     def _prompt_bytes(self) -> int:
-        prompt = self._prompt
+        prompt, job = self._prompt, self._job
+        if job is not None:
+            return job.peak  # what it holds is its own affair
         return 0 if prompt is None else prompt[1].held_bytes
 
-    def add(self, request: Request) -> None:
-        """Put a request at the end of the queue."""
+    def add(self, request: Request | Job) -> None:
+        """Put a request or a job at the end of the queue."""
         with self._lock:
             self._waiting.append(request)
 
@@ -94,6 +99,7 @@ class Scheduler:
             end_with(None, rows)
             if request.completion is not None and request in self._waiting:
                 self._waiting.remove(request)
+                request.after = None
             if not self._in_turn:
                 self._free_ended()
 
@@ -111,15 +117,18 @@ class Scheduler:
                 self._in_turn = False
                 self._lock.notify()
 
-    def next_prompt(self) -> Request | None:
-        """Take the first request from the queue, if there is a row for it and it fits. In a turn."""
+    def next_prompt(self) -> Request | Job | None:
+        """Take what is first in the queue, if there is a row for it and it fits. In a turn."""
         with self._lock:
             self._free_ended()
+            self._waiting = deque(one for one in self._waiting if not (isinstance(one, Job) and one.stopped))
             if self._prompt is not None or not self._waiting:
                 return None
             return self._waiting.popleft() if self._fits(self._waiting[0]) else None
 
-    def _fits(self, request: Request) -> bool:
+    def _fits(self, request: Request | Job) -> bool:
+        if isinstance(request, Job):
+            return self._can_read(request.peak, self._ahead())
         claim, rows = request.claim, len(request.rows)
         if len(self._rows) + len(self._lookers) + rows > self.max_rows:
             return False
@@ -129,12 +138,13 @@ class Scheduler:
             if not self.admission.can_place((), self.slots, 0, coming):
                 self.slots.trim()  # gives back the rows of requests that have ended
             return self.admission.can_place((), self.slots, 0, coming)
+        return self._can_read(claim.peak, ahead) and self.admission.can_place(claim.columns, self.slots, rows, ahead)
+
+    def _can_read(self, peak: int, ahead: list[Ahead]) -> bool:
         beside = self.admission.most_bytes(self.slots, ahead) - self.slots.held_bytes if ahead else 0
-        if not self.admission.can_read(claim, self.slots.held_bytes + beside):
+        if not self.admission.can_read(peak, self.slots.held_bytes + beside):
             self.slots.trim()
-        if not self.admission.can_read(claim, self.slots.held_bytes + beside):
-            return False
-        return self.admission.can_place(claim.columns, self.slots, rows, ahead)
+        return self.admission.can_read(peak, self.slots.held_bytes + beside)
 
     def _ahead(self, beside: Looker | None = None) -> list[Ahead]:
         """What lookers hold and will need, but for one of them."""
@@ -144,6 +154,11 @@ class Scheduler:
         """Note that a request's prompt is now read into a cache. In a turn."""
         with self._lock:
             self._prompt = request, cache
+
+    def work_on(self, job: Job | None) -> None:
+        """Note that a job is now done, or that none is any more. In a turn."""
+        with self._lock:
+            self._job = job
 
     def look(self, request: Request, cache: CompactCache) -> None:
         """From now on each choice of the request whose prompt was read looks by itself. In a turn."""
@@ -166,7 +181,12 @@ class Scheduler:
 
     def may_draft(self, looker: Looker) -> bool:
         """Whether a looker's draft fits now. Raises InputError if it never may. In a turn."""
-        return self.admission.can_draft(looker.draft_columns(), self.drafts, self._ahead(), self.held_bytes, self.slots)
+        try:
+            return self.admission.can_draft(looker.draft_columns(), self.drafts, self._ahead(), self.held_bytes, self.slots)
+        except InputError:
+            if self._prompt is None and self._job is None:
+                raise
+            return False  # it may fit once what is read now has its row
 
     def place(self) -> list[Event]:
         """Give all that have chosen what stays their rows, and return the last events of those that can never have them.
@@ -176,16 +196,20 @@ class Scheduler:
         """
         with self._lock:
             self._free_ended()
-        return self._place_lookers() + self._place_prompt()
+        self.place_lookers(self._prompt_bytes)
+        return self._fail_stuck() + self._place_prompt()
 
-    def _place_lookers(self) -> list[Event]:
+    def place_lookers(self, beside_bytes: int) -> None:
+        """Give those that have chosen what stays their rows, as far as they fit beside so many more bytes. In a turn."""
         for looker in [one for one in self._lookers if one.settled]:
             ahead, beside = looker.ahead, self._ahead(looker)
-            if self.admission.can_place(ahead.columns, self.slots, 1, beside, self._prompt_bytes):
+            if self.admission.can_place(ahead.columns, self.slots, 1, beside, beside_bytes):
                 self.slots.place(looker.cache, looker.room)
                 with self._lock:
                     self._lookers.remove(looker)
                     self._rows.append(looker.row)
+
+    def _fail_stuck(self) -> list[Event]:
         stuck = not self._rows and self._lookers and all(looker.settled for looker in self._lookers)
         if not stuck:
             return []
@@ -237,13 +261,13 @@ class Scheduler:
             self._free_ended()
             return events
 
-    def fail_rows(self, error: BaseException) -> None:
-        """End everything that decodes or waits for its row, and free its bytes. In a turn."""
+    def fail_rows(self, error: BaseException, *, reading: bool = False) -> None:
+        """End everything that decodes or waits for its row, and free its bytes; not a prompt that is being read. In a turn."""
         with self._lock:
             failed, self._rows, self.broken = self._rows, [], True
             failed += [looker.row for looker in self._lookers if looker.settled]
             self._lookers = [looker for looker in self._lookers if not looker.settled]
-            if self._prompt is not None:
+            if self._prompt is not None and not reading:
                 failed, self._prompt = [*failed, *self._prompt[0].rows], None
             end_with(error, failed)
             self.slots.clear()

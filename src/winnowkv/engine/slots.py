@@ -140,7 +140,7 @@ class Slots(Cache):
     def place_all(self, caches: Sequence[CompactCache], room: int, rows: int = 1) -> None:
         """The same for several, for which buffers grow only once; if one is refused none is taken."""
         for cache in caches:
-            self._check(cache)
+            self.check(cache)
         first = self.rows
         for cache in caches:
             layers = cache.compact_layers
@@ -160,7 +160,8 @@ class Slots(Cache):
             self._recorded = Recorded()  # a graph may hold memory of its own
         self.trim()
 
-    def _check(self, cache: CompactCache) -> None:
+    def check(self, cache: CompactCache) -> None:
+        """Raise CacheError for a cache that :meth:`place` does not take."""
         rows = len(cache.compact_layers[0].pads)
         if cache.model is not self.model:
             raise CacheError("the cache belongs to another model than these slots")
