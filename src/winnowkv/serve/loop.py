@@ -1,0 +1,359 @@
+"""One thread owns the engine and steps it; requests come from the event loop, and their events go back there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from winnowkv.engine.engine import Engine
+from winnowkv.engine.request import Event, Request
+from winnowkv.engine.sampling import Sampling
+from winnowkv.serve.errors import ApiError
+from winnowkv.serve.metrics import Metrics
+from winnowkv.serve.prompts import Prompt
+from winnowkv.serve.settings import ServeSettings
+
+logger = logging.getLogger("winnowkv.serve")
+READERS = 4  # threads that turn texts into tokens
+LONGEST_PAUSE = 5.0  # seconds before the engine is stepped again after errors one after the other
+MOST_RETRY = 30  # seconds that a client is told to wait
+END_SECONDS = 5.0  # in which requests that were cancelled have to end
+STOPPING = "the server is stopping and takes no new requests: try again, it may be back soon"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks of the engine.
+
+    ``read``: makes the prompts, in a thread. ``sampling``: of the token counts of each; both raise ApiError or WinnowError.
+    ``options``: of :meth:`Engine.submit`, such as task, policy, budget, quality, decode_budget. ``prompts``: how many there
+    will be.
+    """
+
+    read: Callable[[], list[Prompt]]
+    sampling: Callable[[Prompt], Sampling]
+    options: dict[str, Any] = field(default_factory=dict)
+    prompts: int = 1
+    choices: int = 1
+
+
+class Ticket:
+    """A request on its way, as the event loop sees it. Made by :meth:`EngineLoop.submit`.
+
+    Attributes
+    ----------
+    id: of the request. prompts: that it has. requests: of the engine, one for each prompt.
+    why: why it was cancelled: ``disconnected``, ``timeout``, ``queue``, ``stopping`` or ``slow``; None if it was not.
+    left: choices that have not ended. generated: tokens so far. began: when it was submitted, by ``time.perf_counter()``.
+    """
+
+    def __init__(self, id: str, asked: Asked, loop: EngineLoop) -> None:
+        self.id, self.began = id, time.perf_counter()
+        self.prompts: list[Prompt] = []
+        self.requests: list[Request] = []
+        self.left, self.generated = asked.prompts * asked.choices, 0
+        self.why: str | None = None
+        self._loop, self._asked = loop, asked
+        self._lock = threading.Lock()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._there = asyncio.Event()
+        self._last: dict[tuple[int, int], float] = {}
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine has begun to read one of the prompts."""
+        return any(request.started for request in self.requests)
+
+    async def wait(self) -> None:
+        """Until an event is there that :meth:`events` has not returned, or all choices have ended."""
+        if not self._events and self.left:
+            self._there.clear()
+            await self._there.wait()
+
+    async def events(self) -> list[tuple[int, Event]]:
+        """All events that are there, at least one, each with the number of its prompt; none once every choice has ended."""
+        await self.wait()
+        taken = list(self._events)
+        self._events.clear()
+        return taken
+
+    def cancel(self, why: str) -> None:
+        """End what has not ended; its last events come as ever. May be called from any thread, and often."""
+        with self._lock:
+            if self.why is not None or not self.left:
+                return
+            self.why = why
+            requests = list(self.requests)
+        for request in requests:
+            self._loop.engine.cancel(request)
+
+    def _submit(self) -> None:
+        """Read the prompts and hand them to the engine; all or none. In a thread."""
+        self.prompts = self._asked.read()
+        samplings = [self._asked.sampling(prompt) for prompt in self.prompts]
+        for at, (prompt, sampling) in enumerate(zip(self.prompts, samplings, strict=True)):
+            if self.why is not None:
+                return
+            listener = partial(self._loop.post, self, at)
+            request = submit(self._loop.engine, prompt, sampling, self._asked.options, listener)
+            with self._lock:
+                self.requests.append(request)
+                late = self.why is not None
+            if late:
+                self._loop.engine.cancel(request)
+
+    def _take(self, at: int, event: Event) -> None:
+        """On the event loop."""
+        metrics, now = self._loop.metrics, time.perf_counter()
+        if event.token is not None:
+            self.generated += 1
+            place = at, event.index
+            if place in self._last:
+                metrics.between_tokens.observe(now - self._last[place])
+            elif event.request.started:
+                metrics.first_token.observe(now - self.began)
+                metrics.queue_seconds.observe(event.request.started - event.request.submitted)
+            self._last[place] = now
+        self._events.append((at, event))
+        if event.finished is not None:
+            self.left -= 1
+            if not self.left:
+                self._loop.ended(self)
+        self._there.set()
+
+
+class EngineLoop:
+    """Steps an engine in a thread of its own, and is the only one who does.
+
+    Everything but :meth:`post` and :meth:`wake` is called on the event loop on which :meth:`start` was called.
+
+    Parameters
+    ----------
+    engine: that requests are submitted to. settings: limits. metrics: what is counted.
+    """
+
+    def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.draining = False
+        self._tickets: set[Ticket] = set()
+        self._wake = threading.Condition()
+        self._stop = False
+        self._posted: deque[tuple[Ticket, int, Event]] = deque()
+        self._scheduled = False
+        self._failed: list[str] = []  # ids of requests that ended with an error in this step
+        self._reading = 0  # prompts whose text is read
+        self._pace = 1.0  # seconds that requests lately waited in the queue
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="winnow-read")
+        self._thread = threading.Thread(target=self._run, name="winnow-engine", daemon=True)
+        self._events: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to step; the running event loop gets the events."""
+        self._events = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that the engine has not begun."""
+        return self.engine.waiting + self._reading
+
+    async def submit(self, request_id: str, asked: Asked) -> Ticket:
+        """Queue a request; its prompts are read in a thread.
+
+        Raises
+        ------
+        ApiError
+            Of status 503 if the server stops, 429 if the queue is full.
+        WinnowError
+            What :meth:`Engine.submit` refuses.
+        """
+        if self.draining or not self.alive:
+            raise ApiError(503, STOPPING, code="stopping", retry_after=MOST_RETRY)
+        if asked.prompts > self.settings.queue:
+            raise ApiError(
+                400, f"{asked.prompts} prompts in one request pass the queue's length of {self.settings.queue}: send fewer",
+                code="too_many_prompts", param="prompt",
+            )  # fmt: skip
+        if self.waiting + asked.prompts > self.settings.queue:
+            raise ApiError(
+                429, f"{self.waiting} prompts wait, and the queue holds {self.settings.queue}: try again later",
+                code="queue_full", retry_after=self.retry_after,
+            )  # fmt: skip
+        ticket = Ticket(request_id, asked, self)
+        self._tickets.add(ticket)
+        self._idle.clear()
+        self._reading += asked.prompts
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, ticket._submit)
+        ticket.timer = asyncio.get_running_loop().call_later(self.settings.request_timeout, ticket.cancel, "timeout")
+        try:
+            await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            ticket.cancel("disconnected")
+            reading.add_done_callback(lambda _: self._abandon(ticket))
+            raise
+        except BaseException:
+            ticket.cancel("refused")
+            self._abandon(ticket)
+            raise
+        finally:
+            self._reading -= asked.prompts
+        if ticket.why is not None and len(ticket.requests) < asked.prompts:  # cancelled before all were submitted
+            self._abandon(ticket)
+        self.wake()
+        return ticket
+
+    async def begin(self, ticket: Ticket) -> None:
+        """Wait for a request's first event, for as long as the queue's deadline says.
+
+        Raises ApiError of status 429 if no prompt of it was begun by then; it is cancelled.
+        """
+        try:
+            async with asyncio.timeout(self.settings.queue_deadline):
+                await ticket.wait()
+        except TimeoutError:
+            if not ticket.started:
+                ticket.cancel("queue")
+                raise ApiError(
+                    429, f"the request was not begun within {self.settings.queue_deadline:g} s: try again later",
+                    code="queue_deadline", retry_after=self.retry_after,
+                ) from None  # fmt: skip
+            await ticket.wait()
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which the queue may have room again: as long as requests waited lately."""
+        return min(max(1, math.ceil(self._pace)), MOST_RETRY)
+
+    def wake(self) -> None:
+        """Let the engine's thread look for work; call it after work was given to the engine by another way. Any thread."""
+        with self._wake:
+            self._wake.notify()
+
+    def post(self, ticket: Ticket, at: int, event: Event) -> None:
+        """Hand an event of a ticket's prompt ``at`` to the event loop. Any thread; returns at once."""
+        if event.finished is not None and event.finished.finish_reason == "error":
+            self._failed.append(ticket.id)
+        self._posted.append((ticket, at, event))
+        if not self._scheduled and self._events is not None:  # else a delivery is coming that takes this event along
+            self._scheduled = True
+            try:
+                self._events.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the event loop is closed: nobody listens any more
+                self._scheduled = False
+
+    def _deliver(self) -> None:
+        self._scheduled = False  # before the events are taken, so that one posted from now on schedules again
+        while self._posted:
+            ticket, at, event = self._posted.popleft()
+            ticket._take(at, event)
+
+    def ended(self, ticket: Ticket) -> None:
+        """All choices of a ticket have ended. On the event loop."""
+        if ticket not in self._tickets:
+            return
+        self._tickets.discard(ticket)
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+        if ticket.why is not None:
+            self.metrics.cancelled.labels(ticket.why).inc()
+        self.metrics.generated.inc(ticket.generated)
+        for request in ticket.requests:
+            if request.started:
+                self._pace += 0.2 * (request.started - request.submitted - self._pace)
+                self.metrics.read(request)
+        for prompt in ticket.prompts:
+            if prompt.release is not None:
+                prompt.release()
+        if not self._tickets:
+            self._idle.set()
+
+    def _abandon(self, ticket: Ticket) -> None:
+        """End a ticket of which not all prompts were submitted."""
+        ticket.left = 0
+        self.ended(ticket)
+        ticket._there.set()
+
+    def cancel_all(self, why: str) -> None:
+        """Cancel every request."""
+        for ticket in list(self._tickets):
+            ticket.cancel(why)
+
+    async def stop(self, seconds: float) -> None:
+        """Take no new requests, let the running ones end for so many seconds, cancel the rest, and end the thread."""
+        self.draining = True
+        for each, last in ((seconds, False), (END_SECONDS, True)):
+            if last:
+                self.cancel_all("stopping")
+            try:
+                async with asyncio.timeout(each):
+                    await self._idle.wait()
+                break
+            except TimeoutError:
+                pass
+        with self._wake:
+            self._stop = True
+            self._wake.notify()
+        if self.alive:
+            await asyncio.to_thread(self._thread.join, END_SECONDS)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _has_work(self) -> bool:
+        return bool(self.engine.waiting or self.engine.active)
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        errors = 0
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stop or self._has_work())
+                    if errors:  # one after the other: do not burn the processor
+                        self._wake.wait_for(lambda: self._stop, min(0.05 * 2 ** min(errors, 10), LONGEST_PAUSE))
+                    if self._stop:
+                        return
+                self._failed.clear()
+                try:
+                    self.engine.step()
+                    errors = 0
+                except Exception:
+                    errors += 1
+                    logger.exception("engine step failed", extra={"requests": sorted(set(self._failed))})
+        except BaseException:
+            logger.critical("the engine's thread ends", exc_info=True)
+            raise
+        finally:
+            if not self._stop and self._events is not None and not self._events.is_closed():
+                self._events.call_soon_threadsafe(self.cancel_all, "stopping")
+
+
+def submit(
+    engine: Engine, prompt: Prompt, sampling: Sampling, options: dict[str, Any], listener: Callable[[Event], None]
+) -> Request:
+    """Queue one prompt. Any thread."""
+    if prompt.after is not None or set(options) - {"task"}:
+        raise ApiError(400, f"not served yet: {', '.join(sorted(options))}", code="unsupported_value", param="winnow")
+    return engine._submit(prompt.ids, sampling, options.get("task"), Inbox(listener))  # type: ignore[arg-type]
+
+
+class Inbox:
+    """Where the engine puts a request's events."""
+
+    def __init__(self, listener: Callable[[Event], None]) -> None:
+        self.append = listener
