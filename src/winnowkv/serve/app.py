@@ -96,8 +96,8 @@ def make_app(
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, most=settings.max_body, seconds=settings.body_timeout)
-    app.add_middleware(KeyCheck, keys=Keys(settings.api_keys))  # type: ignore[arg-type]
+    app.add_middleware(BodyLimit, most=int(settings.max_body), seconds=settings.body_timeout)
+    app.add_middleware(KeyCheck, keys=Keys(settings.api_keys))
     if settings.cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["GET", "POST", "DELETE"],

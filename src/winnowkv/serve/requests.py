@@ -42,7 +42,7 @@ def asked_of(
     field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) is not None else "max_tokens"
     if body.asked_tokens is not None and body.asked_tokens > settings.max_new_tokens:
         raise ApiError(
-            400, f"{field}={body.asked_tokens} passes the server's limit of {settings.max_new_tokens} new tokens: ask for fewer",
+            400, f"{field}={body.asked_tokens} passes the server's limit of {settings.max_new_tokens}: ask for fewer",
             code="invalid_value", param=field,
         )  # fmt: skip
     chat = isinstance(body, ChatRequest)
@@ -92,7 +92,7 @@ def new_tokens(tokens: int, asked: int | None, model: Any, settings: ServeSettin
         what = f"what the model's {positions} positions leave beside {least} new ones"
     if limit is not None and tokens > limit:
         raise ApiError(
-            400, f"the prompt has {tokens} tokens, and {what} is {max(limit, 0)}: shorten it{' or lower max_tokens' * (least > 1)}",
+            400, f"the prompt has {tokens} tokens, {what} is {max(limit, 0)}: shorten it{' or lower max_tokens' * (least > 1)}",
             code="context_length_exceeded", param=param,
         )  # fmt: skip
     if asked is not None:
