@@ -48,6 +48,7 @@ def command_line() -> typer.Typer:
         plan,
         policies,
         report,
+        serve,
         task,
         vllm,
     )
@@ -60,7 +61,7 @@ def command_line() -> typer.Typer:
     )
     app.callback()(options)
     for command in (
-        demo, generate, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task, policies,
+        demo, generate, serve, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task, policies,
     ):  # fmt: skip
         command.register(app)
     return app

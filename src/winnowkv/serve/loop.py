@@ -12,21 +12,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 from winnowkv.engine.engine import Engine
+from winnowkv.engine.job import Job, StoppedError
 from winnowkv.engine.request import Event, Request
 from winnowkv.engine.sampling import Sampling
 from winnowkv.serve.errors import ApiError
 from winnowkv.serve.metrics import Metrics
 from winnowkv.serve.prompts import Prompt
 from winnowkv.serve.settings import ServeSettings
+from winnowkv.types import Between
 
+T = TypeVar("T")
 logger = logging.getLogger("winnowkv.serve")
 READERS = 4  # threads that turn texts into tokens
 LONGEST_PAUSE = 5.0  # seconds before the engine is stepped again after errors one after the other
 MOST_RETRY = 30  # seconds that a client is told to wait
 END_SECONDS = 5.0  # in which requests that were cancelled have to end
+SUBMIT_OPTIONS = frozenset(signature(Engine.submit).parameters)
 STOPPING = "the server is stopping and takes no new requests: try again, it may be back soon"
 
 
@@ -146,6 +151,7 @@ class EngineLoop:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self.draining = False
         self._tickets: set[Ticket] = set()
+        self._jobs: set[Job[Any]] = set()
         self._wake = threading.Condition()
         self._stop = False
         self._posted: deque[tuple[Ticket, int, Event]] = deque()
@@ -184,18 +190,13 @@ class EngineLoop:
         WinnowError
             What :meth:`Engine.submit` refuses.
         """
-        if self.draining or not self.alive:
-            raise ApiError(503, STOPPING, code="stopping", retry_after=MOST_RETRY)
+        self._check_open()
         if asked.prompts > self.settings.queue:
             raise ApiError(
                 400, f"{asked.prompts} prompts in one request pass the queue's length of {self.settings.queue}: send fewer",
                 code="too_many_prompts", param="prompt",
             )  # fmt: skip
-        if self.waiting + asked.prompts > self.settings.queue:
-            raise ApiError(
-                429, f"{self.waiting} prompts wait, and the queue holds {self.settings.queue}: try again later",
-                code="queue_full", retry_after=self.retry_after,
-            )  # fmt: skip
+        self._check_queue(asked.prompts)
         ticket = Ticket(request_id, asked, self)
         self._tickets.add(ticket)
         self._idle.clear()
@@ -235,6 +236,42 @@ class EngineLoop:
                     code="queue_deadline", retry_after=self.retry_after,
                 ) from None  # fmt: skip
             await ticket.wait()
+
+    async def run_job(self, work: Callable[[Between], T], peak: int) -> T:
+        """Do work on the model when its turn in the queue has come (:meth:`Engine.run_job`), and return what it returns.
+
+        It is stopped if the awaiting task is cancelled, or the server stops. Raises ApiError as :meth:`submit` does, InputError
+        for more bytes than ``kv_memory``, and what the work raises.
+        """
+        self._check_open()
+        self._check_queue(1)
+        job = self.engine.run_job(work, peak)
+        self._jobs.add(job)
+        self.wake()
+        try:
+            return await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:
+            stopped = job.stopped  # by stop(), not by whoever awaits this
+            job.stop()
+            if stopped:
+                self._check_open()
+            raise
+        except StoppedError:
+            self._check_open()
+            raise
+        finally:
+            self._jobs.discard(job)
+
+    def _check_open(self) -> None:
+        if self.draining or not self.alive:
+            raise ApiError(503, STOPPING, code="stopping", retry_after=MOST_RETRY)
+
+    def _check_queue(self, more: int) -> None:
+        if self.waiting + more > self.settings.queue:
+            raise ApiError(
+                429, f"{self.waiting} prompts wait, and the queue holds {self.settings.queue}: try again later",
+                code="queue_full", retry_after=self.retry_after,
+            )  # fmt: skip
 
     @property
     def retry_after(self) -> float:
@@ -301,6 +338,8 @@ class EngineLoop:
         for each, last in ((seconds, False), (END_SECONDS, True)):
             if last:
                 self.cancel_all("stopping")
+                for job in list(self._jobs):
+                    job.stop()
             try:
                 async with asyncio.timeout(each):
                     await self._idle.wait()
@@ -347,13 +386,7 @@ def submit(
     engine: Engine, prompt: Prompt, sampling: Sampling, options: dict[str, Any], listener: Callable[[Event], None]
 ) -> Request:
     """Queue one prompt. Any thread."""
-    if prompt.after is not None or set(options) - {"task"}:
-        raise ApiError(400, f"not served yet: {', '.join(sorted(options))}", code="unsupported_value", param="winnow")
-    return engine._submit(prompt.ids, sampling, options.get("task"), Inbox(listener))  # type: ignore[arg-type]
-
-
-class Inbox:
-    """Where the engine puts a request's events."""
-
-    def __init__(self, listener: Callable[[Event], None]) -> None:
-        self.append = listener
+    for name in options:
+        if name not in SUBMIT_OPTIONS:
+            raise ApiError(400, f"winnow.{name} is not served: leave it out", code="unsupported_value", param=f"winnow.{name}")
+    return engine.submit(prompt.ids, sampling, after=prompt.after, listener=listener, **options)

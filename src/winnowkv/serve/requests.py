@@ -106,8 +106,9 @@ def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[st
 
     Raises ApiError for a policy or budget that would name a file.
     """
+    default = {} if settings.decode_budget is None else {"decode_budget": settings.decode_budget}
     if winnow is None:
-        return {}
+        return default
     if winnow.explain:
         raise ApiError(400, "winnow.explain is not served: leave it out", code="unsupported_value", param="winnow.explain")
     spec = winnow.policy
@@ -128,4 +129,4 @@ def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[st
         "policy": spec, "budget": winnow.budget, "quality": winnow.quality, "task": winnow.task,
         "decode_budget": winnow.decode_budget,
     }  # fmt: skip
-    return {name: value for name, value in given.items() if value is not None}
+    return default | {name: value for name, value in given.items() if value is not None}

@@ -129,5 +129,5 @@ class ServeSettings:
         """What :class:`~winnowkv.engine.engine.Engine` is made with, beside model and tokenizer."""
         return {
             "policy": self.policy, "budget": self.budget, "quality": self.quality, "kv_memory": self.kv_memory,
-            "max_rows": self.max_rows, "compile": self.compile,
+            "max_rows": self.max_rows, "compile": self.compile, "interleave": self.interleave,
         }  # fmt: skip
