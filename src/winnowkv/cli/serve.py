@@ -141,9 +141,9 @@ def lines_to_try(settings: ServeSettings, address: str) -> list[str]:
     """Where the server listens, and three lines to try: curl, the openai client, a browser."""
     key = "YOUR_KEY" if settings.api_keys else "none"
     header = f" -H 'authorization: Bearer {key}'" if settings.api_keys else ""
-    body = f'{{"model": "{settings.model}", "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
+    body = f'{{"model": "{settings.model}", "messages": [{{"role": "user", "content": "{QUESTION}"}}], "temperature": 0}}'
     client = f"OpenAI(base_url='{address}/v1', api_key='{key}').chat.completions.create"
-    said = f"model='{settings.model}', messages=[{{'role': 'user', 'content': '{QUESTION}'}}]"
+    said = f"model='{settings.model}', messages=[{{'role': 'user', 'content': '{QUESTION}'}}], temperature=0"
     return [
         f"winnow serve: {settings.model}, {settings.policy} at {settings.budget}, on {address} (Ctrl-C ends it)",
         f"curl {address}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'",

@@ -23,6 +23,7 @@ from winnowkv.serve.limits import BodyLimit, Observed
 from winnowkv.serve.loop import MOST_RETRY, EngineLoop
 from winnowkv.serve.metrics import CONTENT_TYPE
 from winnowkv.serve.objects import Health
+from winnowkv.serve.openapi import describe
 from winnowkv.serve.prompts import PlainPrompts, PromptReader
 from winnowkv.serve.serving import Serving, ServingNow
 from winnowkv.serve.settings import ServeSettings
@@ -91,6 +92,7 @@ def make_app(
     app.state.serving = serving
     for router in (state_routes, routes.router, *routers):
         app.include_router(router)
+    describe(app, keys=bool(settings.api_keys))
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(WinnowError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
