@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -158,4 +157,3 @@ def test_unknown_routes_and_methods_have_openais_form() -> None:
     found = with_client(tiny_app(), look)
     assert [one.status_code for one in found] == [404, 405, 405]
     assert [one.json()["error"]["code"] for one in found] == ["unknown_route", "unknown_method", "unknown_method"]
-    assert asyncio.iscoroutinefunction(look)

@@ -76,12 +76,13 @@ def failed(error: BaseException | None) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's or FastAPI's errors about a request."""
+    """The first of pydantic's or FastAPI's errors about a request; of a field that may be of several types, the deepest."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    places = [place for place in first["loc"] if place not in ("body", "query", "path")]
-    param = field_name(places)
+    same = [error for error in errors if field_name(error["loc"]).startswith(field_name(first["loc"]))]
+    first = max(same, key=lambda error: len(field_name(error["loc"])))
+    param = field_name(first["loc"])
     if first["type"] == "refused":  # our own, which may name a field deeper than where it was raised
         return ApiError(400, first["msg"], code="unsupported_value", param=first.get("ctx", {}).get("param") or param or None)
     if not param:
@@ -95,7 +96,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def field_name(places: Sequence[Any]) -> str:
     """``messages[0].content`` of the places that pydantic names, without the names of union members."""
     name = ""
-    for place in places:
+    for place in places[1:] if places and places[0] in ("body", "query", "path") else places:
         if isinstance(place, int):
             name += f"[{place}]"
         elif place not in UNION_TAGS and not any(sign in place for sign in "[(-"):

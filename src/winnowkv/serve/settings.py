@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from winnowkv.budget import DEFAULT_BUDGET, Budget
@@ -70,7 +70,7 @@ class ServeSettings:
     write_timeout: float = 30.0
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     insecure: bool = False
     cors: tuple[str, ...] = ()
     log_prompts: bool = False
