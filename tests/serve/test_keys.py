@@ -142,7 +142,7 @@ def test_a_file_of_keys_has_one_a_line(tmp_path: Path) -> None:
         ({"host": "192.0.2.1"}, "no API key"),
         ({"api_keys": ("short",)}, "at least 8"),
         ({"api_keys": ("with a blank",)}, "printable"),
-        ({"kv_memory": "much"}, "kv_memory much is not a size"),
+        ({"kv_memory": "much"}, "kv_memory 'much' is not a size"),
         ({"max_body": 0}, "max_body 0"),
         ({"budget": 0}, "budget"),
         ({"quality": "great"}, "quality"),

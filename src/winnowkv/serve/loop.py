@@ -247,6 +247,7 @@ class EngineLoop:
         self._check_queue(1)
         job = self.engine.run_job(work, peak)
         self._jobs.add(job)
+        self._idle.clear()
         self.wake()
         try:
             return await asyncio.wrap_future(job.future)
@@ -261,6 +262,7 @@ class EngineLoop:
             raise
         finally:
             self._jobs.discard(job)
+            self._note_idle()
 
     def _check_open(self) -> None:
         if self.draining or not self.alive:
@@ -318,7 +320,10 @@ class EngineLoop:
         for prompt in ticket.prompts:
             if prompt.release is not None:
                 prompt.release()
-        if not self._tickets:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not (self._tickets or self._jobs):
             self._idle.set()
 
     def _abandon(self, ticket: Ticket) -> None:
