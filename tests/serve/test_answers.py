@@ -148,6 +148,15 @@ def test_a_request_has_its_own_policy_and_budget() -> None:
     assert (winnow["policy"], winnow["budget"], winnow["kept_entries"]["mean"]) == ("streaming", 0.5, 31)
 
 
+def test_short_prompts_are_kept_whole_unless_the_request_says_otherwise() -> None:
+    app = tiny_app(keep_whole=62)
+    winnow = ask(app, chat(TEXT)).json()["usage"]["winnow"]
+    assert (winnow["policy"], winnow["kept_entries"]["mean"]) == ("full", 62)
+    assert any("62 are kept whole" in note for note in winnow["notes"])
+    for other in (chat(TEXT + " w5"), chat(TEXT, winnow={"budget": 20})):
+        assert ask(tiny_app(keep_whole=62), other).json()["usage"]["winnow"]["kept_entries"]["mean"] == 20
+
+
 def test_lookahead_is_an_option_of_the_requests_policy() -> None:
     answer = ask(tiny_app(), chat(TEXT, winnow={"lookahead": 2}))
     winnow = answer.json()["usage"]["winnow"]
@@ -163,7 +172,9 @@ def test_many_requests_at_once_are_each_what_they_are_alone() -> None:
         bodies = [text_request(prompt, max_tokens=9, stream=bool(at % 2)) for at, prompt in enumerate(prompts)]
         answers = await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in bodies))
         return [
-            "".join(chunk["choices"][0]["text"] for chunk in chunks_of(one.text)) if at % 2 else one.json()["choices"][0]["text"]
+            "".join(chunk["choices"][0]["text"] for chunk in chunks_of(one.text))
+            if at % 2
+            else one.json()["choices"][0]["text"]
             for at, one in enumerate(answers)
         ]
 

@@ -222,7 +222,8 @@ def test_metrics_count_what_was_served() -> None:
         'winnow_requests_total{route="/v1/chat/completions",status="200"} 1.0',
         'winnow_requests_total{route="/v1/chat/completions",status="400"} 1.0',
         "winnow_prompt_tokens_total 42.0", "winnow_kept_entries_total 20.0", "winnow_generated_tokens_total 6.0",
-        "winnow_time_to_first_token_seconds_count 1.0", "winnow_inter_token_seconds_count 5.0", "winnow_queue_seconds_count 1.0",
+        "winnow_time_to_first_token_seconds_count 1.0", "winnow_inter_token_seconds_count 5.0",
+        "winnow_queue_seconds_count 1.0",
         "winnow_queue_length 0.0", "winnow_active_requests 0.0", "winnow_kv_bytes 0.0", "winnow_kv_limit_bytes 1.048576e+06",
     ):  # fmt: skip
         assert line in page.splitlines(), line

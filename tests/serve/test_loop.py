@@ -185,7 +185,7 @@ def test_prompts_go_on_from_a_stored_context_and_let_go_of_it() -> None:
     from winnowkv.serve.app import make_app
     from winnowkv.serve.settings import ServeSettings
 
-    app = make_app(engine, ServeSettings(model="tiny"), prompts=lambda serving, engine: stored)
+    app = make_app(engine, ServeSettings(model="tiny", keep_whole=0), prompts=lambda serving, engine: stored)
 
     async def look(client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT, json=chat("w5 w6 w7", winnow_context="doc"))

@@ -108,8 +108,8 @@ def send(server: Running, body: Any, then: Any = None) -> socket.socket:
     """A connection on which a request was sent."""
     data = json.dumps(body).encode()
     connection = server.connect()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + data)
     if then is not None:
         then()
     return connection

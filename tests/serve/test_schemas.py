@@ -139,7 +139,16 @@ def test_winnow_options_name_no_files_and_are_checked(winnow: Any, param: str) -
 
 
 def test_bodies_that_are_no_json_are_refused() -> None:
-    bodies: list[Any] = [b"", b"{", b'{"model": "\xff"}', b"[" * 50_000, b"[]", b'"x"', b"null", b'{"n": 1' + b"0" * 5000 + b"}"]
+    bodies: list[Any] = [
+        b"",
+        b"{",
+        b'{"model": "\xff"}',
+        b"[" * 50_000,
+        b"[]",
+        b'"x"',
+        b"null",
+        b'{"n": 1' + b"0" * 5000 + b"}",
+    ]
     for answer in answers([*bodies, b'{"model": "tiny", "messages": [], "temperature": NaN}']):
         assert answer.status_code == 400
         assert answer.json()["error"]["message"]

@@ -40,7 +40,9 @@ def tiny_engine(**options: Any) -> Engine:
 def tiny_app(engine: Engine | None = None, **settings: Any) -> FastAPI:
     """The application over an engine."""
     engine = engine or tiny_engine()
-    return make_app(engine, ServeSettings(**{"model": MODEL, "policy": engine.policy, "budget": 20, **settings}))
+    return make_app(
+        engine, ServeSettings(**{"model": MODEL, "policy": engine.policy, "budget": 20, "keep_whole": 0, **settings})
+    )
 
 
 def chat(text: str, **fields: Any) -> dict[str, Any]:
@@ -53,7 +55,10 @@ def chat(text: str, **fields: Any) -> dict[str, Any]:
 async def asking(app: FastAPI, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application in this process, started and stopped."""
     transport = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t", **options) as client:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://t", **options) as client,
+    ):
         yield client
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
-from winnowkv.cli.options import DEFAULT_POLICY, DEFAULT_STORE, Device, Dtype, Model, Quality, Store, token_count
+from winnowkv.cli.options import DEFAULT_POLICY, DEFAULT_STORE, Device, Dtype, Json, Model, Quality, Store, token_count
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from winnowkv.serve.serving import Serving
     from winnowkv.serve.settings import ServeSettings
 
@@ -31,6 +34,9 @@ def serve(
         DEFAULT_BUDGET
     ),
     quality: Quality = None,
+    keep_whole: Annotated[
+        int, typer.Option(help="Prompts of so many tokens or fewer are kept whole if a request says nothing; 0: none.")
+    ] = 128,
     kv_memory: Annotated[
         str | None, typer.Option(help="Most bytes of keys and values, 1GiB. Default: no limit.", show_default=False)
     ] = None,
@@ -41,9 +47,7 @@ def serve(
         int | None,
         typer.Option(help="Most entries of generated tokens held per layer and KV head. Default: all.", show_default=False),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Where to listen; elsewhere only with a key or --insecure.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; elsewhere only with a key or --insecure.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8000,
     api_key: Annotated[
         list[str] | None,
@@ -72,6 +76,7 @@ def serve(
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs/--plain-logs", help="Logs on standard error.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Serve OpenAI's chat and text completions, many at once, from compressed caches.
 
@@ -85,11 +90,13 @@ def serve(
     require("winnow serve", "fastapi", "uvicorn", "prometheus-client")
     check_policies([policy], [Budget.of(budget).asked])
     from winnowkv.serve.keys import read_keys
+    from winnowkv.serve.logs import set_up
     from winnowkv.serve.server import address_of, listen
     from winnowkv.serve.settings import ServeSettings
 
     settings = ServeSettings(
-        model=name or model, policy=policy, budget=Budget.of(budget).asked, quality=quality, kv_memory=kv_memory,
+        model=name or model, policy=policy, budget=Budget.of(budget).asked, quality=quality,
+        keep_whole=keep_whole, kv_memory=kv_memory,
         max_rows=max_rows, interleave=interleave, compile=compile, decode_budget=decode_budget, queue=queue,
         queue_deadline=queue_deadline, request_timeout=request_timeout,
         max_prompt_tokens=None if max_prompt_tokens is None else token_count(max_prompt_tokens, "--max-prompt-tokens"),
@@ -99,18 +106,18 @@ def serve(
         context_auto=context_auto, drain=drain,
     )  # fmt: skip
     bound = listen(settings)
-    run(settings, model, device, dtype, bound, address_of(bound, settings), json_logs)
+    set_up(as_json=json_logs)
+    run(settings, model, device, dtype, bound, address_of(bound, settings), as_json)
 
 
 def run(
-    settings: ServeSettings, model: str, device: str | None, dtype: str | None, bound: object, address: str, json_logs: bool
+    settings: ServeSettings, model: str, device: str | None, dtype: str | None, bound: socket, address: str, as_json: bool
 ) -> None:
     """Serve on a bound socket until a signal comes. Raises what loading the model raised."""
     from winnowkv.cache.compression import Compression
     from winnowkv.cli.loading import load_model
     from winnowkv.engine.engine import Engine
     from winnowkv.serve.app import make_app
-    from winnowkv.serve.logs import set_up
     from winnowkv.serve.server import Server
 
     def load() -> Engine:
@@ -127,14 +134,19 @@ def run(
         if serving.failure is not None:
             server.begin_stop()
         else:
-            print("\n".join(lines_to_try(settings, address)), flush=True)
+            print(as_object(settings, address) if as_json else "\n".join(lines_to_try(settings, address)), flush=True)
 
-    set_up(as_json=json_logs)
     server = Server(make_app(load, settings, loaded=loaded))
     print(f"winnow serve: loading {model}, then listening on {address}", file=sys.stderr, flush=True)
-    server.run(sockets=[bound])  # type: ignore[list-item]
+    server.run(sockets=[bound])
     if server.serving.failure is not None:
         raise server.serving.failure
+
+
+def as_object(settings: ServeSettings, address: str) -> str:
+    """Where the server listens and what it serves, as JSON."""
+    said = {"url": address, "model": settings.model, "policy": settings.policy, "budget": settings.budget}
+    return json.dumps(said, indent=2)
 
 
 def lines_to_try(settings: ServeSettings, address: str) -> list[str]:

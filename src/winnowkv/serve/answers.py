@@ -121,7 +121,7 @@ class Answer:
         entries = [count for report in reports for row in report.kept_entries for count in row]
         known = [seconds for ended in ends if (seconds := ended.first_token_seconds) is not None]
         queued = [seconds for ended in ends if (seconds := ended.queue_seconds) is not None]
-        notes = dict.fromkeys(note for report in reports for note in (*report.looked, *report.notes))
+        notes = dict.fromkeys([*self.ticket.notes, *(note for report in reports for note in (*report.looked, *report.notes))])
         return {
             "policy": reports[0].policy, "budget": reports[0].budget,
             "prompt_tokens": sum(ended.prompt_tokens for ended in ends),

@@ -36,17 +36,28 @@ STOPPING = "the server is stopping and takes no new requests: try again, it may 
 
 
 @dataclass(frozen=True)
+class How:
+    """How a prompt is continued.
+
+    ``options``: of :meth:`Engine.submit`, such as task, policy, budget, quality, decode_budget. ``note``: what the user should
+    know of them.
+    """
+
+    sampling: Sampling
+    options: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
+
+
+@dataclass(frozen=True)
 class Asked:
     """What a request asks of the engine.
 
-    ``read``: makes the prompts, in a thread. ``sampling``: of the token counts of each; both raise ApiError or WinnowError.
-    ``options``: of :meth:`Engine.submit`, such as task, policy, budget, quality, decode_budget. ``prompts``: how many there
-    will be.
+    ``read``: makes the prompts. ``how``: how one of them is continued. Both are called in a thread, and raise ApiError or
+    WinnowError. ``prompts``: how many there will be. ``choices``: of each.
     """
 
     read: Callable[[], list[Prompt]]
-    sampling: Callable[[Prompt], Sampling]
-    options: dict[str, Any] = field(default_factory=dict)
+    how: Callable[[Prompt], How]
     prompts: int = 1
     choices: int = 1
 
@@ -57,6 +68,7 @@ class Ticket:
     Attributes
     ----------
     id: of the request. prompts: that it has. requests: of the engine, one for each prompt.
+    notes: on how they are served.
     why: why it was cancelled: ``disconnected``, ``timeout``, ``queue``, ``stopping`` or ``slow``; None if it was not.
     left: choices that have not ended. generated: tokens so far. began: when it was submitted, by ``time.perf_counter()``.
     """
@@ -65,6 +77,7 @@ class Ticket:
         self.id, self.began = id, time.perf_counter()
         self.prompts: list[Prompt] = []
         self.requests: list[Request] = []
+        self.notes: list[str] = []
         self.left, self.generated = asked.prompts * asked.choices, 0
         self.why: str | None = None
         self._loop, self._asked = loop, asked
@@ -105,12 +118,13 @@ class Ticket:
     def _submit(self) -> None:
         """Read the prompts and hand them to the engine; all or none. In a thread."""
         self.prompts = self._asked.read()
-        samplings = [self._asked.sampling(prompt) for prompt in self.prompts]
-        for at, (prompt, sampling) in enumerate(zip(self.prompts, samplings, strict=True)):
+        every = [self._asked.how(prompt) for prompt in self.prompts]
+        self.notes = [how.note for how in every if how.note is not None]
+        for at, (prompt, how) in enumerate(zip(self.prompts, every, strict=True)):
             if self.why is not None:
                 return
             listener = partial(self._loop.post, self, at)
-            request = submit(self._loop.engine, prompt, sampling, self._asked.options, listener)
+            request = submit(self._loop.engine, prompt, how, listener)
             with self._lock:
                 self.requests.append(request)
                 late = self.why is not None
@@ -387,11 +401,9 @@ class EngineLoop:
                 self._events.call_soon_threadsafe(self.cancel_all, "stopping")
 
 
-def submit(
-    engine: Engine, prompt: Prompt, sampling: Sampling, options: dict[str, Any], listener: Callable[[Event], None]
-) -> Request:
-    """Queue one prompt. Any thread."""
-    for name in options:
+def submit(engine: Engine, prompt: Prompt, how: How, listener: Callable[[Event], None]) -> Request:
+    """Queue one prompt. Any thread. Raises ApiError for an option that this engine does not have."""
+    for name in how.options:
         if name not in SUBMIT_OPTIONS:
             raise ApiError(400, f"winnow.{name} is not served: leave it out", code="unsupported_value", param=f"winnow.{name}")
-    return engine.submit(prompt.ids, sampling, after=prompt.after, listener=listener, **options)
+    return engine.submit(prompt.ids, how.sampling, after=prompt.after, listener=listener, **how.options)

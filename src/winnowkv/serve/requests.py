@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from winnowkv.engine.sampling import Sampling
@@ -10,7 +11,7 @@ from winnowkv.errors import WinnowError
 from winnowkv.files import shown
 from winnowkv.models.info import position_limit
 from winnowkv.serve.errors import ApiError, of_winnow
-from winnowkv.serve.loop import Asked
+from winnowkv.serve.loop import Asked, How
 from winnowkv.serve.prompts import Prompt, PromptReader
 from winnowkv.serve.schemas import ChatRequest, CompletionRequest, WinnowOptions
 from winnowkv.serve.settings import ServeSettings
@@ -60,19 +61,31 @@ def asked_of(
             raise
         return found
 
-    def sampling(prompt: Prompt) -> Sampling:
+    options = options_of(body.winnow, settings)
+
+    def how(prompt: Prompt) -> How:
         new = new_tokens(len(prompt.ids) + prompt.context_tokens, body.asked_tokens, model, settings, chat)
         try:
-            return Sampling(
+            sampling = Sampling(
                 max_new_tokens=new, min_new_tokens=body.min_tokens, temperature=body.temperature, top_p=body.top_p,
                 top_k=max(body.top_k, 0), seed=body.seed, stop=body.stops, logprobs=body.top, ignore_eos=body.ignore_eos,
                 n=body.n,
             )  # fmt: skip
         except WinnowError as error:
             raise of_winnow(error) from None
+        return kept_whole(How(sampling, options), prompt, settings)
 
     count = 1 if isinstance(body, ChatRequest) else len(body.prompts)
-    return Asked(read, sampling, options_of(body.winnow, settings), count, body.n)
+    return Asked(read, how, count, body.n)
+
+
+def kept_whole(how: How, prompt: Prompt, settings: ServeSettings) -> How:
+    """The same, but a short prompt whose request says nothing of policy and budget is kept whole."""
+    own = {"policy", "budget", "quality"} & set(how.options)
+    if own or prompt.after is not None or len(prompt.ids) > settings.keep_whole or settings.policy == "full":
+        return how
+    note = f"the prompt has {len(prompt.ids)} tokens, and up to {settings.keep_whole} are kept whole (--keep-whole)"
+    return replace(how, options={**how.options, "policy": "full"}, note=note)
 
 
 def release(prompts: list[Prompt]) -> None:

@@ -25,6 +25,8 @@ class ServeSettings:
     ----------
     model: name under which the model is served.
     policy, budget, quality: of requests that do not give their own.
+    keep_whole: prompts of so many tokens or fewer are kept whole, unless a request says otherwise: of a question of one
+        sentence, 12% are a few words, and nothing is gained; 0 for none.
     kv_memory: most bytes of keys and values; None for no limit.
     max_rows: most choices that decode together.
     interleave: tokens of a prompt that are read between two decode steps of the others.
@@ -54,6 +56,7 @@ class ServeSettings:
     policy: str = "winnow"
     budget: int | float | str = DEFAULT_BUDGET
     quality: str | None = None
+    keep_whole: int = 128
     kv_memory: int | str | None = None
     max_rows: int = 32
     interleave: int = 512
@@ -90,6 +93,7 @@ class ServeSettings:
             check_quality(self.quality)
         for name in ("max_rows", "interleave", "queue", "max_new_tokens", "default_new_tokens"):
             check_whole(name, getattr(self, name), 1)
+        check_whole("keep_whole", self.keep_whole, 0, "; 0 keeps no prompt whole")
         for name in ("decode_budget", "max_prompt_tokens"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1, ", or None for no limit")
