@@ -30,6 +30,7 @@ logger = logging.getLogger("winnowkv.serve")
 READERS = 4  # threads that turn texts into tokens
 LONGEST_PAUSE = 5.0  # seconds before the engine is stepped again after errors one after the other
 MOST_RETRY = 30  # seconds that a client is told to wait
+GATHER_SECONDS = 0.001  # in which the events of a step are gathered
 END_SECONDS = 5.0  # in which requests that were cancelled have to end
 SUBMIT_OPTIONS = frozenset(signature(Engine.submit).parameters)
 STOPPING = "the server is stopping and takes no new requests: try again, it may be back soon"
@@ -307,9 +308,14 @@ class EngineLoop:
         if not self._scheduled and self._events is not None:  # else a delivery is coming that takes this event along
             self._scheduled = True
             try:
-                self._events.call_soon_threadsafe(self._deliver)
+                self._events.call_soon_threadsafe(self._gather)
             except RuntimeError:  # the event loop is closed: nobody listens any more
                 self._scheduled = False
+
+    def _gather(self) -> None:
+        """Wait for the events of the other rows of the same step: to switch threads for each costs more than to deliver it."""
+        assert self._events is not None
+        self._events.call_later(GATHER_SECONDS, self._deliver)
 
     def _deliver(self) -> None:
         self._scheduled = False  # before the events are taken, so that one posted from now on schedules again
