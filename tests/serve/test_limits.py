@@ -58,6 +58,25 @@ def test_a_slow_body_is_given_up() -> None:
     assert (b"connection", b"close") in sent[0]["headers"]
 
 
+def test_all_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("winnowkv.serve.limits.BODIES_AT_ONCE", 1)
+    body = json.dumps(chat(TEXT)).encode()
+    engine = tiny_engine()
+    gate, app = Gate(engine), tiny_app(engine, max_body=len(body) + 10)
+
+    async def two(client: httpx.AsyncClient) -> httpx.Response:
+        how: dict[str, Any] = {"content": body, "headers": {"content-type": "application/json"}}
+        first = asyncio.create_task(client.post(CHAT, **how))
+        while not engine.waiting:
+            await asyncio.sleep(0)
+        error_of(await client.post(CHAT, **how), 429, "bodies_full")
+        gate.open()
+        assert (await first).status_code == 200
+        return await client.post(CHAT, **how)
+
+    assert with_client(app, two).status_code == 200
+
+
 def test_prompts_that_are_too_long_name_the_limit() -> None:
     error = error_of(ask(tiny_app(max_prompt_tokens=41), chat(TEXT)), 400, "context_length_exceeded")
     assert (error["param"], "42 tokens" in error["message"], "41" in error["message"]) == ("messages", True, True)

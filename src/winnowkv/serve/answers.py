@@ -12,11 +12,13 @@ from winnowkv.engine.detokenizer import REPLACEMENT_CHARACTER
 from winnowkv.engine.request import Completion, Event
 from winnowkv.engine.sampling import Logprob
 from winnowkv.serve.errors import ApiError, ClientGoneError, failed
-from winnowkv.serve.loop import MOST_RETRY, STOPPING, Ticket
+from winnowkv.serve.loop import MOST_RETRY, STOPPING
 from winnowkv.serve.settings import ServeSettings
+from winnowkv.serve.ticket import Ticket
 
 Body = dict[str, Any]
 FINGERPRINT = f"winnowkv-{winnowkv.__version__}"
+LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
 
 
@@ -34,7 +36,12 @@ def problem(ticket: Ticket, ended: Completion | None, settings: ServeSettings) -
 
 def sse(body: Body) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + dumped(body) + b"\n\n"
+
+
+def dumped(body: Body) -> bytes:
+    """JSON without blanks."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class Answer:
@@ -53,6 +60,9 @@ class Answer:
         self.choices, self.include_usage = choices, include_usage
         self.completions: dict[int, Completion] = {}
         self.id, self.created = f"{self.prefix}-{ticket.id.removeprefix('req-')}", int(time.time())
+        # Every chunk begins and ends with the same bytes.
+        self._before = b"data: " + dumped(self.head(self.chunk_kind))[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def take(self, events: Iterable[tuple[int, Event]]) -> ApiError | None:
         """Note the choices that have ended; the error if one has ended without an answer."""
@@ -84,8 +94,7 @@ class Answer:
 
     def chunk(self, choice: Body) -> bytes:
         """A chunk of one choice."""
-        usage = {"usage": None} if self.include_usage else {}
-        return sse(self.head(self.chunk_kind) | {"choices": [choice]} | usage)
+        return self._before + dumped(choice) + self._after
 
     def last(self, error: ApiError | None) -> bytes:
         """What a stream ends with: usage if it was asked for, or an error, and the terminator."""
@@ -146,6 +155,11 @@ class Answer:
         return [one for one in logprobs or () if one.token not in event_end]
 
 
+def at_least(logprob: float) -> float:
+    """A log probability that JSON can write: OpenAI's -9999 for that of a token that cannot come."""
+    return max(logprob, LEAST_LOGPROB)
+
+
 def rounded(seconds: float | None) -> float | None:
     """Seconds to the hundredth of a millisecond."""
     return None if seconds is None else round(seconds, 5)
@@ -189,7 +203,8 @@ class ChatAnswer(Answer):
         """One token with its log probability and bytes."""
         text = self.token(token)
         return {
-            "token": text, "logprob": logprob, "bytes": None if REPLACEMENT_CHARACTER in text else list(text.encode()),
+            "token": text, "logprob": at_least(logprob),
+            "bytes": None if REPLACEMENT_CHARACTER in text else list(text.encode()),
         }  # fmt: skip
 
 
@@ -224,8 +239,8 @@ class TextAnswer(Answer):
         for one in found:
             text = self.token(one.token)
             body["tokens"].append(text)
-            body["token_logprobs"].append(one.logprob)
-            body["top_logprobs"].append({self.token(token): logprob for token, logprob in one.top})
+            body["token_logprobs"].append(at_least(one.logprob))
+            body["top_logprobs"].append({self.token(token): at_least(logprob) for token, logprob in one.top})
             body["text_offset"].append(at)
             at += len(text)
         self._offsets[index] = at

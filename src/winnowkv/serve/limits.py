@@ -13,6 +13,7 @@ from winnowkv.serve.metrics import Metrics
 
 logger = logging.getLogger("winnowkv.serve")
 DISCARDED = 32 * 2**20  # bytes of a body that is too large are read up to here, so that the client reads the answer
+BODIES_AT_ONCE = 32
 GONE = 499  # status in logs and metrics of a request whose client left; nginx's number
 QUIET = ("/health", "/ready", "/metrics")  # their requests are logged only if they fail
 
@@ -61,21 +62,54 @@ class Observed:
                 logger.info("request", extra=more)
 
 
+class BusyError(Exception):
+    """There is no room for one more body."""
+
+
+class Held:
+    """Bytes of one request's body."""
+
+    def __init__(self, limit: BodyLimit) -> None:
+        self.limit, self.bytes = limit, 0
+
+    def add(self, size: int) -> None:
+        """Count so many more bytes. Raises BusyError if all bodies together have too many."""
+        if size > 0 and self.limit.held + size > BODIES_AT_ONCE * self.limit.most:
+            raise BusyError
+        self.bytes += size
+        self.limit.held += size
+
+
 class BodyLimit:
-    """Reads a body before anybody else does: at most so many bytes, in at most so many seconds."""
+    """Reads a body before anybody else does: at most so many bytes, in at most so many seconds.
+
+    All bodies of requests that are being served have at most :data:`BODIES_AT_ONCE` times as many bytes together.
+    """
 
     def __init__(self, app: Any, most: int, seconds: float) -> None:
         self.app, self.most, self.seconds = app, most, seconds
+        self.held = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        mine = Held(self)
+        try:
+            await self._serve(scope, receive, send, mine)
+        finally:
+            self.held -= mine.bytes
+
+    async def _serve(self, scope: Any, receive: Any, send: Any, mine: Held) -> None:
         name = scope["state"]["request_id"]
         try:
             async with asyncio.timeout(self.seconds):
-                body = await self._read(receive)
+                body = await self._read(receive, mine)
+        except BusyError:
+            why = f"the bodies of all requests have more than {BODIES_AT_ONCE * self.most} bytes together: try again later"
+            await send_error(send, ApiError(429, why, code="bodies_full", retry_after=1), name, close=True)
+            return
         except TimeoutError:
             slow = ApiError(408, f"the body was not there after {self.seconds:g} s: send it faster", code="body_timeout")
             await send_error(send, slow, name, close=True)
@@ -98,8 +132,8 @@ class BodyLimit:
 
         await self.app(scope, again, send)
 
-    async def _read(self, receive: Any) -> bytes | None:
-        """The body; None if it is too large."""
+    async def _read(self, receive: Any, mine: Held) -> bytes | None:
+        """The body; None if it is too large. Raises BusyError if there is no room for it now."""
         parts, size = [], 0
         while True:
             message = await receive()
@@ -108,8 +142,10 @@ class BodyLimit:
             part = message.get("body", b"")
             size += len(part)
             if size <= self.most:
+                mine.add(len(part))
                 parts.append(part)
             else:
+                mine.add(-mine.bytes)
                 parts.clear()
             if not message.get("more_body") or size > self.most + DISCARDED:
                 return b"".join(parts) if size <= self.most else None

@@ -11,10 +11,10 @@ from winnowkv.errors import WinnowError
 from winnowkv.files import shown
 from winnowkv.models.info import position_limit
 from winnowkv.serve.errors import ApiError, of_winnow
-from winnowkv.serve.loop import Asked, How
 from winnowkv.serve.prompts import Prompt, PromptReader
 from winnowkv.serve.schemas import ChatRequest, CompletionRequest, WinnowOptions
 from winnowkv.serve.settings import ServeSettings
+from winnowkv.serve.ticket import Asked, How
 
 # What a request may write into a policy's spec: nothing that could be the name of a file.
 SPEC = re.compile(r"[A-Za-z0-9_.:=,+-]*")

@@ -14,11 +14,11 @@ from winnowkv.models.info import position_limit
 from winnowkv.serve.answers import Answer, ChatAnswer, TextAnswer, problem
 from winnowkv.serve.errors import ApiError, ClientGoneError, of_winnow
 from winnowkv.serve.keys import Owner
-from winnowkv.serve.loop import Asked, Ticket
 from winnowkv.serve.objects import ChatCompletion, ErrorAnswer, ModelCard, ModelList, TextCompletion
 from winnowkv.serve.requests import asked_of, check_model
 from winnowkv.serve.schemas import ChatRequest, CompletionRequest
 from winnowkv.serve.serving import Serving, ServingNow
+from winnowkv.serve.ticket import Asked, Ticket
 
 logger = logging.getLogger("winnowkv.serve")
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
