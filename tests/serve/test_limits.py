@@ -105,7 +105,7 @@ def test_a_full_queue_answers_429_and_the_others_are_served(stream: bool) -> Non
         waiting = []
         for _ in range(3):
             waiting.append(asyncio.create_task(client.post(CHAT, json=chat(TEXT, stream=stream))))
-            while app.state.serving.loop.waiting < len(waiting):
+            while engine.waiting < len(waiting):
                 await asyncio.sleep(0)
         refused = await client.post(CHAT, json=chat(TEXT, stream=stream))
         error_of(refused, 429, "queue_full")

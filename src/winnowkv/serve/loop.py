@@ -94,7 +94,7 @@ class EngineLoop:
         ticket = Ticket(request_id, asked, self)
         self._tickets.add(ticket)
         self._idle.clear()
-        self._reading += asked.prompts
+        self._count_reading(asked.prompts)
         reading = asyncio.get_running_loop().run_in_executor(self._threads, ticket._submit)
         ticket.timer = asyncio.get_running_loop().call_later(self.settings.request_timeout, ticket.cancel, "timeout")
         try:
@@ -108,7 +108,7 @@ class EngineLoop:
             self._abandon(ticket)
             raise
         finally:
-            self._reading -= asked.prompts
+            ticket.count_read(ticket.unread)
         if ticket.why is not None and len(ticket.requests) < asked.prompts:  # cancelled before all were submitted
             self._abandon(ticket)
         self.wake()
@@ -130,6 +130,11 @@ class EngineLoop:
                     code="queue_deadline", retry_after=self.retry_after,
                 ) from None  # fmt: skip
             await ticket.wait()
+
+    def _count_reading(self, more: int) -> None:
+        """Count prompts that are read, or, below 0, that the engine has now. Any thread."""
+        with self._wake:
+            self._reading += more
 
     async def run_job(self, work: Callable[[Between], T], peak: int) -> T:
         """Do work on the model when its turn in the queue has come (:meth:`Engine.run_job`), and return what it returns.

@@ -67,6 +67,7 @@ class Ticket:
         self.prompts: list[Prompt] = []
         self.requests: list[Request] = []
         self.notes: list[str] = []
+        self.unread = asked.prompts  # prompts that the engine does not have yet
         self.left, self.generated = asked.prompts * asked.choices, 0
         self.why: str | None = None
         self._loop, self._asked = loop, asked
@@ -114,11 +115,19 @@ class Ticket:
                 return
             listener = partial(self._loop.post, self, at)
             request = submit(self._loop.engine, prompt, how, listener)
+            self.count_read(1)
             with self._lock:
                 self.requests.append(request)
                 late = self.why is not None
             if late:
                 self._loop.engine.cancel(request)
+
+    def count_read(self, prompts: int) -> None:
+        """Prompts that the engine has now, or will never have. Any thread."""
+        with self._lock:
+            prompts = min(prompts, self.unread)
+            self.unread -= prompts
+        self._loop._count_reading(-prompts)
 
     def _take(self, at: int, event: Event) -> None:
         """On the event loop."""
