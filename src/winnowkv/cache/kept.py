@@ -122,7 +122,7 @@ class KeptTokens:
         return {name: count for name, count in counts.items() if count}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, ready for JSON; scores with four digits. What each field is: docs/command-line.md."""
+        """Everything as plain data, ready for JSON, scores with four digits: :class:`winnowkv.cache.kept_file.KeptJson`."""
         from winnowkv.cache.kept_file import to_dict
 
         return to_dict(self)
@@ -151,7 +151,7 @@ class NotedPrompt:
     Attributes
     ----------
     tokens: of each row. positions: of each layer and row, as :attr:`CompactLayer.positions`. choices: if scores were kept.
-    ids: of each row.
+    ids: ``[B, S]``, padded on the left.
     """
 
     policy: str
@@ -160,7 +160,7 @@ class NotedPrompt:
     tokens: tuple[int, ...]
     positions: tuple[tuple[Tensor | None, ...], ...]
     choices: Choices | None
-    ids: tuple[tuple[int, ...], ...] | None = None
+    ids: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -170,7 +170,7 @@ class NotedPrompt:
     def kept(self, row: int, ids: Sequence[int] | None = None) -> KeptTokens:
         """What was kept of one row, on the CPU."""
         if ids is None and self.ids is not None:
-            ids = self.ids[row]
+            ids = self.ids[row, -self.tokens[row] :].tolist()
         known = None if ids is None else tuple(ids)
         if self.choices is not None:
             return _explained(self, self.choices, row, known)
@@ -191,9 +191,7 @@ def note_kept(cache: CompactCache, ids: Tensor | None = None) -> NotedPrompt:
     tokens = tuple(layers[0].prompt - pad for pad in layers[0].pads)
     if choices is not None:  # rows as they were read, whatever beams made of them since
         tokens = tuple(cache.report.prompt_tokens)
-    known = None
-    if ids is not None and len(ids) == len(tokens):
-        known = tuple(tuple(row[len(row) - count :]) for row, count in zip(ids.tolist(), tokens, strict=True))
+    known = ids.detach().clone() if ids is not None and len(ids) == len(tokens) else None
     return NotedPrompt(
         cache.report.policy, cache.report.budget, layers[0].keys.shape[1], tokens,
         tuple(tuple(layer.positions) for layer in layers), choices, known,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -35,6 +35,13 @@ class Explained:
 
     kept: KeptTokens
     report: Report
+
+
+class Used(NamedTuple):
+    """What any of the policies uses of a prompt: one reading serves all."""
+
+    uses_task: bool
+    uses_structure: bool
 
 
 def explain(
@@ -71,12 +78,11 @@ def explain(
 
     check_file(out, "--out")
     specs, asked = with_quality(list(dict.fromkeys(split_policies(policies))), quality), Budget.of(budget)
-    if not specs:
-        raise InputError("--policies is empty: name at least one, such as winnow")
     check_policies(specs, [asked.asked])  # before transformers is imported, which takes seconds
     from winnowkv.cache.compression import Compression
     from winnowkv.explain.page import component_data, write_page
     from winnowkv.explain.texts import token_texts
+    from winnowkv.policies import policy as make_policy
     from winnowkv.prompt.chat import encode, uses_chat
     from winnowkv.prompt.task import TaskProfile
 
@@ -89,13 +95,15 @@ def explain(
     with working(f"loading {model}"):
         loaded, tokenizer = load_model(model, check, device=device, dtype=dtype)
     ids = encode(tokenizer, text, chat=uses_chat(chat, tokenizer))
-    check_length(ids, loaded)
-    found = compare(loaded, tokenizer, text, ids, specs, asked, given)
+    made = [make_policy(spec) for spec in specs]
+    check_length(ids, loaded, max(policy.lookahead + policy.draft for policy in made))
+    used = Used(any(policy.uses_task for policy in made), any(policy.uses_structure for policy in made))
+    found = compare(loaded, tokenizer, ids, specs, asked, read_task(text, ids, given, used, tokenizer))
     with working(f"writing {out}"):
         data = component_data(
             token_texts(tokenizer, ids), [one.kept for one in found], [[*one.report.looked, *one.report.notes] for one in found]
         )
-        facts = {"model": model, "prompt": f"{len(ids)} tokens", "budget": str(asked.asked), "source": str(file or "typed in")}
+        facts = {"model": model, "prompt": f"{len(ids)} tokens", "budget": str(asked.asked)}
         write_page(out, data, title=f"What was kept of {file.name if file else 'the prompt'}", facts=facts)
     if as_json:
         print(json.dumps({"model": model, "page": str(out), "tokens": len(ids), "policies": [summary(one) for one in found]}))
@@ -103,41 +111,35 @@ def explain(
     show(found, len(ids), out)
 
 
-def check_length(ids: Sequence[int], model: PreTrainedModel) -> None:
-    """Raise InputError for a prompt that passes the model's positions."""
+def check_length(ids: Sequence[int], model: PreTrainedModel, more: int) -> None:
+    """Raise InputError for a prompt that passes the model's positions with the tokens that a policy looks at."""
     from winnowkv.models.info import position_limit
 
     limit = position_limit(model)
-    if limit is not None and len(ids) > limit:
-        raise InputError(f"the prompt has {len(ids)} tokens, the model has {limit} positions: shorten it")
+    if limit is not None and len(ids) + more > limit:
+        looked = f", with the {more} that a policy looks at it passes" if more else ", more than"
+        raise InputError(f"the prompt has {len(ids)} tokens{looked} the model's {limit} positions: shorten it")
 
 
 def compare(
-    model: PreTrainedModel, tokenizer: Any, text: str, ids: list[int], specs: Sequence[str], budget: Budget, given: TaskProfile
+    model: PreTrainedModel, tokenizer: Any, ids: list[int], specs: Sequence[str], budget: Budget, task: TaskProfile
 ) -> list[Explained]:
     """What each policy keeps of a prompt, which is read once. Raises the errors of a prompt that is compressed."""
+    from winnowkv.evaluate.lookahead import FirstTokens
     from winnowkv.evaluate.settings import read_prompt as record_prompt
+    from winnowkv.models.info import end_tokens
     from winnowkv.policies import policy as make_policy
 
-    made = [make_policy(spec) for spec in specs]
-    tasks = [read_task(text, ids, given, one, tokenizer) for one in made]
-    widest = next((task for one, task in zip(made, tasks, strict=True) if one.uses_structure), tasks[0])
+    made, stop, found = [make_policy(spec) for spec in specs], end_tokens(model, tokenizer), []
     with working(f"reading {len(ids)} tokens"):
-        recorded, logits, _ = record_prompt(model, ids, made, widest)
-    first, found = first_tokens(model, tokenizer, logits, max(one.lookahead for one in made) + 1), []
-    for spec, task in zip(specs, tasks, strict=True):
+        recorded, logits, _ = record_prompt(model, ids, made, task)
+    # For a policy that looks: so many tokens of the answer, and two after them, by which it goes on.
+    longest = max(policy.lookahead for policy in made) + 2
+    first = FirstTokens(model, logits, longest, lambda tokens: tokens[-1] in stop)
+    for spec in specs:
         with working(f"choosing by {spec}"):
             found.append(chosen(recorded, spec, budget, task, first, ids))
     return found
-
-
-def first_tokens(model: PreTrainedModel, tokenizer: Any, logits: Any, most: int) -> FirstTokens:
-    """The beginning of the prompt's answer, for policies that look at it; found as far as they look."""
-    from winnowkv.evaluate.lookahead import FirstTokens
-    from winnowkv.models.info import end_tokens
-
-    stop = end_tokens(model, tokenizer)
-    return FirstTokens(model, logits, most + 1, lambda tokens: tokens[-1] in stop)
 
 
 def chosen(recorded: Any, spec: str, budget: Budget, task: TaskProfile, first: FirstTokens, ids: list[int]) -> Explained:
