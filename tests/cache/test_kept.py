@@ -104,8 +104,9 @@ def test_what_is_said_of_all_tokens_is_what_the_cache_holds_and_explains(llama: 
     assert kept.kept_fraction == pytest.approx(cache.report.kept_fraction) or cache.report.quantize is not None
 
 
-def test_prompts_read_under_a_ceiling_are_described_by_text_positions(llama: PreTrainedModel, case: Case) -> None:
-    cache = cache_of(llama, case.spec, case.budget, TOKENS, task=case.task, chunk=CHUNK, ceiling=CEILING)
+@pytest.mark.parametrize("spec", ["full", RAGGED, SHARED, "h2o:sinks=2", "winnow:observe=4:heads=3:sinks=2:samples=16:least=4"])
+def test_prompts_read_under_a_ceiling_are_described_by_text_positions(llama: PreTrainedModel, spec: str) -> None:
+    cache = cache_of(llama, spec, 20, TOKENS, task="localization", chunk=CHUNK, ceiling=CEILING)
     kept = KeptTokens.of(cache)
     assert_holds(kept, cache)
     assert_explains(kept, cache)

@@ -153,6 +153,15 @@ def details(browser: Any, at: int) -> list[list[str]]:
     return [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in rows]
 
 
+def opened_rows(browser: Any, summary: str, rows: str) -> list[str]:
+    """Rows of a table that is filled when its summary is clicked."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.find_element("css selector", summary).click()
+    found = WebDriverWait(browser, 20).until(lambda _: browser.find_elements("css selector", rows))
+    return [row.text for row in found]
+
+
 def said(browser: Any) -> str:
     """What a screen reader says of the token that has the focus."""
     return browser.switch_to.active_element.get_attribute("aria-label")
@@ -180,8 +189,7 @@ def test_pointing_at_a_token_shows_what_decided(browser: Any, page: Path) -> Non
     ]  # fmt: skip
     assert second[:4] == ["second", "4 of 4", "6 of 8", "scores were not kept"]
     assert "w5" in browser.find_element("css selector", ".wx-title").text
-    browser.find_element("css selector", ".wx-details summary").click()
-    rows = [row.text for row in browser.find_elements("css selector", ".wx-tall tbody tr")]
+    rows = opened_rows(browser, ".wx-details summary", ".wx-tall tbody tr")
     assert rows[2].startswith("2 1 of 2 heads · evicted, score · score 0.75 (enough: 0.75) 1 of 2 heads")
     assert len(rows) == LAYERS
     assert browser.get_log("browser") == []
@@ -220,8 +228,7 @@ def test_the_map_and_the_budgets_are_there_as_text(browser: Any, page: Path) -> 
     canvas = browser.find_element("css selector", "canvas[role=img]")
     assert "Map of 4 layers by 240 positions" in canvas.get_attribute("aria-label")
     assert browser.find_element("css selector", ".wx-bars").text.split() == ["240", "60", "41", "41"]
-    browser.find_element("css selector", ".wx-panel summary").click()
-    rows = [row.text for row in browser.find_elements("css selector", ".wx-panel table tbody tr")]
+    rows = opened_rows(browser, ".wx-panel summary", ".wx-panel table tbody tr")
     assert rows[0] == " ".join(["0", "240", *["100%"] * 10])
     assert rows[1] == " ".join(["1", "60", "100%", "100%", "50%", *["0%"] * 7])
     assert rows[2].startswith("2 40.5 2% 0%")
@@ -230,9 +237,12 @@ def test_the_map_and_the_budgets_are_there_as_text(browser: Any, page: Path) -> 
 
 def test_the_map_is_painted_and_leads_to_its_token(browser: Any, page: Path) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
 
     open_page(browser, page)
     canvas = browser.find_element("css selector", "canvas[role=img]")
+    wait = WebDriverWait(browser, 20)
+    wait.until(lambda _: canvas.get_property("height") == LAYERS)  # painted once its size is known
     pixels = browser.execute_script(
         """const canvas = arguments[0], context = canvas.getContext("2d");
         return [[0.1, 0], [0.1, 1], [0.5, 1], [0.9, 3], [0.5, 3]].map(([x, layer]) =>
@@ -243,13 +253,13 @@ def test_the_map_is_painted_and_leads_to_its_token(browser: Any, page: Path) -> 
     assert kept != gone
     assert pixels == [kept, kept, gone, kept, gone]
     size = canvas.size
-    ActionChains(browser).move_to_element_with_offset(
-        canvas, int(0.4 * size["width"]), int(0.4 * size["height"])
-    ).click().perform()
-    at = int(0.9 * TOKENS)
-    label = said(browser)
-    assert label.startswith(tuple(f"w{near}: kept by 3 of 4 layers" for near in range(at - 3, at + 4)))
-    assert "layer 3: first 2 of 2 heads" not in label
+    there = ActionChains(browser).move_to_element_with_offset(canvas, int(0.4 * size["width"]), int(0.4 * size["height"]))
+    there.perform()
+    title = browser.find_element("css selector", ".wx-title")
+    wait.until(lambda _: "layer 3: first 2 of 2 heads" in title.text)
+    there.click().perform()
+    near = range(int(0.9 * TOKENS) - 3, int(0.9 * TOKENS) + 4)
+    assert said(browser).startswith(tuple(f"w{at}: kept by 3 of 4 layers" for at in near))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
