@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from winnowkv.budget import Budget
     from winnowkv.cache.cache import CompactCache
     from winnowkv.cache.explain import Explanation
+    from winnowkv.cache.kept import KeptTokens
     from winnowkv.cache.reading import extend, greedy, prefill
     from winnowkv.cache.snapshot import load_cache, save_cache
     from winnowkv.cache.stacked import stack
@@ -50,6 +51,7 @@ _HOMES = {
     "winnowkv.budget": ("Budget",),
     "winnowkv.cache.cache": ("CompactCache",),
     "winnowkv.cache.explain": ("Explanation",),
+    "winnowkv.cache.kept": ("KeptTokens",),
     "winnowkv.cache.reading": ("extend", "greedy", "prefill"),
     "winnowkv.cache.snapshot": ("load_cache", "save_cache"),
     "winnowkv.cache.stacked": ("stack",),
@@ -76,11 +78,11 @@ _HOME_OF = {name: module for module, public in _HOMES.items() for name in public
 
 __all__ = [
     "Answer", "Budget", "BudgetError", "CacheError", "CalibrationProfile", "CompactCache", "Completion", "Document",
-    "Engine", "Event", "Explanation", "InputError", "LayerStates", "Logprob", "ModelInfo", "ModelNotFoundError", "Policy",
-    "PolicyError", "ProfileError", "PromptInfo", "Report", "Request", "Run", "Sampling", "Structure", "Study",
-    "TaskProfile", "UnsupportedEngineError", "UnsupportedModelError", "WinnowError", "adakv", "chunkkv", "compress",
-    "criticalkv", "extend", "greedy", "load", "load_cache", "open_document", "policy", "prefill", "read", "read_profile",
-    "read_structure", "save_cache", "stack", "task_profile",
+    "Engine", "Event", "Explanation", "InputError", "KeptTokens", "LayerStates", "Logprob", "ModelInfo",
+    "ModelNotFoundError", "Policy", "PolicyError", "ProfileError", "PromptInfo", "Report", "Request", "Run", "Sampling",
+    "Structure", "Study", "TaskProfile", "UnsupportedEngineError", "UnsupportedModelError", "WinnowError", "adakv",
+    "chunkkv", "compress", "criticalkv", "extend", "greedy", "load", "load_cache", "open_document", "policy", "prefill",
+    "read", "read_profile", "read_structure", "save_cache", "stack", "task_profile",
 ]  # fmt: skip
 
 

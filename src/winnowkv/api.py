@@ -21,6 +21,7 @@ from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
 from winnowkv.cache.explain import Explanation
 from winnowkv.cache.generated import check_decode_budget
+from winnowkv.cache.kept import KeptTokens, NotedPrompt, note_kept
 from winnowkv.errors import CacheError, InputError
 from winnowkv.policies import Policy, Tasks
 from winnowkv.policies.protected import read_spans
@@ -44,6 +45,8 @@ class Run:
         self.reports: list[Report] = []
         self._settings = settings
         self._cache: CompactCache | None = None
+        self._noted: NotedPrompt | None = None  # of the latest prompt, once what it kept is decided
+        self._undecided: tuple[weakref.ref[CompactCache], Tensor | None] | None = None  # until then
         self._caches: list[weakref.ref[CompactCache]] = []  # a list, because helper threads add to it while the owner leaves
         self._warned: set[str] = set()
         self._open = True
@@ -62,6 +65,35 @@ class Run:
         if self._cache is None:
             raise CacheError("explain() needs a prompt, and none was read in this compress block yet: read one first")
         return self._cache.explain(layer, token, row)
+
+    @property
+    def selection(self) -> KeptTokens:
+        """What was kept of the latest prompt, also once its cache is gone: ``run.selection.save("kept.json")``.
+
+        Positions only; scores and what decided come with ``keep_scores=True``. Raises CacheError before the first prompt and
+        while what stays is not decided (lookahead), InputError for a batch of several prompts, which ``selections`` are of.
+        """
+        found = self._found_note()
+        if found.rows > 1:
+            raise InputError(f"the latest prompt was a batch of {found.rows} rows: take one of run.selections")
+        return found.kept(0)
+
+    @property
+    def selections(self) -> list[KeptTokens]:
+        """:attr:`selection` of every row of the latest batch, as it was read. Raises CacheError as that does."""
+        found = self._found_note()
+        return [found.kept(row) for row in range(found.rows)]
+
+    def _found_note(self) -> NotedPrompt:
+        if self._noted is not None:
+            return self._noted
+        if self._undecided is None:
+            raise CacheError("selection needs a prompt, and none was read in this compress block yet: read one first")
+        spec, needed = self.policy.spec, self.policy.lookahead + 1
+        raise CacheError(
+            f"what stays of the latest prompt is not decided: {spec} chooses once {needed} tokens of its answer are there; "
+            "generate more, or leave lookahead and draft out of the policy"
+        )
 
     @contextmanager
     def in_thread(self) -> Iterator[Run]:
@@ -90,7 +122,15 @@ class Run:
         self.reports.append(cache.report)
         self._caches.append(weakref.ref(cache))
         self._cache = cache if self.keep_scores else None  # held only so that scores can be asked for
+        self._noted, self._undecided = None, (weakref.ref(cache), ids)
         return cache
+
+    def note(self, cache: CompactCache) -> None:
+        """After a forward pass: what a prompt kept is noted as soon as it is decided, since its cache may be gone later."""
+        if self._undecided is None or self._undecided[0]() is not cache:
+            return
+        if cache.session is None and cache.looking is None:
+            self._noted, self._undecided = note_kept(cache, self._undecided[1]), None
 
     def end(self) -> None:
         """The block has ended: nothing of this thread holds the model, passes that failed in the middle neither."""
@@ -220,6 +260,7 @@ class _Block:
         if not isinstance(cache, CompactCache):
             return None
         cache.check_used()
+        self.run.note(cache)
         mine = self.thread == threading.get_ident() and module is self.run.model
         repeats, self._repeats = (self._repeats, 1) if mine else (1, self._repeats)
         if repeats > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,13 +90,21 @@ class Choices:
         kept = selection.kept[layer]
         if kept is None:
             return [Explanation(layer, h, token, True, "everything kept", None, None, None, 0) for h in heads]
-        scores = selection.scores[layer][0].float()
-        if len(scores) > len(heads):  # of query heads, as windows are scored: all of them choose together
-            scores = scores.mean(0, keepdim=True)
+        scores = head_scores(selection, layer)
         return [
-            Explanation(layer, h, token, *_fate(selection, scores[h % len(scores)], kept[0, h % kept.shape[1]], place))
+            Explanation(
+                layer, h, token, *_fate(competition(selection, scores[h % len(scores)], kept[0, h % kept.shape[1]]), place)
+            )
             for h in heads
         ]
+
+
+def head_scores(selection: PromptSelection | AutoSelection, layer: int) -> Tensor:
+    """A layer's importance scores ``[1 or Hkv, C]``, by which its heads chose."""
+    scores = selection.scores[layer][0].float()
+    if len(scores) > selection.bound.model.kv_heads:  # of query heads, as windows are scored: all of them choose together
+        scores = scores.mean(0, keepdim=True)
+    return scores
 
 
 def check_range(name: str, value: int, count: int) -> None:
@@ -105,44 +113,69 @@ def check_range(name: str, value: int, count: int) -> None:
         raise InputError(f"{name} {value} is not there: give one from 0 to {count - 1}")
 
 
-def _fate(
-    selection: PromptSelection | AutoSelection, scores: Tensor, kept: Tensor, place: int
-) -> tuple[bool, Reason, float | None, int | None, float | None, int]:
-    """What an :class:`Explanation` says from ``kept`` on, of one head's ``scores`` ``[C]`` and ``kept`` positions ``[n]``."""
+class Competition(NamedTuple):
+    """What one head of a layer chose from, in places of the ``S`` tokens that it held.
+
+    Attributes
+    ----------
+    scores: of the tokens that compete, ``[C]``; the others come after them.
+    stays, protected, shared: ``[S]``, which tokens are in the cache, which of all ``keep=`` protects, which all layers keep.
+    winners: ``[C]``, which stay by their own score alone. threshold: the lowest score of these, None without any.
+    sinks: first tokens that always stay.
+    """
+
+    scores: Tensor
+    stays: Tensor
+    protected: Tensor
+    shared: Tensor
+    winners: Tensor
+    threshold: float | None
+    sinks: int
+
+
+def competition(selection: PromptSelection | AutoSelection, scores: Tensor, kept: Tensor) -> Competition:
+    """Of one head's ``scores`` ``[C]`` and ``kept`` places ``[n]``, -1 in front of them; on the device of ``kept``."""
     selector, tokens = selection.bound.parts.selector, selection.bound.prompt.tokens
     recent = selector.recent_tokens(len(scores), len(kept))
     competing = min(len(scores), tokens - recent)
     scores = scores[:competing]
-    inside = torch.zeros(tokens, dtype=torch.bool, device=kept.device)
-    inside[kept[kept >= 0].long()] = True
-    shared = torch.zeros_like(inside)
+    stays = torch.zeros(tokens, dtype=torch.bool, device=kept.device)
+    stays[kept[kept >= 0].long()] = True
+    shared, protected = torch.zeros_like(stays), torch.zeros_like(stays)
     if selection.common is not None:
-        shared[selection.common[0, 0].long()] = True
-    stays = bool(inside[place])
+        shared[selection.common[0, 0].long().to(kept.device)] = True
+    for start, end in selection.bound.prompt.keep:
+        protected[start:end] = True
     # Those that only their score, or their span, can keep.
     free = ~shared[:competing]
     free[: selector.sinks] = False
-    winners = inside[:competing] & free
+    winners = stays[:competing] & free
     if selection.bound.policy.keeps_spans:  # of which so many would have stayed by their own scores
         order = scores.masked_fill(~free, -torch.inf).sort(descending=True, stable=True).indices
         best = torch.zeros_like(winners)
         best[order[: int(winners.sum())]] = True
         winners = winners & best
     threshold = float(scores[winners].min()) if bool(winners.any()) else None
-    if stays and any(start <= place < end for start, end in selection.bound.prompt.keep):
-        return stays, "protected", None, None, threshold, competing
+    return Competition(scores, stays, protected, shared, winners, threshold, selector.sinks)
+
+
+def _fate(head: Competition, place: int) -> tuple[bool, Reason, float | None, int | None, float | None, int]:
+    """What an :class:`Explanation` says from ``kept`` on; :func:`winnowkv.cache.kept.reasons_of` says it of all places."""
+    competing, stays = len(head.scores), bool(head.stays[place])
+    if stays and bool(head.protected[place]):
+        return stays, "protected", None, None, head.threshold, competing
     if place >= competing:
-        return stays, "recent window" if stays else "evicted", None, None, threshold, competing
+        return stays, "recent window" if stays else "evicted", None, None, head.threshold, competing
     reason: Reason = "evicted"
-    if stays and place < selector.sinks:
+    if stays and place < head.sinks:
         reason = "sink"
-    elif stays and bool(shared[place]):
+    elif stays and bool(head.shared[place]):
         reason = "shared by all layers"
     elif stays:
-        reason = "score" if bool(winners[place]) else "its span"
-    score = scores[place]
-    rank = 1 + int((scores > score).sum()) + int((scores[:place] == score).sum())
-    return stays, reason, float(score), rank, threshold, competing
+        reason = "score" if bool(head.winners[place]) else "its span"
+    score = head.scores[place]
+    rank = 1 + int((head.scores > score).sum()) + int((head.scores[:place] == score).sum())
+    return stays, reason, float(score), rank, head.threshold, competing
 
 
 def found_choices(choices: Choices | None, keep_scores: bool) -> Choices:

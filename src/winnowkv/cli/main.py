@@ -43,6 +43,7 @@ def command_line() -> typer.Typer:
         context,
         demo,
         eval as evaluation,
+        explain_page,
         generate,
         needle,
         plan,
@@ -61,7 +62,8 @@ def command_line() -> typer.Typer:
     )
     app.callback()(options)
     for command in (
-        demo, generate, serve, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task, policies,
+        demo, generate, serve, explain_page, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task,
+        policies,
     ):  # fmt: skip
         command.register(app)
     return app
