@@ -132,8 +132,8 @@ def test_a_request_that_is_not_begun_in_time_gets_429(stream: bool) -> None:
     assert "retry-after" in answer.headers
 
 
-def timed_out(passing: int, stream: bool) -> tuple[httpx.Response, Any]:
-    """The answer to a request whose time ends after so many steps."""
+@pytest.mark.parametrize(("passing", "stream"), [(0, False), (2, False), (0, True)])
+def test_a_request_ends_when_its_time_is_over(passing: int, stream: bool) -> None:
     engine = tiny_engine()
     gate, app = Gate(engine, passing), tiny_app(engine, request_timeout=0.1)
 
@@ -142,19 +142,27 @@ def timed_out(passing: int, stream: bool) -> tuple[httpx.Response, Any]:
         gate.open()
         return answer
 
-    return with_client(app, wait), app
-
-
-@pytest.mark.parametrize(("passing", "stream"), [(0, False), (2, False), (0, True)])
-def test_a_request_ends_when_its_time_is_over(passing: int, stream: bool) -> None:
-    answer, _ = timed_out(passing, stream)
+    answer = with_client(app, wait)
     error = error_of(answer, 504, "request_timeout")
     assert "0.1 s" in error["message"]
     assert answer.headers["x-should-retry"] == "false"
 
 
 def test_a_stream_ends_with_an_error_when_its_time_is_over() -> None:
-    answer, app = timed_out(2, stream=True)
+    engine = tiny_engine()
+    gate, app = Gate(engine, 2), tiny_app(engine)
+
+    async def wait(client: httpx.AsyncClient) -> httpx.Response:
+        asked = asyncio.create_task(client.post(CHAT, json=chat(TEXT, stream=True, max_tokens=50)))
+        loop = app.state.serving.loop
+        while not any(ticket.generated >= 2 and not ticket._events for ticket in loop._tickets):
+            await asyncio.sleep(0)
+        (ticket,) = loop._tickets
+        ticket.cancel("timeout")  # as its timer does
+        gate.open()
+        return await asked
+
+    answer = with_client(app, wait)
     *chunks, last = chunks_of(answer.text)
     assert answer.status_code == 200
     assert len(chunks) >= 2
