@@ -17,6 +17,7 @@ import pytest
 
 from support.serving import chat, chunks_of
 from winnowkv.cli.serve import lines_to_try
+from winnowkv.errors import ModelNotFoundError
 from winnowkv.models import load as models
 from winnowkv.serve.settings import ServeSettings
 
@@ -60,6 +61,19 @@ def test_missing_packages_are_named_with_the_way_to_get_them(winnow: Winnow, mon
     assert code == 2
     assert "uvicorn" in err
     assert "pip install 'winnowkv[serve]'" in err
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence_and_ends_the_server(
+    winnow: Winnow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ModelNotFoundError("there is no such model: name another")
+
+    monkeypatch.setattr("winnowkv.cli.loading.load_model", load)
+    code, out, err = winnow("serve", "--port", "0")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "winnow: there is no such model: name another"
+    assert "Traceback" not in err
 
 
 def test_three_lines_to_try() -> None:
