@@ -27,6 +27,11 @@ class DecodeLimit:
         return None if cache.decode_budget is None else cls(cache.decode_budget, cache.compact_layers[0].decode_eviction)
 
     @property
+    def observe(self) -> int:
+        """Most queries that a row keeps, by which the next block is chosen."""
+        return self.eviction.observe
+
+    @property
     def most(self) -> int:
         """Entries at which a block goes: a step's new entry is attended to before, so that it needs a column, too."""
         return self.budget + DECODE_BLOCK
@@ -38,6 +43,11 @@ class DecodeLimit:
         """
         return min(held + room, max(self.most, held + 1))
 
+    def after(self, held: int, tokens: int) -> int:
+        """Entries that are held of the tokens after the prompt when so many more were read one by one."""
+        first = max(self.most - held, 1)  # tokens until the first block goes
+        return held + tokens if tokens < first else self.budget + (tokens - first) % DECODE_BLOCK
+
 
 @dataclass
 class SlotRow:
@@ -48,7 +58,7 @@ class SlotRow:
     entries: of each full-attention layer, those that stay as long as the request has its row.
     room: columns for the tokens after them. held: how many of these are in use.
     seen: tokens read before it was placed. generated: tokens read since.
-    limit: its decode budget, None if it has none. heard: newest queries at hand, by which the next block is chosen.
+    limit: its decode budget, None if it has none. observe: most queries that it keeps. heard: newest queries at hand.
     """
 
     entries: list[int]
@@ -57,12 +67,8 @@ class SlotRow:
     generated: int = 0
     held: int = 0
     limit: DecodeLimit | None = None
+    observe: int = 0
     heard: int = 0
-
-    @classmethod
-    def needing(cls, entries: list[int], room: int, limit: DecodeLimit | None) -> SlotRow:
-        """One that is not placed: of so many entries, and ``room`` new tokens, fewer if a limit holds less of them."""
-        return cls(entries, room if limit is None else limit.columns(0, room), limit=limit)
 
     @classmethod
     def of(cls, cache: CompactCache, room: int) -> SlotRow:
@@ -72,14 +78,15 @@ class SlotRow:
         seen = first.seen - first.pads[0]
         if limit is None:
             return cls(lengths, room, seen)
-        held = first.generated
-        heard = 0 if first.queries is None else min(first.queries.shape[2], limit.eviction.observe)
-        return cls([n - held for n in lengths], limit.columns(held, room), seen, held=held, limit=limit, heard=heard)
+        held, observe = first.generated, limit.observe
+        row = cls([n - held for n in lengths], limit.columns(held, room), seen, held=held, limit=limit, observe=observe)
+        row.heard = 0 if first.queries is None else min(first.queries.shape[2], observe)
+        return row
 
     @property
-    def observe(self) -> int:
-        """Most queries that it keeps."""
-        return 0 if self.limit is None else self.limit.eviction.observe
+    def columns(self) -> list[int]:
+        """Of each full-attention layer."""
+        return [entries + self.room for entries in self.entries]
 
     @property
     def hears(self) -> bool:

@@ -27,7 +27,7 @@ from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
 from winnowkv.engine.cuda_graphs import Recorded
 from winnowkv.engine.slot_layer import SlotLayer
-from winnowkv.engine.slot_row import COLUMN_BLOCK, DecodeLimit, SlotRow
+from winnowkv.engine.slot_row import COLUMN_BLOCK, SlotRow
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.devices import input_device
 from winnowkv.models.head_group import HeadGroup
@@ -124,16 +124,16 @@ class Slots(Cache):
         """Entries of the tokens after its prompt that each request with a decode budget holds, of those since placed else."""
         return [request.held for request in self._requests]
 
-    def bytes_with(self, entries: Sequence[int], room: int, rows: int = 1, limit: DecodeLimit | None = None) -> int:
+    def bytes_with(self, entries: Sequence[int], room: int, rows: int = 1, observe: int = 0) -> int:
         """Bytes with so many more rows, each of ``entries`` of each full-attention layer, and ``room`` for new tokens.
 
-        ``limit``: the decode budget of these rows.
+        ``observe``: queries that they keep, if they have a decode budget (:class:`~winnowkv.engine.slot_row.DecodeLimit`).
         """
-        return self._bytes([*self._requests, *[SlotRow.needing(list(entries), room, limit)] * rows])
+        return self._bytes([*self._requests, *[SlotRow(list(entries), room, observe=observe)] * rows])
 
-    def bytes_alone(self, entries: Sequence[int], room: int, rows: int = 1, limit: DecodeLimit | None = None) -> int:
+    def bytes_alone(self, entries: Sequence[int], room: int, rows: int = 1, observe: int = 0) -> int:
         """Bytes of these rows alone."""
-        return self._bytes([SlotRow.needing(list(entries), room, limit)] * rows)
+        return self._bytes([SlotRow(list(entries), room, observe=observe)] * rows)
 
     def _bytes(self, requests: Sequence[SlotRow]) -> int:
         observe = most_observed(requests)
@@ -236,19 +236,17 @@ class Slots(Cache):
             layer.evict(row, begin, begin + request.held, limit.eviction, request.query_columns, limit.budget)
         request.evicted()
 
-    def warm_up(self, rows: int, entries: int, room: int, limit: DecodeLimit | None = None) -> float:
+    def warm_up(self, rows: int, entries: int, room: int, observe: int = 0) -> float:
         """Compile the steps of up to ``rows`` requests of ``entries`` and ``room`` new tokens; returns the seconds it took.
 
-        ``limit``: their decode budget; steps in which a row has one are graphs of their own.
+        ``observe``: queries that they keep; steps in which a row has a decode budget are graphs of their own.
         Raises CacheError while requests are placed.
         """
         if self._requests:
             raise CacheError(f"{self.rows} requests are placed: warm up before the first, or after the last has ended")
         begin = time.perf_counter()
         for size in self.graph_rows(rows):
-            self._requests = [SlotRow.needing([entries] * self._full, room, limit) for _ in range(size)]
-            for request in self._requests:
-                request.seen = entries
+            self._requests = [SlotRow([entries] * self._full, room, entries, observe=observe) for _ in range(size)]
             self.trim()
             self.step(torch.zeros(size, dtype=torch.long, device=self.device))
         self._requests = []
@@ -280,8 +278,8 @@ class Slots(Cache):
 
     def _shapes(self, requests: Sequence[SlotRow]) -> list[tuple[int, int]]:
         """Rows and columns of each layer's buffers."""
-        rows, full = len(requests), range(self._full)
-        columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
+        rows, widths = len(requests), [request.columns for request in requests]
+        columns = [max((width[layer] for width in widths), default=0) for layer in range(self._full)]
         if self._flexible:
             columns = [-(-count // GRAPH_COLUMN_STEP) * GRAPH_COLUMN_STEP for count in columns]
         elif self._static:
