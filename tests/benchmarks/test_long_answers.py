@@ -14,7 +14,7 @@ def test_both_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import long_answers
 
-    words = ["--tokens", "64", "--new", "132", "--short", "70", "--rows", "1", "--decode-budget", "64"]
+    words = ["--tokens", "96", "--new", "132", "--short", "70", "--rows", "1", "--decode-budget", "64"]
     summary = long_answers.main(long_answers.parse(words))
     sys.modules.pop("long_answers")
     plain, limited = summary["lines"]

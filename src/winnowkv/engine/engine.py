@@ -337,7 +337,7 @@ class Engine:
         request.started = time.perf_counter()
         cache: CompactCache | None = None
         try:
-            cache = request.new_cache(self.model)
+            cache = self._intake.new_cache(request)
             request.report = cache.report
             self._scheduler.begin(request, cache)
             cache.between = self._between(request.claim.peak, lambda: request.completion is not None, events, failed)

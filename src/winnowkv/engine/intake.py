@@ -1,4 +1,4 @@
-"""From a prompt to a request: its tokens checked, its policy and budget, and what it claims of the memory."""
+"""From a prompt to a request: its tokens checked, its policy and budget, what it claims of the memory, and its cache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from winnowkv.api import read_tasks
 from winnowkv.budget import Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
+from winnowkv.cache.forks import fork
 from winnowkv.cache.generated import check_decode_budget
 from winnowkv.cache.reports import new_report
 from winnowkv.engine.admission import Admission
@@ -96,6 +97,17 @@ class Intake:
             claim = admission.accept_after(after, len(ids), sampling, slots, self._limit_after(after, decode_budget))
         made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": slots.device}
         return Request(ids, sampling, task, claim, new_report(claim.compression), after=after, listener=listener, **made)
+
+    def new_cache(self, request: Request) -> CompactCache:
+        """What a request's prompt is read into: a fork of the document's cache if it goes on from one."""
+        asked, limit = request.claim.compression, request.claim.limit
+        budget = None if limit is None else limit.budget
+        if request.after is not None:
+            after, request.after = request.after, None
+            return fork(after, budget)
+        cache = CompactCache(self.model, asked.policy, asked.budget, task=request.task, decode_budget=budget, hold=False)
+        cache.report.policy = asked.asked  # looking it up again takes longer than a decode step
+        return cache
 
     def refused(self, sampling: Sampling, error: WinnowError) -> Completion:
         """The answer to a prompt that was not accepted."""

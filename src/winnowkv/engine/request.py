@@ -10,11 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
-from winnowkv.cache.forks import fork
 from winnowkv.cache.reports import report_decode
 from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling
@@ -183,18 +181,6 @@ class Request:
     def rows(self) -> list[Row]:
         """The choices that have not ended."""
         return [Row(self, index) for index, choice in enumerate(self.choices) if choice.completion is None]
-
-    def new_cache(self, model: PreTrainedModel) -> CompactCache:
-        """What its prompt is read into: a fork of the document's cache if it goes on from one."""
-        claim = self.claim
-        budget = None if claim.limit is None else claim.limit.budget
-        if self.after is not None:
-            after, self.after = self.after, None
-            return fork(after, budget)
-        asked = claim.compression
-        cache = CompactCache(model, asked.policy, asked.budget, task=self.task, decode_budget=budget, hold=False)
-        cache.report.policy = asked.asked  # looking it up again takes longer than a decode step
-        return cache
 
     def take(self, index: int, chosen: tuple[int, Logprob | None] | None) -> Event:
         """Continue a choice with a token that its sampler chose; None ends it with an error."""
