@@ -17,7 +17,7 @@ def test_both_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     words = ["--tokens", "96", "--new", "132", "--short", "70", "--rows", "1", "--decode-budget", "64"]
     summary = long_answers.main(long_answers.parse(words))
     sys.modules.pop("long_answers")
-    plain, limited = summary["lines"]
+    limited, plain = summary["lines"]
     assert (plain["decode_budget"], limited["decode_budget"]) == (None, 64)
     assert plain["decode_entries"] == [131]
     assert limited["decode_entries"] == [64 + 131 - 128]
