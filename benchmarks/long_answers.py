@@ -66,7 +66,8 @@ def measure(
     reports = [request.completion.report for request in requests if request.completion is not None]
     return {
         "decode_budget": limit, "held_bytes": {str(mark): held[mark] for mark in marks}, "most_bytes": most,
-        "tokens_per_s": tokens / seconds, "tokens_per_cpu_s": tokens / cpu, "seconds": seconds, "cpu_s": cpu, "warm_up_s": warm, "short_answers": ended // args.short,
+        "tokens_per_s": tokens / seconds, "tokens_per_cpu_s": tokens / cpu, "seconds": seconds, "cpu_s": cpu,
+        "warm_up_s": warm, "short_answers": ended // args.short,
         "steps_per_cpu_s": [
             (counts[at + 1] - counts[at]) / (edges[at + 1] - edges[at]) for at in range(len(marks))
         ],
