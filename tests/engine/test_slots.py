@@ -13,7 +13,8 @@ from support.cases import Case
 from support.models import DEVICE, TINY, prompt
 from support.slots import LENGTHS, ROOM, alone, assert_same, more, read, together
 from winnowkv.cache.reading import prefill
-from winnowkv.engine.slots import Slots, _Request, bucket, row_bucket
+from winnowkv.engine.slot_row import SlotRow
+from winnowkv.engine.slots import Slots, bucket, row_bucket
 from winnowkv.errors import CacheError
 
 
@@ -112,8 +113,6 @@ def test_caches_that_slots_cannot_hold_are_refused(llama: PreTrainedModel) -> No
     prefill(llama, torch.cat([prompt(9), prompt(9, seed=1)]), two)
     with pytest.raises(CacheError, match="2 rows: read prompts one by one"):
         slots.place(two, 4)
-    with pytest.raises(CacheError, match="no decode budget"):
-        slots.place(read(llama, 0, {"policy": "full", "budget": 1, "decode_budget": 64}), 4)
     slots.place(read(llama, 0, {"policy": "full", "budget": 1}), 4)
     with pytest.raises(CacheError, match="1 requests are placed"):
         slots.warm_up(1, 10, 4)
@@ -148,7 +147,7 @@ def test_row_counts_with_a_graph_are_those_of_the_buffers(llama: PreTrainedModel
     assert slots.graph_rows(1) == [1]
     assert slots.graph_rows(18) == [1, 2, 4, 8, 12, 16, 24]
     for rows in range(1, 19):
-        assert slots._shapes([_Request([40] * slots._full, ROOM)] * rows)[0] == (row_bucket(rows), 128)
+        assert slots._shapes([SlotRow([40] * slots._full, ROOM)] * rows)[0] == (row_bucket(rows), 128)
 
 
 def test_compiled_slots_hold_as_many_requests_as_eager_ones(llama: PreTrainedModel) -> None:
@@ -159,7 +158,7 @@ def test_compiled_slots_hold_as_many_requests_as_eager_ones(llama: PreTrainedMod
     memory = 18 * eager.bytes_alone(entries, room)
 
     def fits(slots: Slots) -> int:
-        return max(rows for rows in range(1, 40) if slots._bytes([_Request(entries, room)] * rows) <= 1.02 * memory)
+        return max(rows for rows in range(1, 40) if slots._bytes([SlotRow(entries, room)] * rows) <= 1.02 * memory)
 
     assert [fits(slots) for slots in (eager, compiled, fixed)] == [18, 18, 16]
     uneven = [16 * count for count in (9, 50, 31, 3, 20)]

@@ -99,12 +99,10 @@ def test_a_logit_that_is_no_number_ends_its_row_only(llama: PreTrainedModel) -> 
 
 def test_caches_that_slots_do_not_take_are_refused(llama: PreTrainedModel) -> None:
     cache, logits = read(llama, 0, policy="full", budget=1)
-    limited, _ = read(llama, 1, policy="full", budget=1, decode_budget=64)
     foreign, _ = read(tiny_model("llama"), 1, policy="full", budget=1)
-    for other, message in ((limited, r"no decode budget \(64\)"), (foreign, "another model")):
-        with pytest.raises(CacheError, match=message):
-            greedy_rows([cache, other], logits.repeat(2, 1), 4, never)
-        assert cache.held_bytes, "one that is refused takes the others with it"
+    with pytest.raises(CacheError, match="another model"):
+        greedy_rows([cache, foreign], logits.repeat(2, 1), 4, never)
+    assert cache.held_bytes, "one that is refused takes the others with it"
     assert greedy_rows([cache], logits, 4, never) == [list(greedy(llama, *read(llama, 0, policy="full", budget=1), 4))]
 
 

@@ -16,12 +16,13 @@ from winnowkv.cache.reports import report_decode
 from winnowkv.errors import CacheError
 
 
-def fork(cache: CompactCache) -> CompactCache:
+def fork(cache: CompactCache, decode_budget: int | None = None) -> CompactCache:
     """A cache that goes on from where this one stands; neither sees what the other one reads.
 
     What both hold is stored once until one of them reads more: that one then gets a buffer of its own (what is quantized stays
     shared for good). ``held_bytes`` of each counts what it uses, shared or not; :func:`stored_bytes` counts it once.
-    The report is a copy, its tokens after the prompt are counted from here on.
+    The report is a copy, its tokens after the prompt are counted from here on. ``decode_budget``: of the fork, in place of the
+    cache's, from the next token on; None for the cache's.
 
     Raises CacheError before a prompt was read, and while it is held whole for its answer's first tokens.
     """
@@ -29,13 +30,16 @@ def fork(cache: CompactCache) -> CompactCache:
         raise CacheError("nothing was read into this cache yet, or not all of it: read a prompt, then fork")
     check_chosen(cache, "forked")
     asked = cache.compression
-    settings: dict[str, Any] = {"task": asked.tasks, "decode_budget": cache.decode_budget, "keep": asked.keep}
+    limit = cache.decode_budget if decode_budget is None else decode_budget
+    settings: dict[str, Any] = {"task": asked.tasks, "decode_budget": limit, "keep": asked.keep}
     other = CompactCache(cache.model, asked.policy, asked.budget, **settings)
     report = replace(cache.report)
     report_decode(report, 0, report.decode_entries, 0.0)
     other.resume(report)
     for index, layer in enumerate(cache.layers):
         other.layers[index] = fork_layer(layer)
+    for layer in other.compact_layers:
+        layer.decode_budget = limit
     return other
 
 

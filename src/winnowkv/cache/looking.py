@@ -240,7 +240,8 @@ def fork_looking(cache: CompactCache) -> CompactCache:
     looking, asked = cache.looking, cache.compression
     if looking is None:
         raise CacheError("nothing is left to choose in this cache")
-    other = type(cache)(cache.model, asked.policy, asked.budget, task=asked.tasks, keep=asked.keep, hold=False)
+    settings: dict[str, Any] = {"task": asked.tasks, "decode_budget": cache.decode_budget, "keep": asked.keep}
+    other = type(cache)(cache.model, asked.policy, asked.budget, hold=False, **settings)
     other.resume(deepcopy(cache.report))
     for index, layer in enumerate(cache.layers):
         other.layers[index] = fork_layer(layer)

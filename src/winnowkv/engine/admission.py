@@ -12,9 +12,10 @@ from winnowkv.cache.layer import BUFFER_GROWTH
 from winnowkv.engine.drafts import Drafts
 from winnowkv.engine.request import Ahead, Claim
 from winnowkv.engine.sampling import Sampling
+from winnowkv.engine.slot_row import DecodeLimit
 from winnowkv.engine.slots import Slots
 from winnowkv.errors import InputError
-from winnowkv.memory.looking import asked_bytes, looking_need
+from winnowkv.memory.looking import asked_bytes, looking_need, query_bytes
 from winnowkv.memory.plan import Shape, need
 from winnowkv.prompt.task import TaskProfile
 
@@ -40,18 +41,27 @@ class Admission:
         self._shape = shape
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
 
-    def accept(self, compression: Compression, tokens: int, sampling: Sampling, task: TaskProfile, slots: Slots) -> Claim:
+    def accept(
+        self,
+        compression: Compression,
+        tokens: int,
+        sampling: Sampling,
+        task: TaskProfile,
+        slots: Slots,
+        limit: DecodeLimit | None = None,
+    ) -> Claim:
         """The claim of a prompt of ``tokens``; if its policy looks and that can never fit, the lean one, with a note.
 
+        ``limit``: its decode budget.
         Raises InputError if a request does not fit even into empty slots, and what :meth:`claim` raises.
         """
-        claim = self.claim(compression, tokens, sampling, task)
+        claim = self.claim(compression, tokens, sampling, task, limit)
         least = self._alone(claim, sampling.n, slots)
         if self.kv_memory is None or least <= self.kv_memory:
             return claim
         if not compression.policy.looks:
             raise self.too_small(least, tokens, sampling)
-        lean = self.claim(replace(compression, policy=compression.policy.lean()), tokens, sampling, task)
+        lean = self.claim(replace(compression, policy=compression.policy.lean()), tokens, sampling, task, limit)
         if (lean_least := self._alone(lean, sampling.n, slots)) > self.kv_memory:
             raise self.too_small(lean_least, tokens, sampling)
         times = f" for each of n={sampling.n} choices" if sampling.n > 1 else ""
@@ -61,8 +71,12 @@ class Admission:
         )
         return replace(lean, note=note)
 
-    def accept_after(self, after: CompactCache, tokens: int, sampling: Sampling, slots: Slots) -> Claim:
+    def accept_after(
+        self, after: CompactCache, tokens: int, sampling: Sampling, slots: Slots, limit: DecodeLimit | None = None
+    ) -> Claim:
         """The claim of ``tokens`` that go on from a document's cache, of which the request needs a copy.
+
+        ``limit``: its decode budget, which ``tokens`` count in.
 
         Raises InputError if that does not fit even into empty slots.
         """
@@ -72,7 +86,12 @@ class Admission:
         for layer in self._shape.layers:
             if layer.window is not None:
                 peak += layer.kv_bytes(min(whole, layer.window + tokens), self._shape.itemsize)
-        claim = Claim(after.compression, peak, entries, sampling.max_new_tokens - 1)
+        room = sampling.max_new_tokens - 1
+        if limit is not None:
+            held = layers[0].generated + tokens  # at most: reading them may evict some
+            room = limit.columns(held, room) - held
+            peak += 2 * limit.observe * query_bytes(self._shape)  # the newest and those before
+        claim = Claim(after.compression, peak, entries, room, limit=limit)
         if self.kv_memory is not None and (least := self._alone(claim, sampling.n, slots)) > self.kv_memory:
             raise self.too_small(least, whole, sampling)
         return claim
@@ -86,7 +105,14 @@ class Admission:
         if self.kv_memory is not None and size > self.kv_memory:
             raise InputError(f"{what} needs {size} bytes of keys and values, kv_memory is {self.kv_memory}: give more")
 
-    def claim(self, compression: Compression, tokens: int, sampling: Sampling, task: TaskProfile) -> Claim:
+    def claim(
+        self,
+        compression: Compression,
+        tokens: int,
+        sampling: Sampling,
+        task: TaskProfile,
+        limit: DecodeLimit | None = None,
+    ) -> Claim:
         """What a prompt of ``tokens`` needs. Raises BudgetError and InputError if budget or chunks cannot serve it."""
         policy, budget, layers = compression.policy, compression.budget, len(self._shape.compressed)
         peak = need(self._shape, policy, budget, tokens, task).peak
@@ -100,7 +126,8 @@ class Admission:
             kept, whole = min(kept, chunks.most), chunks.most
             if len(chunks.lengths) > 1:  # every layer holds all entries that are left until the last chunk was read
                 peak = prefill_bytes(self._shape, chunks.most, self._chunk)
-        claim = Claim(compression, peak, self.equal_entries(kept), sampling.max_new_tokens - 1)
+        new = sampling.max_new_tokens - 1
+        claim = Claim(compression, peak, self.equal_entries(kept), limit.columns(0, new) if limit else new, limit=limit)
         if not policy.looks:
             return claim
         if budget.target is not None:  # its budget is not known yet: bound as a prompt of which something goes
@@ -112,7 +139,7 @@ class Admission:
             return replace(claim, peak=peak + asked_bytes(self._shape, bound))
         copied = self.equal_entries(tokens if policy.per_head else kept)
         looking = looking_need(self._shape, bound, whole, peak, copied, sampling.max_new_tokens)
-        return replace(claim, peak=looking.cache, looking=Ahead(looking.cache, claim.columns, looking.copy))
+        return replace(claim, peak=looking.cache, looking=Ahead(looking.cache, claim.columns, looking.copy, claim.observe))
 
     def kept_entries(self, compression: Compression, tokens: int, task: TaskProfile) -> list[int]:
         """What each compressed layer keeps of a prompt of ``tokens`` without chunks, equally many."""
@@ -128,7 +155,7 @@ class Admission:
         """The memory in which a request of so many choices just fits, into empty slots."""
         if claim.looking is not None:
             return self.most_bytes(slots, [claim.looking] * rows, alone=True)
-        return max(claim.peak, slots.bytes_alone(claim.entries, claim.room, rows))
+        return max(claim.peak, slots.bytes_alone(claim.entries, claim.room, rows, claim.observe))
 
     def too_small(self, least: int, tokens: int, sampling: Sampling) -> InputError:
         """The error of a request that needs ``least`` bytes and can never fit."""
@@ -143,15 +170,33 @@ class Admission:
         """Whether something that needs ``peak`` bytes can be read while ``held`` bytes are taken."""
         return self.kv_memory is None or held + peak <= self.kv_memory
 
-    def can_place(self, columns: Sequence[int], slots: Slots, rows: int, ahead: Sequence[Ahead] = (), held: int = 0) -> bool:
+    def can_place(
+        self,
+        columns: Sequence[int],
+        slots: Slots,
+        rows: int,
+        ahead: Sequence[Ahead] = (),
+        held: int = 0,
+        observe: int = 0,
+    ) -> bool:
         """Whether the slots can take more rows, each with so many columns of each compressed layer, for entries and new tokens.
 
-        ``ahead``: choices that will get rows of their own later, whatever the order; ``held``: bytes that stay beside.
+        ``ahead``: choices that will get rows of their own later, whatever the order; ``held``: bytes that stay beside;
+        ``observe``: queries that each of these rows keeps.
         """
-        return self.kv_memory is None or held + self.most_bytes(slots, ahead, columns, rows) <= self.kv_memory
+        if self.kv_memory is None:
+            return True
+        return held + self.most_bytes(slots, ahead, columns, rows, observe) <= self.kv_memory
 
     def most_bytes(
-        self, slots: Slots, ahead: Sequence[Ahead], columns: Sequence[int] = (), rows: int = 0, *, alone: bool = False
+        self,
+        slots: Slots,
+        ahead: Sequence[Ahead],
+        columns: Sequence[int] = (),
+        rows: int = 0,
+        observe: int = 0,
+        *,
+        alone: bool = False,
     ) -> int:
         """Most bytes from when ``rows`` more are placed until the choices ``ahead`` have their rows, in whatever order.
 
@@ -163,9 +208,10 @@ class Admission:
         draft = slots.bytes_alone(drafts, 0) if drafts else 0  # those have no more columns than these
         own = sorted((one.cache + (draft if one.draft else 0) for one in ahead), reverse=True)
         every, most = widest([columns, *(one.columns for one in ahead)]), 0
+        queries = max((observe, *(one.observe for one in ahead)))
         for placed in range(len(ahead) + 1):
             if rows + placed:
-                size = in_slots(every if placed else columns, 0, rows + placed)
+                size = in_slots(every if placed else columns, 0, rows + placed, queries if placed else observe)
             else:
                 size = 0 if alone else slots.held_bytes
             most = max(most, size + sum(own[: len(ahead) - placed]))

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.cache.cache import CompactCache
-from winnowkv.cache.forks import fork
 from winnowkv.cache.looking import settle
 from winnowkv.cache.reading import prefill
 from winnowkv.engine.admission import Admission
@@ -61,6 +60,7 @@ class Engine:
     interleave: tokens of a prompt that are read between two decode steps of the others, in whole layers (a prompt of twice as
         many tokens waits after each half of the layers). None: they wait until a prompt is read.
     compile: compiled decode steps (:class:`Slots`); :meth:`warm_up` compiles them before the first request.
+    decode_budget: of each request's new tokens, as for :class:`CompactCache`: long answers take no more memory than that.
     task: of all prompts that are submitted without one; None classifies each prompt, if the policy asks for a task.
 
     Raises
@@ -90,6 +90,7 @@ class Engine:
         task: TaskProfile | str | None = None,
         quality: str | None = None,
         interleave: int | None = None,
+        decode_budget: int | None = None,
     ) -> None:
         check_whole("max_rows", max_rows, 1)
         if interleave is not None:
@@ -102,7 +103,7 @@ class Engine:
         self._chunk, self._ceiling = prefill_chunk, prefill_ceiling
         self._compile, self._interleave = compile, interleave
         # Raises now what would be raised for every prompt.
-        self._intake = Intake(model, tokenizer, Settings(policy, budget, quality, task), max_rows)
+        self._intake = Intake(model, tokenizer, Settings(policy, budget, quality, task), max_rows, decode_budget)
         self.policy, self.budget = self._intake.compression.asked, self._intake.compression.budget
         self.end_tokens = self._intake.end_tokens
         slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
@@ -143,14 +144,15 @@ class Engine:
         entries = self._admission.kept_entries(
             self._intake.compression, prompt_tokens, TaskProfile.of(self._intake.settings.task or "localization")
         )
-        room = new_tokens - 1
-        rows = self.max_rows
+        room, rows, observe = new_tokens - 1, self.max_rows, 0
+        if (limit := self._intake.limit(self._intake.compression)) is not None:
+            room, observe = limit.columns(0, room), limit.observe
         if self.kv_memory is not None:
-            most = max(self.kv_memory // self._slots.bytes_alone(entries, room), 1)
+            most = max(self.kv_memory // self._slots.bytes_alone(entries, room, observe=observe), 1)
             rows = max(size for size in self._slots.graph_rows(min(rows, most)) if size <= most)
         with self._scheduler.turn():
             self._mend()
-            return self._slots.warm_up(rows, entries[0], room)
+            return self._slots.warm_up(rows, entries[0], room, observe)
 
     def submit(
         self,
@@ -161,6 +163,7 @@ class Engine:
         policy: str | Policy | None = None,
         budget: Budget | int | float | str | None = None,
         quality: str | None = None,
+        decode_budget: int | None = None,
         after: CompactCache | None = None,
         listener: Listener | None = None,
     ) -> Request:
@@ -169,8 +172,9 @@ class Engine:
         Parameters
         ----------
         policy, budget, quality: of this prompt, in place of the engine's; a policy of its own has no quality but the one given.
-        after: the cache of a document (:attr:`winnowkv.Document.cache`, read without a decode budget). The prompt, token ids,
-            goes on from it, and nothing of the prompt is evicted. The cache itself stays as it is.
+        decode_budget: of its new tokens, in place of the engine's.
+        after: the cache of a document (:attr:`winnowkv.Document.cache`). The prompt, token ids, goes on from it, and counts as
+            new tokens in the decode budget (the request's, else the document's, else the engine's). It stays as it is.
         listener: called with each of the request's events by the thread that makes them, which holds a lock: it only hands them
             on.
 
@@ -188,7 +192,9 @@ class Engine:
         """
         own = Settings(policy, budget, quality, task)
         where = self._admission, self._slots
-        request = self._intake.request(prompt, sampling, own, *where, after=after, listener=listener)
+        request = self._intake.request(
+            prompt, sampling, own, *where, after=after, decode_budget=decode_budget, listener=listener
+        )
         self._scheduler.add(request)
         return request
 
@@ -331,11 +337,12 @@ class Engine:
         request.started = time.perf_counter()
         cache: CompactCache | None = None
         try:
-            cache = self._new_cache(request)
+            cache = self._intake.new_cache(request)
             request.report = cache.report
             self._scheduler.begin(request, cache)
             cache.between = self._between(request.claim.peak, lambda: request.completion is not None, events, failed)
             logits, rows = self._prompt_logits(request, cache), request.rows
+            request.held = cache.compact_layers[0].generated
             cache.between = None  # what a row that looks reads is a step of its own
             if request.claim.note is not None:
                 cache.report.notes.append(request.claim.note)
@@ -352,16 +359,6 @@ class Engine:
                 raise
             return
         events += self._scheduler.postprocess(rows, chosen)
-
-    def _new_cache(self, request: Request) -> CompactCache:
-        """What a request's prompt is read into."""
-        if request.after is not None:
-            after, request.after = request.after, None
-            return fork(after)
-        asked = request.claim.compression
-        cache = CompactCache(self.model, asked.policy, asked.budget, task=request.task, hold=False)
-        cache.report.policy = asked.asked  # looking it up again takes longer than a decode step
-        return cache
 
     def _prompt_logits(self, request: Request, cache: CompactCache) -> Tensor:
         """Logits of the first new token, ``[1, vocabulary]``."""

@@ -1,4 +1,4 @@
-"""From a prompt to a request: its tokens checked, its policy and budget, and what it claims of the memory."""
+"""From a prompt to a request: its tokens checked, its policy and budget, what it claims of the memory, and its cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from winnowkv.api import read_tasks
 from winnowkv.budget import Budget
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
+from winnowkv.cache.forks import fork
+from winnowkv.cache.generated import check_decode_budget
 from winnowkv.cache.reports import new_report
 from winnowkv.engine.admission import Admission
 from winnowkv.engine.request import Claim, Completion, Listener, Request, free_frames
 from winnowkv.engine.sampling import Sampling
+from winnowkv.engine.slot_row import DecodeLimit
 from winnowkv.engine.slots import Slots
 from winnowkv.errors import CacheError, InputError, WinnowError
 from winnowkv.models.info import end_tokens, position_limit, prompt_limit
@@ -46,7 +49,7 @@ class Intake:
     Parameters
     ----------
     model, tokenizer: that answer. settings: of prompts that say nothing else; policy and budget are given.
-    max_rows: most choices of a request.
+    max_rows: most choices of a request. decode_budget: of requests that say nothing else.
 
     Raises
     ------
@@ -54,11 +57,16 @@ class Intake:
         For settings that can serve no prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, settings: Settings, max_rows: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, settings: Settings, max_rows: int, decode_budget: int | None = None
+    ) -> None:
+        check_decode_budget(decode_budget)
+        self.decode_budget = decode_budget
         self.model, self.tokenizer, self.settings, self.max_rows = model, tokenizer, settings, max_rows
         self.end_tokens = end_tokens(model, tokenizer)
         self.compression = self._compression(settings)
         self.compression.heads.check_alone("the engine")
+        self.limit(self.compression)  # may raise
 
     def request(
         self,
@@ -69,6 +77,7 @@ class Intake:
         slots: Slots,
         *,
         after: CompactCache | None = None,
+        decode_budget: int | None = None,
         listener: Listener | None = None,
     ) -> Request:
         """The request of a prompt with settings of its own; parameters and errors as of :meth:`Engine.submit`."""
@@ -77,16 +86,28 @@ class Intake:
                 f"n={sampling.n} choices decode together, and max_rows is {self.max_rows}: give Engine(max_rows={sampling.n}), "
                 "or a lower n"
             )
+        check_decode_budget(decode_budget)
         if after is not None:
             self._check_after(after, own, prompt, slots)
         ids = self._token_ids(prompt, sampling, 0 if after is None else after.get_seq_length())
         if after is None:
-            task, claim = self._claim(ids, sampling, own, admission, slots)
+            task, claim = self._claim(ids, sampling, own, admission, slots, decode_budget)
         else:
             (task,) = after.compression.each_task(1)
-            claim = admission.accept_after(after, len(ids), sampling, slots)
+            claim = admission.accept_after(after, len(ids), sampling, slots, self._limit_after(after, decode_budget))
         made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": slots.device}
         return Request(ids, sampling, task, claim, new_report(claim.compression), after=after, listener=listener, **made)
+
+    def new_cache(self, request: Request) -> CompactCache:
+        """What a request's prompt is read into: a fork of the document's cache if it goes on from one."""
+        asked, limit = request.claim.compression, request.claim.limit
+        budget = None if limit is None else limit.budget
+        if request.after is not None:
+            after, request.after = request.after, None
+            return fork(after, budget)
+        cache = CompactCache(self.model, asked.policy, asked.budget, task=request.task, decode_budget=budget, hold=False)
+        cache.report.policy = asked.asked  # looking it up again takes longer than a decode step
+        return cache
 
     def refused(self, sampling: Sampling, error: WinnowError) -> Completion:
         """The answer to a prompt that was not accepted."""
@@ -107,13 +128,39 @@ class Intake:
         base = self.settings if own.policy is None else replace(self.settings, quality=None)
         return self._compression(replace(base, **{name: getattr(own, name) for name in own.given}))
 
+    def limit(self, compression: Compression, decode_budget: int | None = None) -> DecodeLimit | None:
+        """The decode budget of a request. Raises InputError if what its policy looks at would be evicted by it."""
+        budget, policy = self.decode_budget if decode_budget is None else decode_budget, compression.policy
+        if budget is None:
+            return None
+        limit, looked = DecodeLimit(budget, policy.decode_eviction()), policy.lookahead + policy.draft
+        if (lacking := looked - (limit.most - limit.observe)) > 0:
+            raise InputError(
+                f"decode_budget={budget} holds too few of the {looked} tokens that {compression.asked} looks at before it "
+                f"chooses (lookahead={policy.lookahead}, draft={policy.draft}): give decode_budget={budget + lacking} or more, "
+                "or less lookahead and draft"
+            )
+        return limit
+
+    def _limit_after(self, after: CompactCache, decode_budget: int | None) -> DecodeLimit | None:
+        """The decode budget of a request that goes on from a document: its own, else the document's, else the engine's."""
+        budget = next((one for one in (decode_budget, after.decode_budget, self.decode_budget) if one is not None), None)
+        return None if budget is None else DecodeLimit(budget, after.compact_layers[0].decode_eviction)
+
     def _claim(
-        self, ids: Sequence[int], sampling: Sampling, own: Settings, admission: Admission, slots: Slots
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        own: Settings,
+        admission: Admission,
+        slots: Slots,
+        decode_budget: int | None,
     ) -> tuple[TaskProfile, Claim]:
         compression = self._own_compression(own)
+        limit = self.limit(compression, decode_budget)
         given = self.settings.task if own.task is None else own.task
         (task,) = read_tasks(self.tokenizer, torch.tensor([list(ids)]), None, given, compression.policy)
-        return task, admission.accept(compression, len(ids), sampling, task, slots)
+        return task, admission.accept(compression, len(ids), sampling, task, slots, limit)
 
     def _check_after(self, after: CompactCache, own: Settings, prompt: AnyPrompt, slots: Slots) -> None:
         """Raise for a cache that no row can go on from, and for what cannot be said of a document that was read before."""

@@ -17,6 +17,7 @@ from winnowkv.cache.session import Selections
 from winnowkv.engine.drafts import Draft, Drafts
 from winnowkv.engine.request import Ahead, Event, Row, free_frames
 from winnowkv.engine.sampling import choose
+from winnowkv.engine.slot_row import SlotRow
 from winnowkv.errors import WinnowError
 from winnowkv.models.devices import input_device
 
@@ -45,22 +46,18 @@ class Looker:
         return self.cache.looking is None
 
     @property
-    def entries(self) -> list[int]:
-        """Entries of each compressed layer, tokens of the answer included."""
-        return [layer.length for layer in self.cache.compact_layers]
-
-    @property
     def room(self) -> int:
-        """Entries of the new tokens that it has not read yet."""
+        """New tokens that it has not read yet."""
         layer = self.cache.compact_layers[0]
-        return self.row.request.claim.room - (layer.seen - layer.prompt)
+        return self.row.request.sampling.max_new_tokens - 1 - (layer.seen - layer.prompt)
 
     @property
     def ahead(self) -> Ahead:
         """What it holds and will need."""
         claim = self.row.request.claim
         if self.settled or claim.looking is None:
-            return Ahead(self.cache.held_bytes, [entries + self.room for entries in self.entries])
+            needed = SlotRow.of(self.cache, self.room)
+            return Ahead(self.cache.held_bytes, needed.columns, observe=needed.observe)
         return claim.looking
 
     def draft_columns(self) -> list[int]:

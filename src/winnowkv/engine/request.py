@@ -16,6 +16,7 @@ from winnowkv.cache.compression import Compression
 from winnowkv.cache.reports import report_decode
 from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling
+from winnowkv.engine.slot_row import DecodeLimit
 from winnowkv.errors import InputError
 from winnowkv.prompt.task import TaskProfile
 from winnowkv.report import Report
@@ -87,11 +88,13 @@ class Ahead:
 
     ``cache``: most bytes of its own cache, with the queries that its policy chooses by. ``columns``: entries and room that it
     needs of each compressed layer in the slots. ``draft``: those of its draft in the slots of drafts, none without a draft.
+    ``observe``: queries that it keeps in the slots, if it has a decode budget.
     """
 
     cache: int
     columns: Sequence[int]
     draft: Sequence[int] = ()
+    observe: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ class Claim:
     """The memory that one request needs, and the ``compression`` that it is served with.
 
     ``peak``: most bytes while its prompt is read. ``entries``: of each compressed layer afterwards. ``room``: entries of
-    new tokens. Each choice needs entries and room of its own. ``looking``: what a choice needs until it has its row, if the
-    policy looks. ``note``: why the request is served without lookahead, draft and refit, if it is.
+    new tokens, no more than ``limit``, its decode budget, holds. Each choice needs entries and room of its own. ``looking``:
+    what a choice needs until it has its row, if the policy looks. ``note``: why the request is served without lookahead, draft
+    and refit, if it is.
     """
 
     compression: Compression
@@ -109,6 +113,12 @@ class Claim:
     room: int
     looking: Ahead | None = None
     note: str | None = None
+    limit: DecodeLimit | None = None
+
+    @property
+    def observe(self) -> int:
+        """Queries that each choice keeps in the slots."""
+        return 0 if self.limit is None else self.limit.observe
 
     @property
     def columns(self) -> list[int]:
@@ -156,6 +166,7 @@ class Request:
         self.after, self.document_tokens = after, 0 if after is None else after.get_seq_length()
         self.completion: Completion | None = None
         self.submitted, self.started = time.perf_counter(), 0.0
+        self.held = 0  # entries of tokens after the document when its first token is chosen
         self.end_tokens = frozenset[int]() if sampling.ignore_eos else end_tokens
         each = (sampling.choice(index) for index in range(sampling.n))
         self.choices = [Choice(one, tokenizer, self.end_tokens, device) for one in each]
@@ -197,7 +208,9 @@ class Request:
         tokens = choice.sampler.tokens
         now, steps = time.perf_counter(), max(len(tokens) - 1, 0)
         report = choice.report or (self.report if len(self.choices) == 1 else copy.deepcopy(self.report))
-        report_decode(report, steps, steps, now - choice.first if steps else 0.0)
+        limit = self.claim.limit
+        held = steps if limit is None else limit.after(self.held, steps)
+        report_decode(report, steps, held, now - choice.first if steps else 0.0)
         choice.completion = Completion(
             prompt_tokens=len(self.prompt),
             tokens=tokens,

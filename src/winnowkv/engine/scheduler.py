@@ -15,6 +15,7 @@ from winnowkv.engine.job import Job
 from winnowkv.engine.looking import Looker
 from winnowkv.engine.request import Ahead, Event, Reason, Request, Row
 from winnowkv.engine.sampling import Logprob
+from winnowkv.engine.slot_row import SlotRow
 from winnowkv.engine.slots import Slots
 from winnowkv.engine.step import drop_ended
 from winnowkv.errors import InputError
@@ -138,7 +139,9 @@ class Scheduler:
             if not self.admission.can_place((), self.slots, 0, coming):
                 self.slots.trim()  # gives back the rows of requests that have ended
             return self.admission.can_place((), self.slots, 0, coming)
-        return self._can_read(claim.peak, ahead) and self.admission.can_place(claim.columns, self.slots, rows, ahead)
+        if not self._can_read(claim.peak, ahead):
+            return False
+        return self.admission.can_place(claim.columns, self.slots, rows, ahead, observe=claim.observe)
 
     def _can_read(self, peak: int, ahead: list[Ahead]) -> bool:
         beside = self.admission.most_bytes(self.slots, ahead) - self.slots.held_bytes if ahead else 0
@@ -203,7 +206,7 @@ class Scheduler:
         """Give those that have chosen what stays their rows, as far as they fit beside so many more bytes. In a turn."""
         for looker in [one for one in self._lookers if one.settled]:
             ahead, beside = looker.ahead, self._ahead(looker)
-            if self.admission.can_place(ahead.columns, self.slots, 1, beside, beside_bytes):
+            if self.admission.can_place(ahead.columns, self.slots, 1, beside, beside_bytes, ahead.observe):
                 self.slots.place(looker.cache, looker.room)
                 with self._lock:
                     self._lookers.remove(looker)
@@ -215,19 +218,19 @@ class Scheduler:
             return []
         looker = self._lookers[0]
         request = looker.row.request
-        least = self.slots.bytes_alone(looker.ahead.columns, 0)
+        least = self.slots.bytes_alone(looker.ahead.columns, 0, observe=looker.ahead.observe)
         return self.fail_looker(looker, self.admission.too_small(least, len(request.prompt), request.sampling))
 
     def _place_prompt(self) -> list[Event]:
         if self._prompt is None:
             return []
         (request, cache), rows = self._prompt, self._prompt[0].rows
-        entries, room = [layer.length for layer in cache.compact_layers], request.claim.room
-        columns = [each + room for each in entries]
-        if not self.admission.can_place(columns, self.slots, len(rows), self._ahead()):
+        room = request.sampling.max_new_tokens - 1
+        needed = SlotRow.of(cache, room)
+        if not self.admission.can_place(needed.columns, self.slots, len(rows), self._ahead(), observe=needed.observe):
             if self._rows or self._lookers:
                 return []
-            least = max(request.claim.peak, self.slots.bytes_alone(entries, room, len(rows)))
+            least = max(request.claim.peak, self.slots.bytes_alone(needed.columns, 0, len(rows), needed.observe))
             return self.fail_prompt(request, self.admission.too_small(least, len(request.prompt), request.sampling))
         self.slots.place(cache, room, len(rows))
         with self._lock:

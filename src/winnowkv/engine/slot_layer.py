@@ -13,7 +13,8 @@ from torch import Tensor
 
 from winnowkv.cache.other_layers import RowsLayer
 from winnowkv.engine.compiled import any_size
-from winnowkv.types import Valid
+from winnowkv.policies.decode_eviction import DecodeEviction
+from winnowkv.types import Queries, Valid
 
 
 class Span(NamedTuple):
@@ -36,12 +37,15 @@ class SlotLayer(RowsLayer):
     """Keys and values of one layer, ``[rows, Hkv, columns, D]``; ``valid`` ``[rows, 1 or Hkv, columns]`` says which count.
 
     A sliding-window layer (of ``sliding_window`` tokens; None for full attention) is a ring: token ``t`` lies in column
-    ``t % sliding_window``.
+    ``t % sliding_window``. ``query_heads``: of the attention that reads it.
 
     Attributes
     ----------
     rows, new_columns: row numbers 0, 1, 2, ... and the column of each row's new token: indices to write with. Set by
         the slots, which fill the same tensors before each step, because CUDA graphs read from fixed addresses.
+    queries: the newest queries of each row, ``[rows, Hq, W, D]``, each row's a ring of its own length; None while no row has
+        a decode budget. query_columns: where each row's next one goes, an index like ``new_columns``.
+    scale: of attention, once a query was heard.
     span: what an eager step attends to. None if the step is compiled: attention then goes over all rows and columns, so
         that shapes stay the same, and nothing else here changes from step to step.
     """
@@ -51,25 +55,40 @@ class SlotLayer(RowsLayer):
     valid: Tensor
     rows: Tensor
     new_columns: Tensor
+    query_columns: Tensor
 
-    def __init__(self, sliding_window: int | None) -> None:
+    def __init__(self, sliding_window: int | None, query_heads: int) -> None:
         super().__init__(sliding_window)
+        self._query_heads = query_heads
+        self.queries: Tensor | None = None
+        self.scale: float | None = None
         self.span: Span | None = None
         # A step of even rows does not read ``valid``, so it does not write it either: this many columns, from the left, count
         # in every row and have to be flagged before ``valid`` is read or changed.
         self._unflagged = 0
+        self._gaps = False  # whether a row has columns that do not count between those that do: its mask hid them
 
     @property
     def held_bytes(self) -> int:
-        """Storage of keys, values and flags."""
+        """Storage of keys, values, flags, and queries."""
         if not self.is_initialized:
             return 0
-        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values, self.valid))
+        return sum(part.untyped_storage().nbytes() for part in self.buffers)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Keys, values, flags, and queries if there are any."""
+        return [self.keys, self.values, self.valid, *([] if self.queries is None else [self.queries])]
 
     @property
     def column_bytes(self) -> int:
         """Most bytes of one column of one row: a key, a value and a flag for each KV head."""
         return self.keys.shape[1] * (1 + sum(part.shape[3] * part.itemsize for part in (self.keys, self.values)))
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one query of one row, all heads; 0 in a sliding-window layer, which keeps none."""
+        return 0 if self.sliding_window is not None else self._query_heads * self.keys.shape[3] * self.keys.itemsize
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start without rows, with the heads, sizes and dtype of these keys and values."""
@@ -90,19 +109,32 @@ class SlotLayer(RowsLayer):
         if self.keys.shape[0] == rows and self.keys.shape[2] == columns:
             return
         self.keys, self.values, self.valid = resized(self.keys), resized(self.values), resized(self.valid)
+        self._gaps = self._gaps and rows > 0
+
+    def resize_queries(self, rows: int, observe: int) -> None:
+        """Have room for the last ``observe`` queries of this many rows, none in a sliding-window layer; those held stay."""
+        held = self.queries
+        if self.sliding_window is not None or not rows * observe:
+            self.queries = None
+        elif held is None or (held.shape[0], held.shape[2]) != (rows, observe):
+            self.queries = self.keys.new_zeros(rows, self._query_heads, observe, self.keys.shape[3])
+            if held is not None:
+                row, column = min(rows, held.shape[0]), min(observe, held.shape[2])
+                self.queries[:row, :, :column] = held[:row, :, :column]
 
     def any_size(self) -> None:
-        """Tell ``torch.compile`` that rows, if there are several, and columns may change."""
-        for buffer in (self.keys, self.values, self.valid):
+        """Tell ``torch.compile`` that rows, if there are several, and columns (of queries, too) may change."""
+        for buffer in self.buffers:
             any_size(buffer)
             if self.sliding_window is None:
                 torch._dynamo.maybe_mark_dynamic(buffer, 2)
-        any_size(self.rows, self.new_columns)
+        any_size(self.rows, self.new_columns, self.query_columns)
 
     def write(self, row: int, keys: Tensor, values: Tensor, valid: Valid | None, columns: Tensor | None = None) -> None:
         """Put entries ``[1, Hkv, n, D]`` into a row, from the left or at these columns; no other column of it counts."""
         self._write_flags()
         heads = 1 if valid is None else valid.shape[1]
+        self._gaps = self._gaps or (valid is not None and not bool(valid.all()))
         if heads > self.valid.shape[1]:
             self.valid = self.valid.repeat(1, heads, 1)
         for buffer in (self.keys, self.values, self.valid):
@@ -111,12 +143,17 @@ class SlotLayer(RowsLayer):
         self.keys[row, :, place], self.values[row, :, place] = keys[0], values[0]
         self.valid[row, :, place] = True if valid is None else valid[0]
 
-    def take(self, rows: Sequence[int], layer: Any, seen: int) -> None:
-        """Move a cache's layer of one request, which has ``seen`` so many tokens, into rows; the layer is empty afterwards."""
+    def take(self, rows: Sequence[int], layer: Any, seen: int, heard: int = 0) -> None:
+        """Move a cache's layer of one request, which has ``seen`` so many tokens, into rows; the layer is empty afterwards.
+
+        ``heard``: how many of the newest queries that it holds are taken over.
+        """
         if self.sliding_window is None:
             keys, values = layer.entries_in_use()
             for row in rows:
                 self.write(row, keys, values, None if layer.valid is None else layer.valid[..., : layer.length])
+            if self.queries is not None and heard:
+                self.queries[rows[0] : rows[-1] + 1, :, :heard] = layer.queries[:, :, -heard:]
             layer.reset()
             return
         keys, values = layer.keys[:, :, 1 - self.sliding_window :], layer.values[:, :, 1 - self.sliding_window :]
@@ -128,7 +165,7 @@ class SlotLayer(RowsLayer):
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
-        for buffer in (self.keys, self.values, self.valid):
+        for buffer in self.buffers:
             buffer[target] = buffer[source]
 
     def plan_step(self, new: Sequence[int]) -> bool:
@@ -138,7 +175,7 @@ class SlotLayer(RowsLayer):
         """
         window = self.sliding_window
         last = new if window is None else [min(position, window - 1) for position in new]
-        even = min(last) == max(last) and self.valid.shape[1] == 1
+        even = min(last) == max(last) and self.valid.shape[1] == 1 and not self._gaps
         same = even and min(new) == max(new)
         column = new[0] if window is None else new[0] % window
         self.span = Span(max(last) + 1, even, column if same else None)
@@ -174,3 +211,30 @@ class SlotLayer(RowsLayer):
         if self.span is None:
             return self.valid
         return None if self.span.even else self.valid[: len(self.rows), :, : self.span.columns]
+
+    def hear(self, queries: Queries, scale: float) -> None:
+        """After attention: keep each row's query, ``[rows, Hq, 1, D]``."""
+        assert self.queries is not None
+        self.queries[self.rows, :, self.query_columns] = queries[:, :, 0].to(self.queries.dtype)
+        self.scale = scale
+
+    def evict(self, row: int, begin: int, end: int, eviction: DecodeEviction, heard: Sequence[int], budget: int) -> None:
+        """Of a row's entries in columns ``begin`` to ``end``, all of tokens after its prompt, keep ``budget``, from the left.
+
+        ``heard``: where the row's newest queries lie, oldest first. Columns that become free do not count.
+        """
+        assert self.queries is not None
+        assert self.scale is not None
+        self._write_flags()
+        one, place = slice(row, row + 1), slice(begin, end)
+        queries = self.queries[one].index_select(2, torch.tensor(heard, device=self.queries.device))
+        keys, values, valid = self.keys[one, :, place], self.values[one, :, place], self.valid[one, :, place]
+        whole = bool(valid.all())  # not if the cache's attention mask hid some
+        stays = eviction.select(queries, keys, values, self.scale, None if whole else valid, budget)
+        if not whole and self.valid.shape[1] == 1:  # each head has its own of those that were hidden
+            self.valid = self.valid.repeat(1, stays.shape[1], 1)
+            valid = self.valid[one, :, place]
+        for states in (keys, values):
+            states[:, :, :budget] = states.gather(2, stays[..., None].expand(-1, -1, -1, states.shape[3]))
+        valid[..., :budget] = True if whole else valid.gather(2, stays)
+        valid[..., budget:] = False

@@ -10,7 +10,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,12 +27,13 @@ from winnowkv.cache.reading import prefill
 from winnowkv.engine.compiled import any_size, compiled
 from winnowkv.engine.cuda_graphs import Recorded
 from winnowkv.engine.slot_layer import SlotLayer
+from winnowkv.engine.slot_row import COLUMN_BLOCK, SlotRow
 from winnowkv.errors import CacheError, UnsupportedModelError
 from winnowkv.models.devices import input_device
-from winnowkv.models.info import cache_argument, chunk_of_attention, shares_keys_in_cache
+from winnowkv.models.head_group import HeadGroup
+from winnowkv.models.info import ModelInfo, cache_argument, chunk_of_attention, shares_keys_in_cache
 from winnowkv.types import Padding, Valid
 
-DECODE_BLOCK = 64  # columns added when a request has filled its room
 MIN_GRAPH_COLUMNS = 128  # fewest columns of a graph that serves one shape only; see bucket()
 GRAPH_COLUMN_STEP = 16  # columns of a graph that serves any shape are a multiple of this: whole vectors
 
@@ -79,18 +79,20 @@ class Slots(Cache):
                 raise UnsupportedModelError(
                     f"slots serve full attention and sliding windows, layer {index} is a {type(layer).__name__}"
                 )
-        self._each = [SlotLayer(getattr(layer, "sliding_window", None)) for layer in given]
+        heads = HeadGroup.of(model).count(ModelInfo.of(model).heads)
+        self._each = [SlotLayer(getattr(layer, "sliding_window", None), heads) for layer in given]
         super().__init__(layers=list(self._each))
         for mine, theirs in zip(self._each, given, strict=True):
             mine.lazy_initialization(theirs.keys, theirs.values)
         self.model = model
         self._static = compile  # whether steps go over whole buffers; stays so if compiling fails
         self._full = sum(layer.sliding_window is None for layer in self._each)
-        self._requests: list[_Request] = []
+        self._requests: list[SlotRow] = []
+        self._listening = False  # whether layers keep the queries of this step
         self.device = input_device(model)
-        # Of each device that layers are on: a layer writes with indices that are where it is.
+        # Of each device that layers are on: a layer writes with indices that are where it is. The last line is for queries.
         self._new_columns = {
-            home: torch.zeros(len(self.layers), 0, dtype=torch.long, device=home)
+            home: torch.zeros(len(self.layers) + 1, 0, dtype=torch.long, device=home)
             for home in (self.device, *(layer.keys.device for layer in self._each))
         }
         self._compiled = compiled(model) if compile else None
@@ -117,23 +119,36 @@ class Slots(Cache):
         """Storage of all buffers."""
         return sum(layer.held_bytes for layer in self._each)
 
-    def bytes_with(self, entries: Sequence[int], room: int, rows: int = 1) -> int:
-        """Bytes with so many more rows, each of ``entries`` of each full-attention layer, and ``room`` for new tokens."""
-        return self._bytes([*self._requests, *[_Request(list(entries), room)] * rows])
+    @property
+    def held(self) -> list[int]:
+        """Entries of the tokens after its prompt that each request with a decode budget holds, of those since placed else."""
+        return [request.held for request in self._requests]
 
-    def bytes_alone(self, entries: Sequence[int], room: int, rows: int = 1) -> int:
+    def bytes_with(self, entries: Sequence[int], room: int, rows: int = 1, observe: int = 0) -> int:
+        """Bytes with so many more rows, each of ``entries`` of each full-attention layer, and ``room`` for new tokens.
+
+        ``observe``: queries that they keep, if they have a decode budget (:class:`~winnowkv.engine.slot_row.DecodeLimit`).
+        """
+        return self._bytes([*self._requests, *[SlotRow(list(entries), room, observe=observe)] * rows])
+
+    def bytes_alone(self, entries: Sequence[int], room: int, rows: int = 1, observe: int = 0) -> int:
         """Bytes of these rows alone."""
-        return self._bytes([_Request(list(entries), room)] * rows)
+        return self._bytes([SlotRow(list(entries), room, observe=observe)] * rows)
 
-    def _bytes(self, requests: Sequence[_Request]) -> int:
-        shapes = self._shapes(requests)
-        return sum(rows * columns * layer.column_bytes for layer, (rows, columns) in zip(self._each, shapes, strict=True))
+    def _bytes(self, requests: Sequence[SlotRow]) -> int:
+        observe = most_observed(requests)
+        return sum(
+            rows * (columns * layer.column_bytes + observe * layer.query_bytes)
+            for layer, (rows, columns) in zip(self._each, self._shapes(requests), strict=True)
+        )
 
     def place(self, cache: CompactCache, room: int, rows: int = 1) -> None:
         """Move a request whose prompt was read into new last rows, layer by layer; the cache is empty afterwards.
 
-        ``rows``: how many that decode on their own from here; each gets its own copy of the entries.
-        Raises CacheError for a cache of another model, of several rows, with a decode budget, or that has not evicted yet.
+        ``rows``: how many that decode on their own from here; each gets its own copy of the entries. A cache's decode budget
+        holds for each of them: whatever ``room`` is, they have columns for ``decode_budget + DECODE_BLOCK`` entries of tokens
+        after the prompt at most, those that the cache holds already included.
+        Raises CacheError for a cache of another model, of several rows, or that has not evicted yet.
         """
         self.place_all([cache], room, rows)
 
@@ -143,14 +158,12 @@ class Slots(Cache):
             self.check(cache)
         first = self.rows
         for cache in caches:
-            layers = cache.compact_layers
-            lengths, seen = [layer.length for layer in layers], layers[0].seen - layers[0].pads[0]
-            self._requests += [_Request(list(lengths), room, seen) for _ in range(rows)]
-        for index, (mine, shape) in enumerate(zip(self._each, self._shapes(self._requests), strict=True)):
-            mine.resize(*shape)
+            self._requests += [SlotRow.of(cache, room) for _ in range(rows)]
+        self._resize()
+        for index, mine in enumerate(self._each):
             for at, cache in enumerate(caches):
                 row = first + at * rows
-                mine.take(range(row, row + rows), cache.layers[index], self._requests[row].seen)
+                mine.take(range(row, row + rows), cache.layers[index], self._requests[row].seen, self._requests[row].heard)
         self._set_indices()
 
     def clear(self) -> None:
@@ -168,10 +181,6 @@ class Slots(Cache):
         if rows != 1:
             raise CacheError(f"a slot takes one request, the cache has {rows} rows: read prompts one by one")
         check_chosen(cache, "placed in a slot")
-        if cache.decode_budget is not None:
-            raise CacheError(
-                f"slots keep no decode budget ({cache.decode_budget}): decode this cache alone, or make it without one"
-            )
 
     def drop(self, row: int) -> None:
         """Free a row at once; the last row moves into its place."""
@@ -182,40 +191,62 @@ class Slots(Cache):
             self._requests[row] = self._requests[last]
         self._requests.pop()
         if self._requests:
+            self._resize_queries()
             self._set_indices()
         else:
             self.trim()
 
     def trim(self) -> None:
         """Free the storage of rows and columns that no request needs."""
+        self._resize()
+        self._set_indices()
+
+    def _resize(self) -> None:
         for layer, shape in zip(self._each, self._shapes(self._requests), strict=True):
             layer.resize(*shape)
-        self._set_indices()
+        self._resize_queries()
+
+    def _resize_queries(self) -> None:
+        """Queries are held while a row has a decode budget, and no longer."""
+        observe = most_observed(self._requests)
+        for layer in self._each:
+            layer.resize_queries(layer.keys.shape[0], observe)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Read each row's newest token ``[rows]``; returns the logits of the next ones, ``[rows, vocabulary]``."""
-        full = [request for request in self._requests if request.generated == request.room]
+        full = [request for request in self._requests if request.held == request.room]
         for request in full:
-            request.room += DECODE_BLOCK
+            request.grow()
         if full:
             self.trim()
         self._prepare()
         logits = self._run(tokens)[: self.rows]
-        for request in self._requests:
-            request.generated += 1
+        for row, request in enumerate(self._requests):
+            if request.advance():
+                self._evict(row, request)
         return logits
 
-    def warm_up(self, rows: int, entries: int, room: int) -> float:
+    def _evict(self, row: int, request: SlotRow) -> None:
+        """A block of a row's entries goes, after all layers have attended to them; its columns are used again."""
+        limit = request.limit
+        assert limit is not None
+        full = (layer for layer in self._each if layer.sliding_window is None)
+        for layer, begin in zip(full, request.entries, strict=True):
+            layer.evict(row, begin, begin + request.held, limit.eviction, request.query_columns, limit.budget)
+        request.evicted()
+
+    def warm_up(self, rows: int, entries: int, room: int, observe: int = 0) -> float:
         """Compile the steps of up to ``rows`` requests of ``entries`` and ``room`` new tokens; returns the seconds it took.
 
+        ``observe``: queries that they keep; steps in which a row has a decode budget are graphs of their own.
         Raises CacheError while requests are placed.
         """
         if self._requests:
             raise CacheError(f"{self.rows} requests are placed: warm up before the first, or after the last has ended")
         begin = time.perf_counter()
         for size in self.graph_rows(rows):
-            self._requests = [_Request([entries] * self._full, room, entries) for _ in range(size)]
+            self._requests = [SlotRow([entries] * self._full, room, entries, observe=observe) for _ in range(size)]
             self.trim()
             self.step(torch.zeros(size, dtype=torch.long, device=self.device))
         self._requests = []
@@ -241,13 +272,14 @@ class Slots(Cache):
         """Nothing to do: columns are not changed after they are written."""
 
     def observer(self, layer_idx: int) -> Observer | None:
-        """None: nothing is scored while tokens are generated."""
-        return None
+        """A full-attention layer keeps the newest queries of rows with a decode budget; nothing else is observed."""
+        layer = self._each[layer_idx]
+        return layer.hear if self._listening and layer.queries is not None else None
 
-    def _shapes(self, requests: Sequence[_Request]) -> list[tuple[int, int]]:
+    def _shapes(self, requests: Sequence[SlotRow]) -> list[tuple[int, int]]:
         """Rows and columns of each layer's buffers."""
-        rows, full = len(requests), range(self._full)
-        columns = [max((request.entries[layer] + request.room for request in requests), default=0) for layer in full]
+        rows, widths = len(requests), [request.columns for request in requests]
+        columns = [max((width[layer] for width in widths), default=0) for layer in range(self._full)]
         if self._flexible:
             columns = [-(-count // GRAPH_COLUMN_STEP) * GRAPH_COLUMN_STEP for count in columns]
         elif self._static:
@@ -265,26 +297,30 @@ class Slots(Cache):
         rows = self._each[0].keys.shape[0] if self._static else self.rows
         if self._buffer_rows != rows:
             numbers = {home: torch.arange(rows, device=home) for home in self._new_columns}
-            self._new_columns = {home: held.new_zeros(len(self._each), rows) for home, held in self._new_columns.items()}
+            self._new_columns = {home: held.new_zeros(len(self._each) + 1, rows) for home, held in self._new_columns.items()}
             for index, layer in enumerate(self._each):
                 home = layer.keys.device
                 layer.rows, layer.new_columns = numbers[home], self._new_columns[home][index]
+                layer.query_columns = self._new_columns[home][-1]
         if self._flexible:
             for layer in self._each:
                 layer.any_size()
 
     def _prepare(self) -> None:
-        """Work out where each row's new entry goes, and write it to the layers' indices if one reads them."""
-        columns, compact, positions, indexed = [], 0, self.positions, self._static
+        """Work out where each row's new entry and query go, and write it to the layers' indices if one reads them."""
+        # A compiled step keeps queries whenever they are held at all, so that few graphs serve all steps.
+        self._listening = any(request.observe if self._static else request.hears for request in self._requests)
+        columns, compact, positions, indexed = [], 0, self.positions, self._static or self._listening
         for layer in self._each:
             if layer.sliding_window is None:
-                new = at = [request.entries[compact] + request.generated for request in self._requests]
+                new = at = [request.entries[compact] + request.held for request in self._requests]
                 compact += 1
             else:
                 new, at = positions, [seen % layer.sliding_window for seen in positions]
             if not self._static:
                 indexed |= layer.plan_step(new)
             columns.append(at)
+        columns.append([request.query_column for request in self._requests])
         if indexed:
             unused = self._buffer_rows - self.rows  # rows of a compiled step that hold no request
             wanted = torch.tensor([at + [0] * unused for at in columns])
@@ -313,29 +349,21 @@ class Slots(Cache):
 
     def _addresses(self) -> Hashable:
         """Addresses and shapes of all buffers, for which a recorded step is valid."""
-        buffers = (part for layer in self._each for part in (layer.keys, layer.values, layer.valid))
+        buffers = (part for layer in self._each for part in layer.buffers)
         indices = (*self._new_columns.values(), self._each[0].rows)
         return tuple((part.data_ptr(), part.shape) for part in (*indices, *buffers))
 
 
-@dataclass
-class _Request:
-    """What a row needs: its prompt's ``entries`` of each full-attention layer, ``room`` for new tokens.
-
-    ``seen``: tokens read before it was placed; ``generated``: tokens read since.
-    """
-
-    entries: list[int]
-    room: int
-    seen: int = 0
-    generated: int = 0
+def most_observed(requests: Sequence[SlotRow]) -> int:
+    """Queries that are kept of each row: as many as the one that keeps the most."""
+    return max((request.observe for request in requests), default=0)
 
 
 def bucket(columns: int) -> int:
     """The smallest of 128, 192, 256, 320, ... 512, 640, ... 1024, 1280, ... that is not smaller; 0 for 0."""
     if columns <= MIN_GRAPH_COLUMNS:
         return MIN_GRAPH_COLUMNS if columns else 0
-    step = max(DECODE_BLOCK, 1 << (columns - 1).bit_length() - 3)  # a quarter of the power of two below
+    step = max(COLUMN_BLOCK, 1 << (columns - 1).bit_length() - 3)  # a quarter of the power of two below
     return -(-columns // step) * step
 
 

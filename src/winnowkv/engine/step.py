@@ -10,7 +10,8 @@ from torch import Tensor
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling, choose
-from winnowkv.engine.slots import DECODE_BLOCK, Slots
+from winnowkv.engine.slot_row import COLUMN_BLOCK
+from winnowkv.engine.slots import Slots
 
 GREEDY = Sampling()
 Row = TypeVar("Row")
@@ -57,8 +58,8 @@ def greedy_rows(
     Raises
     ------
     CacheError
-        For a cache that slots do not take: of another model, of several rows, with a decode budget, or one that still holds
-        its whole prompt to choose from.
+        For a cache that slots do not take: of another model, of several rows, or one that still holds its whole prompt to
+        choose from.
     """
     samplers = [Sampler(GREEDY, (), logits.device) for _ in caches]
     for sampler, tokens in zip(samplers, begun or [()] * len(samplers), strict=True):
@@ -77,7 +78,7 @@ def greedy_rows(
     take(range(len(rows)), choose(logits, samplers))
     active = [row for row in range(len(rows)) if not ended[row]]
     slots = Slots(caches[0].model, like=caches[0])
-    slots.place_all([caches[row] for row in active], min(limit - 1 - shortest, DECODE_BLOCK))
+    slots.place_all([caches[row] for row in active], min(limit - 1 - shortest, COLUMN_BLOCK))
     while active:
         take(active, advance(slots, [samplers[row] for row in active]))
         drop_ended(slots, active, ended.__getitem__)
