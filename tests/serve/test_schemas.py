@@ -129,7 +129,6 @@ def test_what_completions_cannot_do_is_refused(field: str, value: Any) -> None:
         ({"quality": "great"}, "winnow.quality"),
         ({"task": "dance"}, "winnow.task"),
         ({"lookahead": -1}, "winnow.lookahead"),
-        ({"explain": True}, "winnow.explain"),
         ({"other": 1}, "winnow.other"),
     ],
 )

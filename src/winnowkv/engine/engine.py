@@ -166,6 +166,7 @@ class Engine:
         decode_budget: int | None = None,
         after: CompactCache | None = None,
         listener: Listener | None = None,
+        explain: bool = False,
     ) -> Request:
         """Queue a prompt: text as it is, chat messages, or token ids. :meth:`step` does the work.
 
@@ -175,14 +176,14 @@ class Engine:
         decode_budget: of its new tokens, in place of the engine's.
         after: the cache of a document (:attr:`winnowkv.Document.cache`). The prompt, token ids, goes on from it, and counts as
             new tokens in the decode budget (the request's, else the document's, else the engine's). It stays as it is.
-        listener: called with each of the request's events by the thread that makes them, which holds a lock: it only hands them
-            on.
+        listener: called with each of the request's events by the thread that makes them, which holds a lock: hand them on only.
+        explain: note which tokens of the prompt are kept: :attr:`Completion.kept`.
 
         Raises
         ------
         InputError
             For a prompt that is empty, too long, or can never fit into ``kv_memory``; for more choices than ``max_rows``; for
-            a policy beside ``after``.
+            a policy, or ``explain``, beside ``after``.
         BudgetError
             If a budget in entries cannot hold sinks and recent window of a prompt of this length.
         PolicyError, ProfileError, UnsupportedModelError
@@ -192,9 +193,8 @@ class Engine:
         """
         own = Settings(policy, budget, quality, task)
         where = self._admission, self._slots
-        request = self._intake.request(
-            prompt, sampling, own, *where, after=after, decode_budget=decode_budget, listener=listener
-        )
+        more: dict[str, Any] = {"decode_budget": decode_budget, "listener": listener, "explain": explain}
+        request = self._intake.request(prompt, sampling, own, *where, after=after, **more)
         self._scheduler.add(request)
         return request
 
@@ -351,6 +351,8 @@ class Engine:
             chosen = choose(logits.expand(len(rows), -1), [row.sampler for row in rows]) if rows else []
             if cache.looking is not None:
                 self._scheduler.look(request, cache)
+            else:
+                request.note_kept(cache, rows)
         except BaseException as error:
             cache = None  # else the error, which has a way to this frame, would keep it
             free_frames(error)

@@ -79,6 +79,7 @@ class Intake:
         after: CompactCache | None = None,
         decode_budget: int | None = None,
         listener: Listener | None = None,
+        explain: bool = False,
     ) -> Request:
         """The request of a prompt with settings of its own; parameters and errors as of :meth:`Engine.submit`."""
         if sampling.n > self.max_rows:
@@ -89,13 +90,18 @@ class Intake:
         check_decode_budget(decode_budget)
         if after is not None:
             self._check_after(after, own, prompt, slots)
+            if explain:
+                raise InputError(
+                    "explain=True: what is kept of a document that a request goes on from was chosen when it was read: leave "
+                    "explain out"
+                )
         ids = self._token_ids(prompt, sampling, 0 if after is None else after.get_seq_length())
         if after is None:
             task, claim = self._claim(ids, sampling, own, admission, slots, decode_budget)
         else:
             (task,) = after.compression.each_task(1)
             claim = admission.accept_after(after, len(ids), sampling, slots, self._limit_after(after, decode_budget))
-        made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": slots.device}
+        made = {"tokenizer": self.tokenizer, "end_tokens": self.end_tokens, "device": slots.device, "explain": explain}
         return Request(ids, sampling, task, claim, new_report(claim.compression), after=after, listener=listener, **made)
 
     def new_cache(self, request: Request) -> CompactCache:

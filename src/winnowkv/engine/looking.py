@@ -164,4 +164,5 @@ class LookingSteps:
     def _settle(self, looker: Looker, drafted: Heard | None) -> None:
         assert looker.chosen is not None
         settle(looker.cache, looker.chosen, drafted)
+        looker.row.request.note_kept(looker.cache, [looker.row])
         looker.chosen = None

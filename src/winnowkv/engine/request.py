@@ -13,6 +13,7 @@ import torch
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.compression import Compression
+from winnowkv.cache.kept import KeptTokens, NotedPrompt, note_kept
 from winnowkv.cache.reports import report_decode
 from winnowkv.engine.detokenizer import TextStream
 from winnowkv.engine.sampling import Logprob, Sampler, Sampling
@@ -42,6 +43,7 @@ class Completion:
     queue_seconds, first_token_seconds: from submission until the engine began to read the prompt, and until the first
         token was chosen; None if the request ended before.
     index: which of the ``n`` choices this is, from 0. others: the choices after this one, of a whole request's completion.
+    noted: what :attr:`kept` is read from.
     """
 
     prompt_tokens: int
@@ -56,6 +58,12 @@ class Completion:
     index: int = 0
     others: tuple[Completion, ...] = field(default=(), repr=False)
     document_tokens: int = 0
+    noted: NotedPrompt | None = field(default=None, repr=False)
+
+    @property
+    def kept(self) -> KeptTokens | None:
+        """Which tokens of the prompt were kept; None if it was not asked for, or if the choice ended before it was decided."""
+        return None if self.noted is None else self.noted.kept(0)
 
     @property
     def choices(self) -> tuple[Completion, ...]:
@@ -135,6 +143,7 @@ class Choice:
         self.logprobs: list[Logprob] = []
         self.first = 0.0  # when its first token was chosen
         self.report: Report | None = None  # its own, if what stays of the prompt is chosen by its own tokens
+        self.noted: NotedPrompt | None = None  # what was kept of the prompt, once it is decided and if it was asked for
         self.completion: Completion | None = None
 
 
@@ -146,6 +155,7 @@ class Request:
     prompt: its token ids. sampling: how it is continued. choices: its ``sampling.n`` continuations.
     after: the cache of a document that the prompt goes on from, until it is read. document_tokens: those that it has seen.
     completion: None until all choices have ended; then that of the first, whose ``choices`` are all.
+    explain: whether its completions say which tokens of the prompt were kept.
     """
 
     def __init__(
@@ -161,7 +171,9 @@ class Request:
         device: torch.device,
         after: CompactCache | None = None,
         listener: Listener | None = None,
+        explain: bool = False,
     ) -> None:
+        self.explain = explain
         self.prompt, self.sampling, self.task, self.claim, self.report = prompt, sampling, task, claim, report
         self.after, self.document_tokens = after, 0 if after is None else after.get_seq_length()
         self.completion: Completion | None = None
@@ -181,6 +193,13 @@ class Request:
     def rows(self) -> list[Row]:
         """The choices that have not ended."""
         return [Row(self, index) for index, choice in enumerate(self.choices) if choice.completion is None]
+
+    def note_kept(self, cache: CompactCache, rows: Sequence[Row]) -> None:
+        """What stays of the prompt is decided in this cache, for these choices: note it if it was asked for."""
+        if self.explain:
+            noted = note_kept(cache, torch.tensor([self.prompt]))
+            for row in rows:
+                self.choices[row.number].noted = noted
 
     def take(self, index: int, chosen: tuple[int, Logprob | None] | None) -> Event:
         """Continue a choice with a token that its sampler chose; None ends it with an error."""
@@ -223,6 +242,7 @@ class Request:
             error=error,
             index=index,
             document_tokens=self.document_tokens,
+            noted=choice.noted,
         )
         each = [one.completion for one in self.choices if one.completion is not None]
         if len(each) == len(self.choices):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from winnowkv.engine.detokenizer import REPLACEMENT_CHARACTER
 from winnowkv.engine.request import Completion, Event
 from winnowkv.engine.sampling import Logprob
 from winnowkv.serve.errors import ApiError, ClientGoneError, failed
+from winnowkv.serve.kept import kept_body
 from winnowkv.serve.loop import MOST_RETRY, STOPPING
 from winnowkv.serve.settings import ServeSettings
 from winnowkv.serve.ticket import Ticket
@@ -59,6 +61,7 @@ class Answer:
         self.ticket, self.tokenizer, self.settings = ticket, tokenizer, settings
         self.choices, self.include_usage = choices, include_usage
         self.completions: dict[int, Completion] = {}
+        self.explained: Body = {}  # what an answer says more if ``winnow.explain`` was asked for
         self.id, self.created = f"{self.prefix}-{ticket.id.removeprefix('req-')}", int(time.time())
         # Every chunk begins and ends with the same bytes.
         self._before = b"data: " + dumped(self.head(self.chunk_kind))[:-1] + b',"choices":['
@@ -79,10 +82,16 @@ class Answer:
         named = {"id": self.id, "object": kind, "created": self.created, "model": self.settings.model}
         return named | {"system_fingerprint": FINGERPRINT}
 
+    async def explain(self) -> None:
+        """Once all choices have ended: note what was kept of the prompt, if it was asked for."""
+        if any(request.explain for request in self.ticket.requests):
+            kept = await asyncio.to_thread(lambda: kept_body(self.completions[0].kept, self.tokenizer))
+            self.explained = {"winnow_kept": kept}
+
     def whole(self) -> Body:
         """The whole answer, once all choices have ended."""
         choices = [self.choice(at, self.completions[at]) for at in sorted(self.completions)]
-        return self.head(self.kind) | {"choices": choices, "usage": self.usage()}
+        return self.head(self.kind) | {"choices": choices, "usage": self.usage()} | self.explained
 
     def first(self) -> bytes:
         """What a stream begins with."""
@@ -100,9 +109,10 @@ class Answer:
         """What a stream ends with: usage if it was asked for, or an error, and the terminator."""
         if error is not None:
             return sse(error.body(self.ticket.id)) + DONE
-        if not self.include_usage:
+        if not (self.include_usage or self.explained):
             return DONE
-        return sse(self.head(self.chunk_kind) | {"choices": [], "usage": self.usage()}) + DONE
+        usage = {"usage": self.usage()} if self.include_usage else {}
+        return sse(self.head(self.chunk_kind) | {"choices": []} | usage | self.explained) + DONE
 
     def choice(self, index: int, ended: Completion) -> Body:
         """One choice of the whole answer."""

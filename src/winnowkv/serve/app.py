@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 import winnowkv
 from winnowkv.engine.engine import Engine
 from winnowkv.errors import WinnowError
-from winnowkv.serve import routes
+from winnowkv.serve import page, routes
 from winnowkv.serve.errors import ApiError, of_validation, of_winnow
 from winnowkv.serve.keys import KeyCheck, Keys
 from winnowkv.serve.limits import BodyLimit, Observed
@@ -90,7 +90,7 @@ def make_app(
         description="OpenAI's API over compressed KV caches. Fields that would change an answer and cannot are refused.",
     )  # fmt: skip
     app.state.serving = serving
-    for router in (state_routes, routes.router, *routers):
+    for router in (state_routes, routes.router, page.router, *routers):
         app.include_router(router)
     describe(app, keys=bool(settings.api_keys))
     app.add_exception_handler(ApiError, answer_error)

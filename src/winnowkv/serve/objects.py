@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -86,7 +86,6 @@ class WinnowUsage(Answered):
     seconds: WinnowSeconds
     notes: list[str]
     context: str | None
-    explain: dict[str, Any] | None = None
 
 
 class PromptDetails(Answered):
@@ -105,6 +104,30 @@ class Usage(Answered):
     winnow: WinnowUsage
 
 
+class KeptPrompt(Answered):
+    """With ``winnow.explain``: which tokens of the prompt were kept, as :meth:`winnowkv.cache.kept.KeptTokens.to_dict` says it.
+
+    ``texts``: of each token. In ``winnow_kept`` of the answer, or of a stream's last chunk; null there if the answer ended
+    before the policy chose.
+    """
+
+    format: int
+    policy: str
+    budget: int | float | str
+    tokens: int
+    layers: int
+    heads: int
+    kept_fraction: float
+    letters: dict[str, str]
+    ids: list[int] | None
+    entries: list[list[int]]
+    positions: list[list[list[int]] | None]
+    reasons: list[list[str]] | None
+    thresholds: list[list[float | None]] | None
+    scores: list[list[list[float | None]]] | None
+    texts: list[str]
+
+
 class ChatCompletion(Answered):
     """The answer to a chat request."""
 
@@ -115,6 +138,7 @@ class ChatCompletion(Answered):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    winnow_kept: KeptPrompt | None = None
 
 
 class ChatDelta(Answered):
@@ -143,6 +167,7 @@ class ChatChunk(Answered):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    winnow_kept: KeptPrompt | None = None
 
 
 class TextLogprobs(Answered):
@@ -173,6 +198,7 @@ class TextCompletion(Answered):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | None = None
+    winnow_kept: KeptPrompt | None = None
 
 
 class ModelCard(Answered):

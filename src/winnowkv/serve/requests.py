@@ -11,6 +11,7 @@ from winnowkv.errors import WinnowError
 from winnowkv.files import shown
 from winnowkv.models.info import position_limit
 from winnowkv.serve.errors import ApiError, of_winnow
+from winnowkv.serve.kept import check_explained, check_explained_tokens
 from winnowkv.serve.prompts import Prompt, PromptReader
 from winnowkv.serve.schemas import ChatRequest, CompletionRequest, WinnowOptions
 from winnowkv.serve.settings import ServeSettings
@@ -47,6 +48,10 @@ def asked_of(
             code="invalid_value", param=field,
         )  # fmt: skip
     chat = isinstance(body, ChatRequest)
+    explain = body.winnow is not None and bool(body.winnow.explain)
+    count = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+    if explain:
+        check_explained(count * body.n, body.winnow_context)
 
     def read() -> list[Prompt]:
         found: list[Prompt] = []
@@ -64,6 +69,8 @@ def asked_of(
     options = options_of(body.winnow, settings)
 
     def how(prompt: Prompt) -> How:
+        if explain:
+            check_explained_tokens(len(prompt.ids))
         new = new_tokens(len(prompt.ids) + prompt.context_tokens, body.asked_tokens, model, settings, chat)
         try:
             sampling = Sampling(
@@ -75,7 +82,6 @@ def asked_of(
             raise of_winnow(error) from None
         return kept_whole(How(sampling, options), prompt, settings)
 
-    count = 1 if isinstance(body, ChatRequest) else len(body.prompts)
     return Asked(read, how, count, body.n)
 
 
@@ -122,8 +128,6 @@ def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[st
     default = {} if settings.decode_budget is None else {"decode_budget": settings.decode_budget}
     if winnow is None:
         return default
-    if winnow.explain:
-        raise ApiError(400, "winnow.explain is not served: leave it out", code="unsupported_value", param="winnow.explain")
     spec = winnow.policy
     if spec is not None and (not SPEC.fullmatch(spec) or FILE_OPTION.search(spec)):
         raise ApiError(
@@ -140,6 +144,6 @@ def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[st
         spec = ":".join([spec or settings.policy, *(f"{name}={value}" for name, value in heard.items())])
     given = {
         "policy": spec, "budget": winnow.budget, "quality": winnow.quality, "task": winnow.task,
-        "decode_budget": winnow.decode_budget,
+        "decode_budget": winnow.decode_budget, "explain": winnow.explain or None,
     }  # fmt: skip
     return default | {name: value for name, value in given.items() if value is not None}

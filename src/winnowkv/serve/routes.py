@@ -116,6 +116,7 @@ async def answered(
         while events := await ticket.events():
             if (error := answer.take(events)) is not None:
                 raise error
+        await answer.explain()
         whole = answer.whole()
         state["log"] = log_of(answer)
         if serving.settings.log_prompts:
@@ -183,6 +184,8 @@ class EventStream(Response):
                     await write(answer.chunks(events))
             if error is not None:
                 ticket.cancel("failed")
+            else:
+                await answer.explain()
             await write(answer.last(error), more=False)
         except TimeoutError:
             ticket.cancel("slow")
