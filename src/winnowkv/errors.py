@@ -37,5 +37,9 @@ class CacheError(WinnowError):
     """A compact cache used after its end, or asked for what eviction made impossible."""
 
 
+class StoreError(CacheError):
+    """A store of contexts that cannot be written: a full disk, no permission."""
+
+
 class UnsupportedEngineError(WinnowError):
     """Another engine (vLLM), or a release or setting of it, in which contexts cannot be served."""

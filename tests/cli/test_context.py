@@ -12,11 +12,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import winnowkv as wk
 from support.contexts import drawn_context
 from support.models import tiny_model
 from support.terminal import blocks, too_wide
 from support.tokenizers import ChatLetters
-from winnowkv.cli.context import BLIND_POLICY, HINTED_POLICY
+from winnowkv.contexts.defaults import EQUAL_BLIND_POLICY, EQUAL_HINTED_POLICY
+from winnowkv.contexts.saved import SavedContexts
 from winnowkv.contexts.store import ContextStore
 from winnowkv.policies import policy as make_policy
 from winnowkv.prompt.chat import PROBES
@@ -170,7 +172,11 @@ def test_damaged_files_are_listed_beside_the_others(winnow: Winnow, store: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "policy"),
-    [([], BLIND_POLICY), (["--study", "none"], BLIND_POLICY), (["--hint", "What was founded?"], HINTED_POLICY)],
+    [
+        ([], EQUAL_BLIND_POLICY),
+        (["--study", "none"], EQUAL_BLIND_POLICY),
+        (["--hint", "What was founded?"], EQUAL_HINTED_POLICY),
+    ],
 )
 def test_default_policies_keep_equally_many(winnow: Winnow, tmp_path: Path, more: list[str], policy: str) -> None:
     (tmp_path / "report.txt").write_text("The archive of Oakham was founded in 1712. It has nine rooms and a tower. " * 8)
@@ -196,3 +202,22 @@ def test_a_document_is_studied_by_default_if_there_is_room(winnow: Winnow, folde
     code, _, err = winnow("context", "add", tmp_path / "long.txt", *more, "--study", "lean")
     assert code == 2
     assert "study" in err
+
+
+def test_saved_caches_of_a_server_are_listed_and_removed_beside_the_others(
+    winnow: Winnow, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("WINNOW_STORE", str(store))
+    flat = drawn_context(store, ChatLetters())
+    document = wk.read(
+        tiny_model("llama"), ChatLetters(), "A text of some words. " * 4, "snapkv:observe=4", 24, decode_budget=None
+    )
+    saved = SavedContexts(store).add(document, name="from a server")
+    _, out, _ = winnow("context", "list", "--json")
+    assert {row["id"]: row["portable"] for row in json.loads(out)["contexts"]} == {flat.id: True, saved.id: False}
+    _, out, _ = winnow("context", "list")
+    assert f"vLLM cannot serve {saved.id[:8]}" in out
+    assert too_wide(out) == []
+    assert winnow("context", "rm", saved.id, flat.id)[0] == 0
+    assert not list(store.iterdir())

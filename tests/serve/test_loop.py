@@ -168,7 +168,7 @@ class Stored:
             engine.model(torch.tensor([ids]), past_key_values=self.cache)
         self.tokenizer, self.seen = engine.tokenizer, len(ids)
 
-    def chat(self, messages: Any, context: str | None, owner: str) -> Prompt:
+    def chat(self, messages: Any, context: str | None, owner: str, *, own: bool = False) -> Prompt:
         if context == "broken":
             raise InputError("it is broken")
         ids = self.tokenizer(messages[0]["content"]).input_ids

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors, save_file
+from safetensors.torch import load as load_tensors, save as save_tensors, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -83,6 +83,78 @@ def save_cache(
         exists, unless ``overwrite`` is set, and for a path that is no regular file or cannot be written. Also for a cache whose
         report does not count what it holds.
     """
+    tensors, metadata = _contents(cache, model, tokens, None)
+    with replacing(Path(path), lambda why: CacheError(f"{path} {why}"), overwrite=overwrite) as scratch:
+        try:
+            save_file(tensors, scratch, metadata=metadata)
+        except SafetensorError as error:  # a full disk, in the library's words
+            raise CacheError(f"{path} cannot be written: {reason(error)}") from None
+        with scratch.open("r+b") as file:
+            at = _digest_at(file.read(_header_end(file.read(8))))
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(8 + at)
+            file.write(digest.encode())
+
+
+def document_bytes(cache: CompactCache, model: PreTrainedModel, tokens: Sequence[int], about: str) -> tuple[bytes, str]:
+    """What :func:`save_cache` would write, and the digest in it.
+
+    ``about``: a text that goes into the file beside the header, for whoever lists files. Raises as :func:`save_cache`.
+    """
+    tensors, metadata = _contents(cache, model, tokens, about)
+    data = save_tensors(tensors, metadata=metadata)
+    at = 8 + _digest_at(data[8 : 8 + _header_end(data)])
+    digest = hashlib.sha256(data).hexdigest()
+    return b"".join([data[:at], digest.encode(), data[at + len(digest) :]]), digest
+
+
+def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
+    """A cache that continues from the saved one; pass it as ``past_key_values`` with the next tokens.
+
+    The model reads one token beforehand, which shows what its layers hold, and where.
+
+    Raises
+    ------
+    CacheError
+        For a file that is not a saved cache, is damaged, of an older or newer format, or of another model (the difference is
+        named), and for one that does not fit together.
+    """
+    return _read(_whole_file(path), str(path), model)[0]
+
+
+def load_document(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, list[int]]:
+    """A saved cache as :func:`load_cache` gives it, and the token ids that were read into it.
+
+    Raises CacheError as :func:`load_cache` does, and for a file that was saved without its tokens.
+    """
+    return document_of(_whole_file(path), str(path), model)
+
+
+def document_of(
+    data: bytes, what: str, model: PreTrainedModel, *, like: CompactCache | None = None
+) -> tuple[CompactCache, list[int]]:
+    """The same of a file's bytes, which are called ``what`` in errors.
+
+    ``like``: a cache into which the model has read something; with it the model reads nothing here.
+    """
+    cache, tokens = _read(data, what, model, like)
+    if tokens is None:
+        raise CacheError(f"{what} holds no token ids: save the cache with tokens=, or open it with load_cache")
+    return cache, tokens
+
+
+def read_one(model: PreTrainedModel) -> CompactCache:
+    """A cache into which a model has read one token: it shows what the layers hold, and where."""
+    probe = CompactCache(model, "full", 1)
+    prefill(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), probe)
+    return probe
+
+
+def _contents(
+    cache: CompactCache, model: PreTrainedModel, tokens: Sequence[int] | None, about: str | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, without its digest. Raises CacheError for what cannot be saved."""
     HeadGroup.of(model).check_alone("saving a cache")
     if cache.model is not model:
         raise CacheError("this cache belongs to another model: save it with the model that read it")
@@ -117,45 +189,14 @@ def save_cache(
         raise CacheError(f"this cache's report holds a value that is not a number: {READ_AGAIN}") from None
     if fault := lengths_fault(made, cache.layers) or _counts_fault(cache):
         raise CacheError(f"this cache does not fit together ({fault}): {READ_AGAIN}")
-    about = {"format": str(SNAPSHOT_FORMAT), "digest": NO_DIGEST, "winnowkv": text}
-    with replacing(Path(path), lambda why: CacheError(f"{path} {why}"), overwrite=overwrite) as scratch:
-        try:
-            save_file(tensors, scratch, metadata=about)
-        except SafetensorError as error:  # a full disk, in the library's words
-            raise CacheError(f"{path} cannot be written: {reason(error)}") from None
-        with scratch.open("r+b") as file:
-            found = DIGEST.search(file.read(_header_end(file.read(8))))
-            assert found is not None
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(8 + found.start(1))
-            file.write(digest.encode())
+    metadata = {"format": str(SNAPSHOT_FORMAT), "digest": NO_DIGEST, "winnowkv": text}
+    return tensors, metadata | ({} if about is None else {"about": about})
 
 
-def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
-    """A cache that continues from the saved one; pass it as ``past_key_values`` with the next tokens.
-
-    The model reads one token beforehand, which shows what its layers hold, and where.
-
-    Raises
-    ------
-    CacheError
-        For a file that is not a saved cache, is damaged, of an older or newer format, or of another model (the difference is
-        named), and for one that does not fit together.
-    """
-    HeadGroup.of(model).check_alone("loading a cache")
-    return _read(path, model)[0]
-
-
-def load_document(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, list[int]]:
-    """A saved cache as :func:`load_cache` gives it, and the token ids that were read into it.
-
-    Raises CacheError as :func:`load_cache` does, and for a file that was saved without its tokens.
-    """
-    cache, tokens = _read(path, model)
-    if tokens is None:
-        raise CacheError(f"{path} holds no token ids: save the cache with tokens=, or open it with load_cache")
-    return cache, tokens
+def _digest_at(header: bytes) -> int:
+    found = DIGEST.search(header)
+    assert found is not None
+    return found.start(1)
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -213,16 +254,18 @@ def _saved_layer(layer: Any) -> tuple[Part, dict[str, Tensor]]:
     )
 
 
-def _read(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, list[int] | None]:
-    def fail(why: str) -> CacheError:
-        return CacheError(f"{path} {why}")
+def _read(
+    data: bytes, what: str, model: PreTrainedModel, like: CompactCache | None = None
+) -> tuple[CompactCache, list[int] | None]:
+    HeadGroup.of(model).check_alone("loading a cache")
 
-    data = _whole_file(Path(path), fail)
+    def fail(why: str) -> CacheError:
+        return CacheError(f"{what} {why}")
+
     table, header = _opened(data, fail)
     if difference := model_difference(header.model, fingerprint(model)):
         raise fail(f"was made with another model ({difference}): {READ_AGAIN}")
-    probe = CompactCache(model, "full", 1)
-    prefill(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), probe)  # what its layers hold, and where
+    probe = like or read_one(model)  # what its layers hold, and where
     fault = lengths_fault(header, probe.layers)
     fault = fault or table_fault(table, tensor_table(header, probe.layers, ModelInfo.of(model).heads))
     if not fault:
@@ -236,15 +279,19 @@ def _read(path: str | Path, model: PreTrainedModel) -> tuple[CompactCache, list[
     cache = CompactCache(model, "full", 1, decode_budget=header.decode_budget)
     cache.resume(saved_report(asdict(header.report)))
     layers: list[Any] = probe.layers
-    for index, (layer, part, like) in enumerate(zip(cache.layers, header.layers, layers, strict=True)):
+    for index, (layer, part, shows) in enumerate(zip(cache.layers, header.layers, layers, strict=True)):
         mine = {name.partition(".")[2]: each for name, each in tensors.items() if name.startswith(f"{index}.")}
-        _restore(layer, part, {name: each.to(like.keys.device) for name, each in mine.items()}, header.report.quantize)
+        _restore(layer, part, {name: each.to(shows.keys.device) for name, each in mine.items()}, header.report.quantize)
     if fault := _counts_fault(cache):
         raise fail(f"does not fit together ({fault}): {READ_AGAIN}")
     return cache, tensors[TOKENS].tolist() if TOKENS in tensors else None
 
 
-def _whole_file(path: Path, fail: Fail) -> bytes:
+def _whole_file(path: str | Path) -> bytes:
+    def fail(why: str) -> CacheError:
+        return CacheError(f"{path} {why}")
+
+    path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise fail("is not a saved cache: it is no regular file")
@@ -277,7 +324,7 @@ def _opened(data: bytes, fail: Fail) -> tuple[dict[str, TableEntry], Header]:
     if made != str(SNAPSHOT_FORMAT):
         raise fail(f"has format {str(made)[:20]}, this version reads {SNAPSHOT_FORMAT}: update winnowkv")
     digests = DIGEST.findall(raw)
-    if set(about) != {"format", "digest", "winnowkv"} or digests != [str(about["digest"]).encode()]:
+    if set(about) - {"about"} != {"format", "digest", "winnowkv"} or digests != [str(about["digest"]).encode()]:
         raise no_cache("its digest is missing")
     at = 8 + raw.index(digests[0])
     digest = hashlib.sha256(data[:at] + NO_DIGEST.encode())

@@ -15,19 +15,15 @@ from winnowkv.cli.options import DEFAULT_STORE, Chat, Device, Dtype, Json, Model
 from winnowkv.cli.progress import working
 from winnowkv.cli.tables import Column, ResultTable, keys, note, say
 from winnowkv.cli.texts import checked_text, standard_input
-from winnowkv.errors import InputError, PolicyError, WinnowError
+from winnowkv.contexts.defaults import EQUAL_BLIND_POLICY, EQUAL_HINTED_POLICY
+from winnowkv.errors import InputError, WinnowError
 from winnowkv.files import plain_lines, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from winnowkv.cache.study import Study
-    from winnowkv.contexts.context import Context
-    from winnowkv.contexts.store import ContextStore
+    from winnowkv.contexts.folder import ContextFiles
 
-# Policies that keep the same number of entries in every layer and head, as engines with one block table need.
-BLIND_POLICY = "winnow:observe=context:equal=true"  # of texts whose questions are not known
-HINTED_POLICY = "winnow:equal=true"
 SHORTEST_PREFIX = 4  # characters of an id that name a context
 
 
@@ -40,8 +36,8 @@ def add(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"Eviction policy, one that keeps equally many in all layers and heads. Default: {BLIND_POLICY}, with --hint "
-            f"{HINTED_POLICY}.",
+            help=f"Eviction policy, one that keeps equally many in all layers and heads. Default: {EQUAL_BLIND_POLICY}, with "
+            f"--hint {EQUAL_HINTED_POLICY}.",
             show_default=False,
         ),
     ] = None,
@@ -75,38 +71,37 @@ def add(
     from winnowkv.contexts.store import ContextStore
 
     whole_blocks(1, budget, block)  # before transformers is imported, which takes seconds
-    chosen = policy or (HINTED_POLICY if hint is not None else BLIND_POLICY)
-    by_default = policy is None and hint is None and study is None
-    level = "lean" if by_default else study
+    chosen = policy or (EQUAL_HINTED_POLICY if hint is not None else EQUAL_BLIND_POLICY)
     place = ContextStore(store)
     from winnowkv.cache.compression import Compression
     from winnowkv.cache.study import Study
     from winnowkv.cli.loading import check_policies, load_model
-    from winnowkv.prompt.chat import open_turn, uses_chat
+    from winnowkv.contexts.export import export_context
+    from winnowkv.contexts.making import plan_context
 
     check_policies([chosen], [])
-    asked = None if level in (None, "none") else Study.of(level)
+    if study not in (None, "none"):
+        Study.of(study)
 
     def check(checked: PreTrainedModel) -> None:
         Compression.of(checked, chosen, 1.0, None, task_is_known=True)
 
     with working(f"loading {model}"):
         loaded, tokenizer = load_model(model, check, device=device, dtype=dtype)
-    tokens = len(open_turn(tokenizer, text, chat=uses_chat(chat, tokenizer), system=system))
-    notes: list[str] = []
-    if by_default and not study_fits(loaded, tokens):
-        notes.append("the model has no positions left to read the document again: a --hint says what must not be lost")
-        asked = None
     started = time.perf_counter()
-    context = compressed(
-        loaded, tokenizer, text, tokens, chosen, budget, place, block=block, study=asked, hint=hint, system=system, chat=chat,
-        name=name if name is not None else "" if file == "-" else file.replace("\\", "/").rpartition("/")[2],
-    )  # fmt: skip
+    plan = plan_context(
+        loaded, tokenizer, text, policy=policy, budget=budget, study=study, hint=hint, system=system, chat=chat, block=block
+    )
+    notes = [one.replace("a hint", "a --hint") for one in plan.notes]
+    with studying(f"reading {plan.tokens} tokens", shown=plan.study is not None) as progress:
+        document = plan.read(progress=progress)
+    title = name if name is not None else "" if file == "-" else file.replace("\\", "/").rpartition("/")[2]
+    context = export_context(document, place, block, name=title)
     seconds = time.perf_counter() - started
     if as_json:
         print(
             json.dumps(
-                {**context.to_dict(), "store": store, "seconds": round(seconds, 3), "notes": notes},
+                {**context.to_dict(), "portable": True, "store": store, "seconds": round(seconds, 3), "notes": notes},
                 indent=2,
                 ensure_ascii=False,
             )
@@ -122,59 +117,16 @@ def add(
     note(f'ask it: winnow vllm {model} --store {store}, then requests with "winnow_context": "{context.id}"')
 
 
-def study_fits(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether the model has positions left after a text of so many tokens to read it again."""
-    from winnowkv.cache.study import Study, fitted
-
-    try:
-        fitted(Study.of("lean"), model, tokens)
-    except InputError:
-        return False
-    return True
-
-
-def compressed(
-    model: PreTrainedModel, tokenizer: Any, text: str, tokens: int, policy: str, budget: str, store: ContextStore, *,
-    block: int, study: Study | None, hint: str | None, system: str | None, chat: bool | None, name: str,
-) -> Context:  # fmt: skip
-    """Read, compress and store a document of so many tokens; with a progress bar while it is studied.
-
-    Raises PolicyError, before the document is read, for a policy that may keep different numbers in layers and heads.
-    """
-    from winnowkv.contexts.export import export_context, whole_blocks
-    from winnowkv.contexts.flat import EQUAL_POLICIES, context_rotation
-    from winnowkv.documents import read
-    from winnowkv.policies import policy as make_policy
-    from winnowkv.policies.studied import StudiedPolicy
-
-    context_rotation(model)  # what no context can be made of is told before the work
-    entries = whole_blocks(tokens, budget, block)
-    made = make_policy(policy)
-    studied = study is not None or made.needs_study
-    if entries < tokens and made.evicts and not (StudiedPolicy(of=made) if studied else made).keeps_equal:
-        raise PolicyError(
-            f"{made.spec} may keep different numbers of entries in layers and heads{' of a text that is studied' * studied}, a "
-            f"context needs the same number in all: use {'a policy with equal=true' if studied else EQUAL_POLICIES}"
-        )
-    with studying(f"reading {tokens} tokens", shown=studied) as progress:
-        document = read(
-            model, tokenizer, text, policy, entries, hint=hint, system=system, chat=chat, study=study, progress=progress,
-        )  # fmt: skip
-    return export_context(document, store, block, name=name)
-
-
 def list_contexts(store: Store = DEFAULT_STORE, as_json: Json = False) -> None:
-    """List the contexts of a store."""
-    from winnowkv.contexts.store import ContextStore
-
-    place = ContextStore(store)
+    """List the contexts of a store; those that vLLM cannot serve were made by winnow serve, which serves both."""
     rows: list[dict[str, Any]] = []
     damaged: list[dict[str, str]] = []
-    for each in place.ids():
-        try:
-            rows.append(place.context(each).to_dict())
-        except WinnowError as error:
-            damaged.append({"id": each, "error": str(error)})
+    for portable, files in kinds(store).items():
+        for each in files.ids():
+            try:
+                rows.append({**files.context(each).to_dict(), "portable": portable})
+            except WinnowError as error:
+                damaged.append({"id": each, "error": str(error)})
     if as_json:
         print(json.dumps({"store": store, "contexts": rows, "damaged": damaged}, indent=2, ensure_ascii=False))
         return
@@ -188,6 +140,8 @@ def list_contexts(store: Store = DEFAULT_STORE, as_json: Json = False) -> None:
         table.add(row["id"], str(row["kept"]), str(row["seen"]), mebibytes(row["bytes"]), printable(row["name"]), row["policy"])
     if rows:
         table.print()
+    if unequal := [row["id"][:8] for row in rows if not row["portable"]]:
+        note(f"vLLM cannot serve {', '.join(unequal)}: their heads keep different numbers of entries, as winnow serve can")
     for one in damaged:
         note(one["error"])
 
@@ -200,18 +154,23 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Delete contexts; all that are named, or none if one of them is not there."""
-    from winnowkv.contexts.store import ContextStore
-
-    place = ContextStore(store)
-    there = place.ids()
-    named = list(dict.fromkeys(full_id(asked, there, store) for asked in ids))
+    there = {one: files for files in kinds(store).values() for one in files.ids()}
+    named = list(dict.fromkeys(full_id(asked, sorted(there), store) for asked in ids))
     for one in named:
-        place.remove(one)
+        there[one].remove(one)
     if as_json:
         print(json.dumps({"store": store, "removed": named}, indent=2))
         return
     for one in named:
         print(f"removed {one}")
+
+
+def kinds(store: str) -> dict[bool, ContextFiles]:
+    """The files of a store by whether vLLM serves them, too."""
+    from winnowkv.contexts.saved import SavedContexts
+    from winnowkv.contexts.store import ContextStore
+
+    return {True: ContextStore(store), False: SavedContexts(store)}
 
 
 def full_id(asked: str, there: Sequence[str], store: str) -> str:

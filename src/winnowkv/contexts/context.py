@@ -176,15 +176,18 @@ class Context:
         return list(ids[self.seen :])
 
     def ask(self, tokenizer: Any, question: str) -> ContextPrompt:
-        """The request that asks a question about the document, in the model's chat template if the document was read in it.
+        """The request that asks a question about the document. Raises InputError as :meth:`question`."""
+        return self.prompt(self.question(tokenizer, question))
+
+    def question(self, tokenizer: Any, question: str) -> list[int]:
+        """Token ids of a question after the document, in the model's chat template if the document was read in it.
 
         Raises InputError for an empty question, and for another tokenizer.
         """
         chat = self.header.chat
         if self.header.turns:
-            return self.prompt(next_turn(tokenizer, question, chat=chat))
-        ending = text_ending(tokenizer, self.tokens, chat=chat)
-        return self.prompt(rest_of_turn(tokenizer, ending, question, chat=chat))
+            return next_turn(tokenizer, question, chat=chat)
+        return rest_of_turn(tokenizer, text_ending(tokenizer, self.tokens, chat=chat), question, chat=chat)
 
 
 def check_id(asked: Any) -> str:

@@ -8,51 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path
+import threading
+from collections.abc import Sequence
 from typing import Any
 
-import fsspec
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
-from winnowkv.contexts.context import CONTEXT_ID, ID_LENGTH, Context, ContextHeader, check_id
+from winnowkv.contexts.context import ID_LENGTH, Context, ContextHeader
 from winnowkv.contexts.flat import FlatStates
-from winnowkv.errors import CacheError, InputError, UnknownContextError
-from winnowkv.files import Fail, first_fault, reason
+from winnowkv.contexts.folder import ContextFiles, write_whole
+from winnowkv.errors import StoreError
+from winnowkv.files import first_fault, reason
 
-SUFFIX = ".context"
 TENSORS = ("keys", "tokens", "values")
 TOKEN_BYTES = 4
-LONGEST_HEADER = 1 << 20  # bytes; ours have a thousand
 
 
-class ContextStore:
+class ContextStore(ContextFiles):
     """The contexts of one folder or URL (``/data/contexts``, ``s3://bucket/contexts``, ``memory://contexts``).
 
     Raises InputError for a URL of a kind that is not known or not installed.
     """
 
-    def __init__(self, place: str | Path) -> None:
-        self.place = str(place)
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(self.place)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"store {self.place!r}: {reason(error)}: give a folder, or a URL that fsspec knows") from None
-
-    def __repr__(self) -> str:
-        return f"ContextStore({self.place!r})"
+    suffix = ".context"
 
     def add(self, header: ContextHeader, states: FlatStates, tokens: Sequence[int]) -> Context:
         """Write a context, as a whole or not at all; one that is there already is left as it is.
 
-        Raises CacheError if it cannot be written.
+        Raises StoreError if it cannot be written.
         """
         tensors = {"keys": states.keys, "tokens": torch.tensor(list(tokens), dtype=torch.int32), "values": states.values}
         text = header.model_dump_json()
@@ -61,31 +48,8 @@ class ContextStore:
         data = save_tensors(tensors, metadata={"winnowkv": text, "digest": digest})
         if not self._files.exists(path):
             what = f"store {self.place}: context {digest[:ID_LENGTH]}"
-            write_whole(self._files, path, data, lambda why: CacheError(f"{what} {why}"))
+            write_whole(self._files, path, data, lambda why: StoreError(f"{what} {why}"))
         return Context(digest, header, tuple(tokens), len(data))
-
-    def ids(self) -> list[str]:
-        """The ids of all contexts, in order; none of a folder that is not there. Raises CacheError if it cannot be listed."""
-        try:
-            names = [Path(name).name for name in self._files.ls(self._root, detail=False)]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CacheError(f"store {self.place} cannot be listed: {reason(error)}") from None
-        ids = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
-        return sorted(one for one in ids if CONTEXT_ID.fullmatch(one))
-
-    def __iter__(self) -> Iterator[Context]:
-        """All contexts; one that is deleted meanwhile is left out. Raises CacheError for a file that cannot be used."""
-        for one in self.ids():
-            try:
-                found = self.context(one)
-            except UnknownContextError:
-                continue
-            yield found
-
-    def __contains__(self, context: str) -> bool:
-        return self._files.exists(self._path(check_id(context)))
 
     def context(self, context: str) -> Context:
         """What is known of a context, without its keys and values.
@@ -95,10 +59,7 @@ class ContextStore:
         path = self._known(context)
         try:
             size = int(self._files.size(path))
-            length = int.from_bytes(self._files.cat_file(path, 0, 8), "little")
-            if not 0 < length <= LONGEST_HEADER:
-                raise self._damaged(context, f"its header would have {length} bytes")
-            table = json.loads(self._files.cat_file(path, 8, 8 + length))
+            length, table = self._table(context, path)
             header, _, digest = self._header(context, table.get("__metadata__") or {})
             shape = list(state_shape(header))
             if any(table[name]["shape"] != shape for name in ("keys", "values")):
@@ -146,29 +107,6 @@ class ContextStore:
             raise self._damaged(context, f"keys of shape {tuple(tensors['keys'].shape)}, its header says {shape}")
         return FlatStates(tensors["keys"], tensors["values"], header.seen)
 
-    def remove(self, context: str) -> None:
-        """Delete a context. Raises InputError if it is not there, CacheError if it cannot be deleted."""
-        path = self._known(context)
-        try:
-            self._files.rm_file(path)
-        except FileNotFoundError:
-            raise self._unknown(context) from None
-        except OSError as error:
-            raise CacheError(f"store {self.place}: context {context} cannot be deleted: {reason(error)}") from None
-
-    def stored_at(self, context: str) -> datetime | None:
-        """When a context was written; None if the store does not say."""
-        try:
-            return self._files.modified(self._path(check_id(context))).astimezone(UTC)
-        except (NotImplementedError, OSError, KeyError, AttributeError):
-            return None
-
-    def _path(self, context: str) -> str:
-        return f"{self._root}/{context[:ID_LENGTH]}{SUFFIX}"
-
-    def _known(self, context: str) -> str:
-        return self._path(check_id(context))
-
     def _header(self, context: str, about: dict[str, Any]) -> tuple[ContextHeader, str, str]:
         text, digest = about.get("winnowkv", ""), about.get("digest", "")
         if not digest.startswith(context) or len(digest) != 64:
@@ -178,53 +116,36 @@ class ContextStore:
         except ValidationError as error:
             raise self._damaged(context, first_fault(error)) from None
 
-    def _unknown(self, context: str) -> UnknownContextError:
-        return UnknownContextError(
-            f"there is no context {context} in store {self.place}: see winnow context list --store {self.place}"
-        )
-
-    def _damaged(self, context: str, why: str) -> CacheError:
-        return CacheError(f"context {context} in store {self.place} cannot be used ({why}): remove it and add it anew")
-
 
 class RememberedContexts:
     """The contexts of a store, of which the last that were asked for are not read again as long as they are there.
+
+    Threads may ask at the same time.
 
     Parameters
     ----------
     limit: most that are held, since their token ids take memory; the least recently used go.
     """
 
-    def __init__(self, store: ContextStore, limit: int) -> None:
+    def __init__(self, store: ContextFiles, limit: int) -> None:
         self.store, self.limit = store, limit
         self._known: dict[str, Context] = {}
+        self._lock = threading.Lock()  # of the dict; files are read outside of it
 
     def __len__(self) -> int:
         return len(self._known)
 
     def __getitem__(self, asked: Any) -> Context:
         """A context. Raises as :meth:`ContextStore.context`."""
-        found = self._known.pop(asked, None) if isinstance(asked, str) else None
+        found = self._known.get(asked) if isinstance(asked, str) else None
         if found is None or found.id not in self.store:
             found = self.store.context(asked)
-        self._known[found.id] = found
-        while len(self._known) > self.limit:
-            del self._known[next(iter(self._known))]
+        with self._lock:
+            self._known.pop(found.id, None)
+            self._known[found.id] = found
+            while len(self._known) > self.limit:
+                del self._known[next(iter(self._known))]
         return found
-
-
-def write_whole(files: Any, path: str, data: bytes, fail: Fail) -> None:
-    """Write a file of an fsspec file system as a whole or not at all. Raises the error that ``fail`` makes of the reason."""
-    folder = path.rpartition("/")[0]
-    scratch = f"{folder}/.{secrets.token_hex(8)}.part"
-    try:
-        files.makedirs(folder, exist_ok=True)
-        files.pipe_file(scratch, data)
-        files.mv(scratch, path)
-    except (OSError, NotImplementedError) as error:
-        with suppress(OSError):
-            files.rm_file(scratch)
-        raise fail(f"cannot be written: {reason(error)}") from None
 
 
 def state_shape(header: ContextHeader) -> tuple[int, int, int, int]:

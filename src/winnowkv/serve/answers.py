@@ -153,6 +153,7 @@ class Answer:
                 "total": rounded(time.perf_counter() - self.ticket.began),
             },
             "notes": list(notes), "context": self.ticket.prompts[0].context,
+            "context_tokens": sum(prompt.context_tokens for prompt in self.ticket.prompts),
         }  # fmt: skip
 
     def token(self, token: int) -> str:

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 import winnowkv
 from winnowkv.engine.engine import Engine
 from winnowkv.errors import WinnowError
-from winnowkv.serve import page, routes
+from winnowkv.serve import context_routes, page, routes
 from winnowkv.serve.errors import ApiError, of_validation, of_winnow
 from winnowkv.serve.keys import KeyCheck, Keys
 from winnowkv.serve.limits import BodyLimit, Observed
@@ -24,7 +24,7 @@ from winnowkv.serve.loop import MOST_RETRY, EngineLoop
 from winnowkv.serve.metrics import CONTENT_TYPE
 from winnowkv.serve.objects import Health
 from winnowkv.serve.openapi import describe
-from winnowkv.serve.prompts import PlainPrompts, PromptReader
+from winnowkv.serve.prompts import PromptReader
 from winnowkv.serve.serving import Serving, ServingNow
 from winnowkv.serve.settings import ServeSettings
 
@@ -50,14 +50,14 @@ def make_app(
     settings: what is served, and its limits; made with the engine's own settings if None.
     routers: further routes. They get the server as an argument of the type ``ServingNow`` and the owner of the request's key
         as one of the type ``Owner``; what they raise (:class:`ApiError`, WinnowErrors) becomes an answer in OpenAI's form.
-    prompts: makes what reads prompts, once the engine is there; :class:`PlainPrompts` if None.
+    prompts: makes what reads prompts, once the engine is there; :func:`context_prompts` if None.
     loaded: called on the event loop once the server is ready, or has failed (``serving.failure``).
 
     ``app.state.serving`` is the :class:`Serving`.
     """
     settings = settings or ServeSettings()
     serving = Serving(settings)
-    make_prompts: MakePrompts = prompts or (lambda _, engine: PlainPrompts(engine.tokenizer))
+    make_prompts: MakePrompts = prompts or context_routes.context_prompts
 
     async def load() -> None:
         try:
@@ -90,7 +90,7 @@ def make_app(
         description="OpenAI's API over compressed KV caches. Fields that would change an answer and cannot are refused.",
     )  # fmt: skip
     app.state.serving = serving
-    for router in (state_routes, routes.router, page.router, *routers):
+    for router in (state_routes, routes.router, context_routes.router, page.router, *routers):
         app.include_router(router)
     describe(app, keys=bool(settings.api_keys))
     app.add_exception_handler(ApiError, answer_error)

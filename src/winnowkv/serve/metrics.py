@@ -62,6 +62,14 @@ class Metrics:
         gauge("kv_bytes", "Bytes of keys and values held", lambda: engine.held_bytes)
         gauge("kv_limit_bytes", "Most bytes of keys and values, 0 for no limit", lambda: engine.kv_memory or 0)
 
+    def watch_contexts(self, used: Callable[[], float], reads: Callable[[], float]) -> None:
+        """Report the memory of stored contexts whenever the metrics are read."""
+        for name, text, value in (
+            ("winnow_context_bytes", "Bytes of stored contexts in memory, those set aside included", used),
+            ("winnow_context_reads", "Files of contexts that were read into memory", reads),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(value)
+
     def page(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -74,7 +74,7 @@ class WinnowUsage(Answered):
     """What was kept; of several prompts the sums, and entries over all of them.
 
     ``kept_bytes``, ``full_bytes``: keys and values of the prompt after eviction and without any. ``notes``: what the user
-    should know. ``context``: id of the stored context that was asked.
+    should know. ``context``: id of the stored context that was asked; ``context_tokens``: of its text, not read again.
     """
 
     policy: str
@@ -86,6 +86,7 @@ class WinnowUsage(Answered):
     seconds: WinnowSeconds
     notes: list[str]
     context: str | None
+    context_tokens: int
 
 
 class PromptDetails(Answered):

@@ -24,7 +24,7 @@ class Prompt:
     ids: token ids that are read.
     after: cache of a stored document that they go on from; it is forked, never changed.
     context: id of that document. context_tokens: of the document; they count as prompt tokens that were not read again.
-    release: called once, when the request has ended or was refused: lets go of ``after``.
+    release: called once, when the first token came, or the request has ended or was refused: lets go of ``after``.
     """
 
     ids: list[int]
@@ -41,8 +41,11 @@ class PromptReader(Protocol):
     request names (``winnow_context``), or None, and the owner of its key (:func:`winnowkv.serve.keys.owner_of`).
     """
 
-    def chat(self, messages: Sequence[Message], context: str | None, owner: str) -> Prompt:
-        """The prompt of chat messages ``{"role", "content"}``, content as one text."""
+    def chat(self, messages: Sequence[Message], context: str | None, owner: str, *, own: bool = False) -> Prompt:
+        """The prompt of chat messages ``{"role", "content"}``, content as one text.
+
+        ``own``: the request asks for a policy or budget of its own.
+        """
 
     def text(self, prompt: str | list[int], context: str | None, owner: str) -> Prompt:
         """The prompt of a text as it is, or of token ids."""
@@ -54,7 +57,7 @@ class PlainPrompts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def chat(self, messages: Sequence[Message], context: str | None, owner: str) -> Prompt:
+    def chat(self, messages: Sequence[Message], context: str | None, owner: str, *, own: bool = False) -> Prompt:
         """Messages in the model's chat template."""
         return self._read(list(messages), context)
 

@@ -20,6 +20,7 @@ from winnowkv.serve.ticket import Asked, How
 # What a request may write into a policy's spec: nothing that could be the name of a file.
 SPEC = re.compile(r"[A-Za-z0-9_.:=,+-]*")
 FILE_OPTION = re.compile(r"(^|:)profile=")
+OWN_SETTINGS = {"policy", "budget", "quality", "task", "explain"}  # with these no context is gone on from unasked
 BUDGET = re.compile(r"[0-9.eE+-]+|auto(:[0-9.]+)?")
 
 
@@ -47,31 +48,30 @@ def asked_of(
             400, f"{field}={body.asked_tokens} passes the server's limit of {settings.max_new_tokens}: ask for fewer",
             code="invalid_value", param=field,
         )  # fmt: skip
-    chat = isinstance(body, ChatRequest)
-    explain = body.winnow is not None and bool(body.winnow.explain)
+    chat, context, options = isinstance(body, ChatRequest), context_of(body), options_of(body.winnow, settings)
+    own, explain = bool(options.keys() & OWN_SETTINGS), bool(options.get("explain"))
     count = 1 if isinstance(body, ChatRequest) else len(body.prompts)
     if explain:
-        check_explained(count * body.n, body.winnow_context)
+        check_explained(count * body.n, context)
 
     def read() -> list[Prompt]:
         found: list[Prompt] = []
         try:
             if isinstance(body, ChatRequest):
                 messages = [{"role": one.role.replace("developer", "system"), "content": one.text} for one in body.messages]
-                found.append(reader.chat(messages, body.winnow_context, owner))
+                found.append(reader.chat(messages, context, owner, own=own))
             else:
-                found += (reader.text(prompt, body.winnow_context, owner) for prompt in body.prompts)
+                found += (reader.text(prompt, context, owner) for prompt in body.prompts)
         except BaseException:
             release(found)
             raise
         return found
 
-    options = options_of(body.winnow, settings)
-
     def how(prompt: Prompt) -> How:
         if explain:
             check_explained_tokens(len(prompt.ids))
-        new = new_tokens(len(prompt.ids) + prompt.context_tokens, body.asked_tokens, model, settings, chat)
+        before = 0 if prompt.after is None else prompt.after.get_seq_length()
+        new = new_tokens(len(prompt.ids) + before, body.asked_tokens, model, settings, chat)
         try:
             sampling = Sampling(
                 max_new_tokens=new, min_new_tokens=body.min_tokens, temperature=body.temperature, top_p=body.top_p,
@@ -92,6 +92,17 @@ def kept_whole(how: How, prompt: Prompt, settings: ServeSettings) -> How:
         return how
     note = f"the prompt has {len(prompt.ids)} tokens, and up to {settings.keep_whole} are kept whole (--keep-whole)"
     return replace(how, options={**how.options, "policy": "full"}, note=note)
+
+
+def context_of(body: ChatRequest | CompletionRequest) -> str | None:
+    """The context that a request names. Raises ApiError if it names two."""
+    here, there = body.winnow_context, None if body.winnow is None else body.winnow.context
+    if here is not None and there is not None and here != there:
+        raise ApiError(
+            400, f"winnow_context={shown(here)} contradicts winnow.context={shown(there)}: give one of them",
+            code="invalid_value", param="winnow_context",
+        )  # fmt: skip
+    return there if here is None else here
 
 
 def release(prompts: list[Prompt]) -> None:
@@ -120,6 +131,20 @@ def new_tokens(tokens: int, asked: int | None, model: Any, settings: ServeSettin
     return most if positions is None else min(most, positions - tokens)
 
 
+def check_names_no_file(spec: str | None, budget: Any, fields: str = "") -> None:
+    """Raise ApiError for a policy or budget that would name a file; ``fields`` stands before their names in the body."""
+    if spec is not None and (not SPEC.fullmatch(spec) or FILE_OPTION.search(spec)):
+        raise ApiError(
+            400, f"policy {shown(spec)} cannot be asked for: a spec is a name and options such as snapkv:observe=16, and no "
+            "option may name a file", code="invalid_policy", param=f"{fields}policy",
+        )  # fmt: skip
+    if isinstance(budget, str) and not BUDGET.fullmatch(budget):
+        raise ApiError(
+            400, f"budget {shown(budget)} cannot be asked for: give entries (128), a fraction (0.12) or auto:0.95",
+            code="invalid_budget", param=f"{fields}budget",
+        )  # fmt: skip
+
+
 def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[str, Any]:
     """Options of :meth:`Engine.submit` for what a request says of winnow, without what it leaves out.
 
@@ -129,16 +154,7 @@ def options_of(winnow: WinnowOptions | None, settings: ServeSettings) -> dict[st
     if winnow is None:
         return default
     spec = winnow.policy
-    if spec is not None and (not SPEC.fullmatch(spec) or FILE_OPTION.search(spec)):
-        raise ApiError(
-            400, f"policy {shown(spec)} cannot be asked for: a spec is a name and options such as snapkv:observe=16, and no "
-            "option may name a file", code="invalid_policy", param="winnow.policy",
-        )  # fmt: skip
-    if isinstance(winnow.budget, str) and not BUDGET.fullmatch(winnow.budget):
-        raise ApiError(
-            400, f"budget {shown(winnow.budget)} cannot be asked for: give entries (128), a fraction (0.12) or auto:0.95",
-            code="invalid_budget", param="winnow.budget",
-        )  # fmt: skip
+    check_names_no_file(spec, winnow.budget, "winnow.")
     heard = {name: value for name in ("lookahead", "draft") if (value := getattr(winnow, name)) is not None}
     if heard:
         spec = ":".join([spec or settings.policy, *(f"{name}={value}" for name, value in heard.items())])

@@ -154,6 +154,7 @@ class WinnowOptions(Strict):
     draft: int | None = Field(None, ge=0, le=4096, description="Tokens generated from what would stay, then thrown away")
     decode_budget: int | None = Field(None, ge=1, le=2**31)
     explain: bool | None = None
+    context: str | None = Field(None, max_length=200, description="The same as winnow_context")
 
 
 class Common(Strict):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -141,12 +141,20 @@ class Ticket:
                 metrics.first_token.observe(now - self.began)
                 metrics.queue_seconds.observe(event.request.started - event.request.submitted)
             self._last[place] = now
+            self._let_go(at)
         self._events.append((at, event))
         if event.finished is not None:
             self.left -= 1
             if not self.left:
                 self._loop.ended(self)
         self._there.set()
+
+    def _let_go(self, at: int) -> None:
+        """A prompt was read: what it went on from may leave the memory."""
+        prompt = self.prompts[at]
+        if prompt.release is not None:
+            self.prompts[at] = replace(prompt, after=None, release=None)
+            prompt.release()
 
 
 def submit(engine: Engine, prompt: Prompt, how: How, listener: Callable[[Event], None]) -> Request:

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from winnowkv.budget import DEFAULT_BUDGET, Budget
 from winnowkv.contexts.context import CONTEXT_PARAM, ContextPrompt, EnginePrompt, check_id
-from winnowkv.contexts.store import ContextStore, write_whole
+from winnowkv.contexts.folder import write_whole
+from winnowkv.contexts.store import ContextStore
 from winnowkv.errors import CacheError, InputError, PolicyError, WinnowError
 from winnowkv.files import first_fault
 from winnowkv.integrations.vllm.listening import WORKER_EXTENSION

@@ -224,7 +224,7 @@ def completion_rest(context: Context, body: Body, make: MakeTokenizer) -> list[i
     if begins_with(whole, context.tokens):
         return context.rest(whole)
     check_not_whole(context, whole, 0)
-    return context.ask(tokenizer, prompt).ids[context.kept :]
+    return context.question(tokenizer, prompt)
 
 
 def begins_with(ids: Sequence[int], start: Sequence[int]) -> bool:
