@@ -6,6 +6,6 @@ from common import MESSAGES, MODEL, NEW_TOKENS
 
 import winnowkv as wk
 
-model, tokenizer = wk.load(MODEL)
+model, tokenizer = wk.load(MODEL, dtype="float32")
 answer = wk.Engine(model, tokenizer).generate([MESSAGES], wk.Sampling(max_new_tokens=NEW_TOKENS, temperature=0))[0]
 print(json.dumps({"text": answer.text, "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}))

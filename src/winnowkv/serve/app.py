@@ -92,7 +92,7 @@ def make_app(
     app.state.serving = serving
     for router in (state_routes, routes.router, *routers):
         app.include_router(router)
-    describe(app, keys=bool(settings.api_keys))
+    describe(app, settings)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(WinnowError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
@@ -128,7 +128,7 @@ def of_http(error: HTTPException, request: Request) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is no such route: see /openapi.json", code="unknown_route")
     if error.status_code == 405:
-        return ApiError(405, f"{request.method} is not served here: see /openapi.json", code="unknown_method")
+        return ApiError(405, f"{request.method} is not served here: see /openapi.json", code="unknown_method", headers=error.headers)
     return ApiError(error.status_code, "the body is not valid JSON in UTF-8", code="invalid_json")
 
 

@@ -23,14 +23,17 @@ class ApiError(Exception):
     Parameters
     ----------
     status: of HTTP. message: one sentence with value, limit and way out. code: for programs. param: field of the body.
-    retry_after: seconds after which the client may try again; None if trying again would change nothing.
+    retry_after: seconds after which the client may try again; None if trying again would change nothing. headers: more of the
+    answer's.
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: float | None = None
-    ) -> None:
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
+        retry_after: float | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+        self.more = dict(headers or {})
 
     def body(self, request_id: str) -> dict[str, Any]:
         """The error as OpenAI writes it, with the request's id."""
@@ -43,10 +46,10 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the answer: when to try again, or that OpenAI's clients should not."""
+        """Headers of the answer: when to try again, or that OpenAI's clients should not, and those that were given."""
         if self.retry_after is not None:
-            return {"retry-after": str(max(1, math.ceil(self.retry_after)))}
-        return {"x-should-retry": "false"} if self.status >= 500 else {}
+            return {"retry-after": str(max(1, math.ceil(self.retry_after)))} | self.more
+        return {"x-should-retry": "false"} | self.more if self.status >= 500 else self.more
 
 
 class ClientGoneError(Exception):

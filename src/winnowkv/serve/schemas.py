@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnowkv.files import shown
 
 MOST_STOPS, MOST_TOP = 16, 20  # stop strings, and likeliest tokens of which log probabilities are given
 MOST_CHOICES = 128
+BUDGETS = "Kept fraction of the prompt, kept entries, or auto:0.95 for a policy whose losses were measured"
 Asks = Callable[[Any], bool]  # whether a value of a field asks for what is not served
 
 
@@ -73,7 +74,13 @@ def whole_characters(text: str) -> str:
     return text
 
 
+def whole_number(value: Any) -> Any:
+    """8 for 8.0, which JSON Schema takes for an integer, as do clients that know one kind of number; else the value."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[str, AfterValidator(whole_characters)]
+Whole = Annotated[int, BeforeValidator(whole_number)]
 
 
 class Strict(BaseModel):
@@ -147,12 +154,12 @@ class WinnowOptions(Strict):
     """
 
     policy: str | None = Field(None, max_length=500, examples=["snapkv:observe=16"])
-    budget: int | float | Annotated[str, Field(max_length=40)] | None = Field(None, examples=[0.12, 128, "auto:0.95"])
+    budget: int | float | Annotated[str, Field(max_length=40)] | None = Field(None, examples=[0.12, 128], description=BUDGETS)
     quality: Literal["lean", "balanced", "best"] | None = None
     task: Literal["localization", "aggregation"] | None = None
-    lookahead: int | None = Field(None, ge=0, le=4096, description="Tokens of the answer that are generated before a choice")
-    draft: int | None = Field(None, ge=0, le=4096, description="Tokens generated from what would stay, then thrown away")
-    decode_budget: int | None = Field(None, ge=1, le=2**31)
+    lookahead: Whole | None = Field(None, ge=0, le=4096, description="Tokens of the answer that are generated before a choice")
+    draft: Whole | None = Field(None, ge=0, le=4096, description="Tokens generated from what would stay, then thrown away")
+    decode_budget: Whole | None = Field(None, ge=1, le=2**31)
     explain: bool | None = None
 
 
@@ -165,13 +172,13 @@ class Common(Strict):
     model: str = Field(description="Name of the served model", examples=["embedded"])
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    n: Whole = Field(1, ge=1, le=MOST_CHOICES)
     stop: Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MOST_STOPS)] | None = None
-    seed: int | None = Field(None, ge=0, lt=2**62)
+    seed: Whole | None = Field(None, ge=0, lt=2**62)
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token; OpenAI's default is 1")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=2**31, description="Not OpenAI's: draw from so many tokens; 0 or -1 for all")
-    min_tokens: int = Field(0, ge=0, le=2**31, description="Not OpenAI's: tokens before the answer may end")
+    top_k: Whole = Field(0, ge=-1, le=2**31, description="Not OpenAI's: draw from so many tokens; 0 or -1 for all")
+    min_tokens: Whole = Field(0, ge=0, le=2**31, description="Not OpenAI's: tokens before the answer may end")
     ignore_eos: bool = Field(False, description="Not OpenAI's: go on after end tokens")
     winnow: WinnowOptions | None = None
     winnow_context: str | None = Field(None, max_length=200, description="Id of a stored context that the prompt asks about")
@@ -201,10 +208,10 @@ class ChatRequest(Common):
 
     refused = REFUSED_IN_CHAT
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="OpenAI's newer name of max_tokens")
+    max_tokens: Whole | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=2**31, description="OpenAI's newer name of max_tokens")
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_TOP)
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
 
@@ -229,7 +236,7 @@ class ChatRequest(Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 
@@ -238,8 +245,8 @@ class CompletionRequest(Common):
 
     refused = REFUSED_IN_COMPLETIONS
     prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
-    max_tokens: int = Field(16, ge=1, le=2**31)
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    max_tokens: Whole = Field(16, ge=1, le=2**31)
+    logprobs: Whole | None = Field(None, ge=0, le=MOST_TOP)
 
     @property
     def asked_tokens(self) -> int | None:
