@@ -79,12 +79,13 @@ def failed(error: BaseException | None) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's or FastAPI's errors about a request; of a field that may be of several types, the deepest."""
+    """The first of pydantic's or FastAPI's errors about a request; of a field that may be of several types, the deepest,
+    and rather one about its value than that it is of another type."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     same = [error for error in errors if field_name(error["loc"]).startswith(field_name(first["loc"]))]
-    first = max(same, key=lambda error: len(field_name(error["loc"])))
+    first = max(same, key=lambda error: (len(field_name(error["loc"])), not error["type"].endswith("_type")))
     param = field_name(first["loc"])
     if first["type"] == "refused":  # our own, which may name a field deeper than where it was raised
         return ApiError(400, first["msg"], code="unsupported_value", param=first.get("ctx", {}).get("param") or param or None)

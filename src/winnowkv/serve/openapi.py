@@ -1,4 +1,4 @@
-"""The OpenAPI document: as FastAPI makes it, with this server's errors in place of FastAPI's, its keys and its limits."""
+"""The OpenAPI document: as FastAPI makes it, with this server's errors in place of FastAPI's, its streams, keys and limits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
+from winnowkv.serve.objects import ChatChunk, ErrorAnswer, TextCompletion
 from winnowkv.serve.settings import ServeSettings
 
 FASTAPIS = ("HTTPValidationError", "ValidationError")  # schemas of errors that never leave this server
+STREAMED: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatChunk, "/v1/completions": TextCompletion}
+REF = "#/components/schemas/{model}"
 REQUESTS = ("ChatRequest", "CompletionRequest")
 
 
@@ -25,6 +29,11 @@ def describe(app: FastAPI, settings: ServeSettings) -> None:
             parts.get("schemas", {}).pop(name, None)
         for name in REQUESTS:
             limit(parts["schemas"][name]["properties"], settings)
+        for path, chunk in STREAMED.items():
+            own = chunk.model_json_schema(mode="serialization", ref_template=REF)
+            for name, schema in {**own.pop("$defs", {}), chunk.__name__: own}.items():
+                parts["schemas"].setdefault(name, schema)
+            found["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {"itemSchema": event_of(chunk)}
         if keys:
             parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for methods in found["paths"].values():
@@ -36,6 +45,13 @@ def describe(app: FastAPI, settings: ServeSettings) -> None:
         return found
 
     app.openapi = page  # type: ignore[method-assign]
+
+
+def event_of(chunk: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a server-sent event, OpenAPI 3.2's ``itemSchema``: a chunk, an error, or the terminator."""
+    data = {"anyOf": [{"$ref": REF.format(model=one.__name__)} for one in (chunk, ErrorAnswer)]}
+    as_json = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, as_json]}}, "required": ["data"]}
 
 
 def limit(fields: dict[str, Any], settings: ServeSettings) -> None:

@@ -74,13 +74,14 @@ def whole_characters(text: str) -> str:
     return text
 
 
-def whole_number(value: Any) -> Any:
-    """8 for 8.0, which JSON Schema takes for an integer, as do clients that know one kind of number; else the value."""
+def whole_numbers(value: Any) -> Any:
+    """8 for 8.0, which JSON Schema takes for an integer, as do clients that know one kind of number; also within lists."""
+    if isinstance(value, list):
+        return [whole_numbers(one) if isinstance(one, float | list) else one for one in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Text = Annotated[str, AfterValidator(whole_characters)]
-Whole = Annotated[int, BeforeValidator(whole_number)]
 
 
 class Strict(BaseModel):
@@ -102,7 +103,8 @@ class Strict(BaseModel):
                 if value is not None and asks(value):
                     raise refuse(name, f"{name}={shown(value)} is not served: {why}")
             elif value is not None or name not in cls.model_fields:
-                kept[name] = value
+                whole = name in cls.model_fields and cls.model_fields[name].annotation in (int, int | None)
+                kept[name] = whole_numbers(value) if whole else value
         return kept
 
 
@@ -157,9 +159,9 @@ class WinnowOptions(Strict):
     budget: int | float | Annotated[str, Field(max_length=40)] | None = Field(None, examples=[0.12, 128], description=BUDGETS)
     quality: Literal["lean", "balanced", "best"] | None = None
     task: Literal["localization", "aggregation"] | None = None
-    lookahead: Whole | None = Field(None, ge=0, le=4096, description="Tokens of the answer that are generated before a choice")
-    draft: Whole | None = Field(None, ge=0, le=4096, description="Tokens generated from what would stay, then thrown away")
-    decode_budget: Whole | None = Field(None, ge=1, le=2**31)
+    lookahead: int | None = Field(None, ge=0, le=4096, description="Tokens of the answer that are generated before a choice")
+    draft: int | None = Field(None, ge=0, le=4096, description="Tokens generated from what would stay, then thrown away")
+    decode_budget: int | None = Field(None, ge=1, le=2**31)
     explain: bool | None = None
 
 
@@ -172,13 +174,13 @@ class Common(Strict):
     model: str = Field(description="Name of the served model", examples=["embedded"])
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Whole = Field(1, ge=1, le=MOST_CHOICES)
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
     stop: Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MOST_STOPS)] | None = None
-    seed: Whole | None = Field(None, ge=0, lt=2**62)
+    seed: int | None = Field(None, ge=0, lt=2**62)
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token; OpenAI's default is 1")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Whole = Field(0, ge=-1, le=2**31, description="Not OpenAI's: draw from so many tokens; 0 or -1 for all")
-    min_tokens: Whole = Field(0, ge=0, le=2**31, description="Not OpenAI's: tokens before the answer may end")
+    top_k: int = Field(0, ge=-1, le=2**31, description="Not OpenAI's: draw from so many tokens; 0 or -1 for all")
+    min_tokens: int = Field(0, ge=0, le=2**31, description="Not OpenAI's: tokens before the answer may end")
     ignore_eos: bool = Field(False, description="Not OpenAI's: go on after end tokens")
     winnow: WinnowOptions | None = None
     winnow_context: str | None = Field(None, max_length=200, description="Id of a stored context that the prompt asks about")
@@ -208,17 +210,17 @@ class ChatRequest(Common):
 
     refused = REFUSED_IN_CHAT
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: Whole | None = Field(None, ge=1, le=2**31)
-    max_completion_tokens: Whole | None = Field(None, ge=1, le=2**31, description="OpenAI's newer name of max_tokens")
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="OpenAI's newer name of max_tokens")
     logprobs: bool = False
-    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def fields_agree(self) -> ChatRequest:
         """Itself; raises for fields that contradict each other."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise refuse("top_logprobs", f"top_logprobs={self.top_logprobs} needs logprobs=true: give it, too")
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
@@ -236,17 +238,20 @@ class ChatRequest(Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Tokens = Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Texts = Annotated[list[Text], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Prompt = Annotated[str, Field(min_length=1), AfterValidator(whole_characters)]
+Texts = Annotated[list[Prompt], Field(min_length=1)]
 
 
 class CompletionRequest(Common):
     """``POST /v1/completions``. Several prompts give ``n`` choices each, in their order."""
 
     refused = REFUSED_IN_COMPLETIONS
-    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
-    max_tokens: Whole = Field(16, ge=1, le=2**31)
-    logprobs: Whole | None = Field(None, ge=0, le=MOST_TOP)
+    prompt: Annotated[
+        Prompt | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)], BeforeValidator(whole_numbers)
+    ]
+    max_tokens: int = Field(16, ge=1, le=2**31)
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
 
     @property
     def asked_tokens(self) -> int | None:
