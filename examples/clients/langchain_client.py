@@ -12,7 +12,9 @@ model = ChatOpenAI(**where, max_tokens=NEW_TOKENS, stream_usage=True)  # sent as
 whole, own = model.invoke(PROMPT), engine_answer()
 check("invoke: the engine's own answer", bool(whole.content) and (own is None or whole.content == own["text"]), whole, own)
 usage, finish = whole.usage_metadata, whole.response_metadata["finish_reason"]
-check("invoke: usage, finish_reason", usage["total_tokens"] > usage["input_tokens"] > 200 and finish in ("length", "stop"), whole)
+check(
+    "invoke: usage, finish_reason", usage["total_tokens"] > usage["input_tokens"] > 200 and finish in ("length", "stop"), whole
+)
 
 parts = list(model.stream(PROMPT))
 check("stream: the same text, in parts", "".join(one.text for one in parts) == whole.content and len(parts) > 8, parts)

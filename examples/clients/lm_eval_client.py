@@ -40,7 +40,8 @@ ran, results, samples = evaluate("local-chat-completions", "chat/completions", "
 check("local-chat-completions: runs, four samples", ran.returncode == 0 and len(samples) == 4, ran.stderr[-3000:])
 said = [one["resps"][0][0] for one in samples]
 chat = [
-    client.chat.completions.create(**how, messages=[{"role": "user", "content": asked(one)}], stop=UNTIL[:4]) for one in QUESTIONS
+    client.chat.completions.create(**how, messages=[{"role": "user", "content": asked(one)}], stop=UNTIL[:4])
+    for one in QUESTIONS
 ]
 texts = [one.choices[0].message.content for one in chat]
 check("local-chat-completions: answers as the openai client's", said == texts, said, texts)

@@ -36,8 +36,9 @@ stop = text.split()[4]
 cut = client.chat.completions.create(**greedy, stop=[stop, "never said"]).choices[0]
 check("stop", (cut.message.content, cut.finish_reason) == (text[: text.index(stop)], "stop"), stop, cut)
 
-with client.chat.completions.stream(**greedy, stop=stop) as events:  # it raises LengthFinishReasonError where max_tokens ended it
-    check("stream: the client's own accumulator", events.get_final_completion().choices[0].message.content == cut.message.content)
+with client.chat.completions.stream(**greedy, stop=stop) as events:  # raises if max_tokens ended the answer
+    said = events.get_final_completion().choices[0].message.content
+check("stream: the client's own accumulator", said == cut.message.content, said)
 
 told = client.chat.completions.create(**greedy, logprobs=True, top_logprobs=2).choices[0].logprobs.content
 likely = all(one.top_logprobs[0].logprob == one.logprob <= 0 for one in told)

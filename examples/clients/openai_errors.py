@@ -29,7 +29,7 @@ if KEY != "none":
     error = raises(openai.AuthenticationError, client.with_options(api_key="not-a-key").chat.completions.create, **asked)
     check("AuthenticationError: another key", error is not None and error.code == "invalid_api_key", error)
 
-error = raises(openai.APITimeoutError, client.with_options(timeout=0.2).chat.completions.create, **asked | {"max_tokens": 256})
+error = raises(openai.APITimeoutError, client.with_options(timeout=0.2).chat.completions.create, **asked | {"max_tokens": 64})
 check("APITimeoutError: the client's own limit", error is not None, error)
 
 raw = client.chat.completions.with_raw_response.create(**asked, extra_headers={"x-request-id": "my-request-1"})
@@ -46,9 +46,8 @@ def value(name: str) -> float:
 
 gone = 'winnow_cancelled_requests_total{reason="disconnected"}'
 before = value(gone)
-with create(**asked | {"max_tokens": 400}, stream=True, extra_body={"ignore_eos": True}) as stream:
-    for _, chunk in zip(range(3), stream):
-        assert chunk.choices
+with create(**asked | {"max_tokens": 64}, stream=True, extra_body={"ignore_eos": True}) as stream:
+    assert next(stream).choices and next(stream).choices
 until = time.monotonic() + 30
 while (value("winnow_active_requests"), value(gone)) != (0, before + 1) and time.monotonic() < until:
     time.sleep(0.1)

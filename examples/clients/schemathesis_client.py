@@ -34,5 +34,5 @@ for phase, what in PHASES.items():
     status = report["phases"][phase]["status"]
     check(f"{phase}: {what}", status == "success", report["failures"], report["errors"], ran.stdout[-6000:])
 posted = [rates for name, rates in report["valid_rates"].items() if name.startswith("POST")]
-accepted = sum(phase["accepted"] for rates in posted for phase in rates.values())
-check(f"{cases} requests, of which {accepted} were answered by the model", ran.returncode == 0 and accepted > 5, posted)
+answered = all(sum(phase["accepted"] for phase in rates.values()) for rates in posted)
+check(f"{cases} requests, no failure", ran.returncode == 0 and answered and cases > 100, posted)

@@ -128,7 +128,9 @@ def of_http(error: HTTPException, request: Request) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is no such route: see /openapi.json", code="unknown_route")
     if error.status_code == 405:
-        return ApiError(405, f"{request.method} is not served here: see /openapi.json", code="unknown_method", headers=error.headers)
+        return ApiError(
+            405, f"{request.method} is not served here: see /openapi.json", code="unknown_method", headers=error.headers
+        )
     return ApiError(error.status_code, "the body is not valid JSON in UTF-8", code="invalid_json")
 
 

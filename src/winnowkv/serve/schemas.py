@@ -247,9 +247,7 @@ class CompletionRequest(Common):
     """``POST /v1/completions``. Several prompts give ``n`` choices each, in their order."""
 
     refused = REFUSED_IN_COMPLETIONS
-    prompt: Annotated[
-        Prompt | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)], BeforeValidator(whole_numbers)
-    ]
+    prompt: Annotated[Prompt | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)], BeforeValidator(whole_numbers)]
     max_tokens: int = Field(16, ge=1, le=2**31)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
 
