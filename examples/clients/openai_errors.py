@@ -47,7 +47,8 @@ def value(name: str) -> float:
 gone = 'winnow_cancelled_requests_total{reason="disconnected"}'
 before = value(gone)
 with create(**asked | {"max_tokens": 64}, stream=True, extra_body={"ignore_eos": True}) as stream:
-    assert next(stream).choices and next(stream).choices
+    next(stream)
+    next(stream)
 until = time.monotonic() + 30
 while (value("winnow_active_requests"), value(gone)) != (0, before + 1) and time.monotonic() < until:
     time.sleep(0.1)
