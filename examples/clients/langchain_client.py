@@ -21,7 +21,7 @@ check("stream: the same text, in parts", "".join(one.text for one in parts) == w
 total = parts[0]
 for one in parts[1:]:
     total += one
-check("stream: the sum of the chunks has the usage", total.usage_metadata == usage, total)
+check("stream: the chunks' sum has the usage", total.usage_metadata == usage, total)
 
 answers = model.batch([PROMPT, "Name three fruits.", PROMPT])
 check("batch: three at once", [one.content == whole.content for one in answers] == [True, False, True], answers)

@@ -33,14 +33,14 @@ def llm(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 llm("keys", "set", "winnow", "--value", KEY)
-check("llm models: lists it", "winnow" in llm("models").stdout)
+check("models: lists it", "winnow" in llm("models").stdout)
 
 whole, own = llm("-m", "winnow", "--no-stream", *greedy, PROMPT), engine_answer()
 same = own is None or whole.stdout.strip() == own["text"].strip()
-check("llm -m winnow --no-stream: the engine's own answer", bool(whole.stdout.strip()) and same, whole, own)
+check("--no-stream: the engine's own answer", bool(whole.stdout.strip()) and same, whole, own)
 
 streamed = llm("-m", "winnow", *greedy, "--usage", PROMPT)
-check("llm -m winnow: streamed, the same text", streamed.stdout == whole.stdout, streamed)
+check("streamed: the same text", streamed.stdout == whole.stdout, streamed)
 check("--usage: tokens", "Token usage: " in streamed.stderr and "input" in streamed.stderr, streamed.stderr)
 
 piped = llm("-m", "winnow", *greedy, "Summarize this in one sentence.", "-s", "Be short.", stdin="Winter is cold.")

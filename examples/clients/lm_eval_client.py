@@ -44,13 +44,13 @@ chat = [
     for one in QUESTIONS
 ]
 texts = [one.choices[0].message.content for one in chat]
-check("local-chat-completions: answers as the openai client's", said == texts, said, texts)
+check("chat: answers as the openai client's", said == texts, said, texts)
 score = results["results"]["winnow_clients"]["exact_match,none"]
 right = [said.strip().strip(".").lower() == one["answer"].lower() for said, one in zip(texts, QUESTIONS, strict=True)]
-check("local-chat-completions: the score is theirs", score == sum(right) / len(right), score, texts)
+check("chat: the score is theirs", score == sum(right) / len(right), score, texts)
 
 ran, _, samples = evaluate("local-completions", "completions")
-check("local-completions: runs with six stop strings", ran.returncode == 0 and len(samples) == 4, ran.stderr[-3000:])
+check("local-completions: runs, six stop strings", ran.returncode == 0 and len(samples) == 4, ran.stderr[-3000:])
 said = [one["resps"][0][0] for one in samples]
 plain = [client.completions.create(**how, prompt=asked(one), stop=UNTIL).choices[0].text for one in QUESTIONS]
-check("local-completions: answers as the openai client's", said == plain, said, plain)
+check("completions: as the openai client's", said == plain, said, plain)

@@ -16,7 +16,7 @@ whole = client.chat.completions.create(**greedy)
 text, usage, own = whole.choices[0].message.content, whole.usage, engine_answer()
 check("chat: the engine's own answer", bool(text) and (own is None or text == own["text"]), text, own)
 check(
-    "usage: tokens as the engine counts them, entries kept",
+    "usage: the engine's tokens, entries kept",
     usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     and usage.winnow["kept_entries"]["mean"] < usage.prompt_tokens / 4
     and (own is None or (usage.prompt_tokens, usage.completion_tokens) == (own["prompt_tokens"], own["tokens"])),
@@ -42,7 +42,7 @@ check("stream: the client's own accumulator", said == cut.message.content, said)
 
 told = client.chat.completions.create(**greedy, logprobs=True, top_logprobs=2).choices[0].logprobs.content
 likely = all(one.top_logprobs[0].logprob == one.logprob <= 0 for one in told)
-check("logprobs: the likeliest tokens make up the text", "".join(one.token for one in told) == text and likely, told)
+check("logprobs: their tokens make up the text", "".join(one.token for one in told) == text and likely, told)
 
 two = client.completions.create(model=MODEL, prompt=["One, two,", "Red, green,"], temperature=0, max_tokens=8)
 one = client.completions.create(model=MODEL, prompt="Red, green,", temperature=0, max_tokens=8, logprobs=1).choices[0]

@@ -53,4 +53,4 @@ until = time.monotonic() + 30
 while (value("winnow_active_requests"), value(gone)) != (0, before + 1) and time.monotonic() < until:
     time.sleep(0.1)
 left = value("winnow_active_requests"), value("winnow_kv_bytes"), value(gone)
-check("a closed stream gives back its row and memory", left == (0, 0, before + 1), left)
+check("a closed stream gives back row and memory", left == (0, 0, before + 1), left)

@@ -79,10 +79,10 @@ def run(client: str, arguments: list[str], environment: dict[str, str]) -> list[
 
 def table(rows: list[dict]) -> str:
     """The rows in at most 80 columns."""
-    lines = [f"{'client':16} {'version':8} {'check':42} {'result':6} {'s':>4}"]
+    lines = [f"{'client':16} {'version':7} {'check':42} {'result':6} {'s':>5}"]
     for row in rows:
         check = row["check"] if len(row["check"]) <= 42 else row["check"][:41] + "~"
-        lines.append(f"{row['client']:16} {row['version']:8} {check:42} {row['result']:6} {row['seconds']:4.0f}")
+        lines.append(f"{row['client']:16} {row['version']:7} {check:42} {row['result']:6} {row['seconds']:5.1f}")
     return "\n".join(lines)
 
 
