@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from itertools import product
 from typing import Any
@@ -115,3 +116,15 @@ def test_an_error_says_what_is_wrong_with_the_value(body: Any, param: str, words
     assert (answer.status_code, error["param"]) == (REFUSED, param)
     for word in words_of_it:
         assert word in error["message"]
+
+
+def test_the_log_says_why_if_the_answer_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("winnowkv.serve").propagate = True  # the command turns it off
+    with caplog.at_level(logging.INFO, "winnowkv.serve"):
+        answer = ask(tiny_app(), chat(words(80), winnow={"policy": "snapkv", "budget": "auto:0.95"}))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (REFUSED, "unsupported_value")
+    (record,) = [one for one in caplog.records if one.message == "refused"]
+    assert (record.request_id, record.kind) == (error["request_id"], "ProfileError")
+    assert "profile" in record.why
+    assert record.why not in error["message"]

@@ -17,7 +17,7 @@ import winnowkv
 from winnowkv.engine.engine import Engine
 from winnowkv.errors import WinnowError
 from winnowkv.serve import routes
-from winnowkv.serve.errors import ApiError, of_validation, of_winnow
+from winnowkv.serve.errors import ApiError, of_validation, of_winnow, refusal
 from winnowkv.serve.keys import KeyCheck, Keys
 from winnowkv.serve.limits import BodyLimit, Observed
 from winnowkv.serve.loop import MOST_RETRY, EngineLoop
@@ -115,7 +115,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         error = of_validation(error.errors())
     elif isinstance(error, WinnowError):
-        logger.info("refused", extra={"request_id": name, "kind": type(error).__name__})
+        logger.info("refused", extra={"request_id": name, **refusal(error)})
         error = of_winnow(error)
     elif isinstance(error, HTTPException):
         error = of_http(error, request)

@@ -68,7 +68,14 @@ def of_winnow(error: WinnowError, param: str | None = None) -> ApiError:
     if isinstance(error, InputError):
         return ApiError(400, message, param=param)
     # Of profiles, models and stored caches: the message may name files of the server.
-    return ApiError(400, "this server cannot serve what was asked for: its log says why under the request's id", param=param)
+    why = "this server cannot serve what was asked for: its log says why under the request's id"
+    return ApiError(400, why, code="unsupported_value", param=param)
+
+
+def refusal(error: WinnowError) -> dict[str, str]:
+    """What the log says of a request that was refused with an error of ours: its kind, and why if the client is not told."""
+    told = isinstance(error, PolicyError | BudgetError | InputError)
+    return {"kind": type(error).__name__} | ({} if told else {"why": str(error)})
 
 
 def failed(error: BaseException | None) -> ApiError:
