@@ -118,8 +118,8 @@ def test_an_error_says_what_is_wrong_with_the_value(body: Any, param: str, words
         assert word in error["message"]
 
 
-def test_the_log_says_why_if_the_answer_does_not(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("winnowkv.serve").propagate = True  # the command turns it off
+def test_the_log_says_why_if_the_answer_does_not(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("winnowkv.serve"), "propagate", True)  # the command turns it off
     with caplog.at_level(logging.INFO, "winnowkv.serve"):
         answer = ask(tiny_app(), chat(words(80), winnow={"policy": "snapkv", "budget": "auto:0.95"}))
     error = answer.json()["error"]
