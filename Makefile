@@ -9,8 +9,9 @@ OLD := .venv-oldest/bin
 NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
+CLIENTS := .venv-clients/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve clients bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
@@ -22,6 +23,7 @@ help:
 	@echo "make support      try 87 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
 	@echo "make check        ruff, mypy, import-linter, tests"
+	@echo "make clients      openai, langchain-openai, llm, lm_eval and schemathesis against winnow serve, in .venv-clients (0.7 GB)"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make gpu-check    laws, speed and memory on a GPU in eight minutes: a JSON file and a table (GPU=--small: on the CPU)"
 	@echo "make eval         policies on LongBench rows of DATA= (../shared/data), LIMIT= rows a task (5)"
@@ -71,6 +73,10 @@ soak: .venv/done-dev
 	$(BIN)/python benchmarks/soak/run.py $(SOAK)
 
 check: lint test
+
+# Clients that no one here wrote, against a server of the embedded model: a table, and exit code 1 if something failed.
+clients: .venv/done-serve .venv-clients/done
+	OMP_NUM_THREADS=1 $(CLIENTS)/python examples/clients/run.py --server-python $(BIN)/python $(CHECK)
 
 bench: .venv/done-eval
 	$(BIN)/winnow bench
@@ -159,5 +165,11 @@ ray-demo: .venv-vllm/ray
 	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-ray.txt
 	@touch $@
 
+# They have no torch and nothing of ours; constraints-clients.txt says why --no-deps.
+.venv-clients/done: constraints-clients.txt
+	$(PYTHON) -m venv .venv-clients
+	$(CLIENTS)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-clients.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-next .venv-peers .venv-vllm winnow-out
+	rm -rf .venv .venv-oldest .venv-next .venv-peers .venv-vllm .venv-clients winnow-out

@@ -63,17 +63,15 @@ def test_an_answer_of_openais_client_can_be_sent_back() -> None:
         ("max_tokens", 0), ("n", 5), ("n", 0), ("temperature", 3), ("temperature", "1"), ("temperature", True), ("top_p", 0),
         ("seed", -1), ("seed", 10**30), ("stop", ["a"] * 17), ("stop", [""]), ("messages", []), ("messages", "w1"),
         ("min_tokens", 7), ("model", "other"), ("unheard_of", 1), ("stream", "yes"), ("winnow_context", "abc"),
-        ("temperature", 1e-9),
     ],
 )  # fmt: skip
 def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any) -> None:
     (answer,) = answers([chat(TEXT, **{field: value})])
     error = answer.json()["error"]
     assert answer.status_code == (404 if field in ("model", "winnow_context") else 400)
-    named = {"max_completion_tokens": "max_tokens", "min_tokens": None}.get(field, field)
-    if named is not None and not (field == "temperature" and value == 1e-9):
-        assert error["param"].startswith(named)
-    assert field in error["message"] or (field, value) == ("min_tokens", 7)
+    named = {"max_completion_tokens": "max_tokens"}.get(field, field)
+    assert error["param"].startswith(named)
+    assert field in error["message"]
     assert error["request_id"] == answer.headers["x-request-id"]
     assert error["type"] in ("invalid_request_error", "not_found_error")
 

@@ -17,7 +17,7 @@ import winnowkv
 from winnowkv.engine.engine import Engine
 from winnowkv.errors import WinnowError
 from winnowkv.serve import context_routes, page, routes
-from winnowkv.serve.errors import ApiError, of_validation, of_winnow
+from winnowkv.serve.errors import ApiError, of_validation, of_winnow, refusal
 from winnowkv.serve.keys import KeyCheck, Keys
 from winnowkv.serve.limits import BodyLimit, Observed
 from winnowkv.serve.loop import MOST_RETRY, EngineLoop
@@ -92,7 +92,7 @@ def make_app(
     app.state.serving = serving
     for router in (state_routes, routes.router, context_routes.router, page.router, *routers):
         app.include_router(router)
-    describe(app, keys=bool(settings.api_keys))
+    describe(app, settings)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(WinnowError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
@@ -115,7 +115,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         error = of_validation(error.errors())
     elif isinstance(error, WinnowError):
-        logger.info("refused", extra={"request_id": name, "kind": type(error).__name__})
+        logger.info("refused", extra={"request_id": name, **refusal(error)})
         error = of_winnow(error)
     elif isinstance(error, HTTPException):
         error = of_http(error, request)
@@ -128,7 +128,9 @@ def of_http(error: HTTPException, request: Request) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, "there is no such route: see /openapi.json", code="unknown_route")
     if error.status_code == 405:
-        return ApiError(405, f"{request.method} is not served here: see /openapi.json", code="unknown_method")
+        return ApiError(
+            405, f"{request.method} is not served here: see /openapi.json", code="unknown_method", headers=error.headers
+        )
     return ApiError(error.status_code, "the body is not valid JSON in UTF-8", code="invalid_json")
 
 

@@ -23,14 +23,17 @@ class ApiError(Exception):
     Parameters
     ----------
     status: of HTTP. message: one sentence with value, limit and way out. code: for programs. param: field of the body.
-    retry_after: seconds after which the client may try again; None if trying again would change nothing.
+    retry_after: seconds after which the client may try again; None if trying again would change nothing. headers: more of the
+    answer's.
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: float | None = None
-    ) -> None:
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
+        retry_after: float | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+        self.more = dict(headers or {})
 
     def body(self, request_id: str) -> dict[str, Any]:
         """The error as OpenAI writes it, with the request's id."""
@@ -43,10 +46,10 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the answer: when to try again, or that OpenAI's clients should not."""
+        """Headers of the answer: when to try again, or that OpenAI's clients should not, and those that were given."""
         if self.retry_after is not None:
-            return {"retry-after": str(max(1, math.ceil(self.retry_after)))}
-        return {"x-should-retry": "false"} if self.status >= 500 else {}
+            return {"retry-after": str(max(1, math.ceil(self.retry_after)))} | self.more
+        return {"x-should-retry": "false"} | self.more if self.status >= 500 else self.more
 
 
 class ClientGoneError(Exception):
@@ -65,7 +68,14 @@ def of_winnow(error: WinnowError, param: str | None = None) -> ApiError:
     if isinstance(error, InputError):
         return ApiError(400, message, param=param)
     # Of profiles, models and stored caches: the message may name files of the server.
-    return ApiError(400, "this server cannot serve what was asked for: its log says why under the request's id", param=param)
+    why = "this server cannot serve what was asked for: its log says why under the request's id"
+    return ApiError(400, why, code="unsupported_value", param=param)
+
+
+def refusal(error: WinnowError) -> dict[str, str]:
+    """What the log says of a request that was refused with an error of ours: its kind, and why if the client is not told."""
+    told = isinstance(error, PolicyError | BudgetError | InputError)
+    return {"kind": type(error).__name__} | ({} if told else {"why": str(error)})
 
 
 def failed(error: BaseException | None) -> ApiError:
@@ -76,12 +86,13 @@ def failed(error: BaseException | None) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's or FastAPI's errors about a request; of a field that may be of several types, the deepest."""
+    """The first of pydantic's or FastAPI's errors about a request; of a field that may be of several types, the deepest,
+    and rather one about its value than that it is of another type."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     same = [error for error in errors if field_name(error["loc"]).startswith(field_name(first["loc"]))]
-    first = max(same, key=lambda error: len(field_name(error["loc"])))
+    first = max(same, key=lambda error: (len(field_name(error["loc"])), not error["type"].endswith("_type")))
     param = field_name(first["loc"])
     if first["type"] == "refused":  # our own, which may name a field deeper than where it was raised
         return ApiError(400, first["msg"], code="unsupported_value", param=first.get("ctx", {}).get("param") or param or None)

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from winnowkv.engine.sampling import Sampling
+from winnowkv.engine.sampling import LOWEST_TEMPERATURE, Sampling
 from winnowkv.errors import WinnowError
 from winnowkv.files import shown
 from winnowkv.models.info import position_limit
@@ -48,6 +48,11 @@ def asked_of(
             400, f"{field}={body.asked_tokens} passes the server's limit of {settings.max_new_tokens}: ask for fewer",
             code="invalid_value", param=field,
         )  # fmt: skip
+    if body.asked_tokens is not None and body.min_tokens > body.asked_tokens:
+        raise ApiError(
+            400, f"min_tokens={body.min_tokens} is above {field}={body.asked_tokens}: lower the first or raise the second",
+            code="invalid_value", param="min_tokens",
+        )  # fmt: skip
     chat, context, options = isinstance(body, ChatRequest), context_of(body), options_of(body.winnow, settings)
     own, explain = bool(options.keys() & OWN_SETTINGS), bool(options.get("explain"))
     count = 1 if isinstance(body, ChatRequest) else len(body.prompts)
@@ -70,11 +75,12 @@ def asked_of(
     def how(prompt: Prompt) -> How:
         if explain:
             check_explained_tokens(len(prompt.ids))
+        temperature = body.temperature if body.temperature >= LOWEST_TEMPERATURE else 0.0  # some clients write 1e-8 for 0
         before = 0 if prompt.after is None else prompt.after.get_seq_length()
         new = new_tokens(len(prompt.ids) + before, body.asked_tokens, model, settings, chat)
         try:
             sampling = Sampling(
-                max_new_tokens=new, min_new_tokens=body.min_tokens, temperature=body.temperature, top_p=body.top_p,
+                max_new_tokens=new, min_new_tokens=body.min_tokens, temperature=temperature, top_p=body.top_p,
                 top_k=max(body.top_k, 0), seed=body.seed, stop=body.stops, logprobs=body.top, ignore_eos=body.ignore_eos,
                 n=body.n,
             )  # fmt: skip

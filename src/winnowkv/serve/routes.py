@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from winnowkv.errors import WinnowError
 from winnowkv.models.info import position_limit
 from winnowkv.serve.answers import Answer, ChatAnswer, TextAnswer, problem
-from winnowkv.serve.errors import ApiError, ClientGoneError, of_winnow
+from winnowkv.serve.errors import ApiError, ClientGoneError, of_winnow, refusal
 from winnowkv.serve.keys import Owner
 from winnowkv.serve.objects import ChatCompletion, ErrorAnswer, ModelCard, ModelList, TextCompletion
 from winnowkv.serve.requests import asked_of, check_model
@@ -36,7 +36,7 @@ WHEN = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in WHEN.items()
 }  # fmt: skip
-STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream=true: `data: CHUNK`, `data: [DONE]`"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}  # with stream=true; openapi.py says what its events are
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -133,7 +133,7 @@ async def submitted(request: Request, serving: Serving, asked: Asked) -> Ticket:
     try:
         return await serving.loop.submit(request.scope["state"]["request_id"], asked)
     except WinnowError as error:
-        logger.info("refused", extra={"request_id": request.scope["state"]["request_id"], "kind": type(error).__name__})
+        logger.info("refused", extra={"request_id": request.scope["state"]["request_id"], **refusal(error)})
         raise of_winnow(error) from None
 
 

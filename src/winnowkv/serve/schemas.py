@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnowkv.files import shown
 
 MOST_STOPS, MOST_TOP = 16, 20  # stop strings, and likeliest tokens of which log probabilities are given
 MOST_CHOICES = 128
+BUDGETS = "Kept fraction of the prompt, kept entries, or auto:0.95 for a policy whose losses were measured"
 Asks = Callable[[Any], bool]  # whether a value of a field asks for what is not served
 
 
@@ -73,6 +74,13 @@ def whole_characters(text: str) -> str:
     return text
 
 
+def whole_numbers(value: Any) -> Any:
+    """8 for 8.0, which JSON Schema takes for an integer, as do clients that know one kind of number; also within lists."""
+    if isinstance(value, list):
+        return [whole_numbers(one) if isinstance(one, float | list) else one for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[str, AfterValidator(whole_characters)]
 
 
@@ -95,7 +103,8 @@ class Strict(BaseModel):
                 if value is not None and asks(value):
                     raise refuse(name, f"{name}={shown(value)} is not served: {why}")
             elif value is not None or name not in cls.model_fields:
-                kept[name] = value
+                whole = name in cls.model_fields and cls.model_fields[name].annotation in (int, int | None)
+                kept[name] = whole_numbers(value) if whole else value
         return kept
 
 
@@ -147,7 +156,7 @@ class WinnowOptions(Strict):
     """
 
     policy: str | None = Field(None, max_length=500, examples=["snapkv:observe=16"])
-    budget: int | float | Annotated[str, Field(max_length=40)] | None = Field(None, examples=[0.12, 128, "auto:0.95"])
+    budget: int | float | Annotated[str, Field(max_length=40)] | None = Field(None, examples=[0.12, 128], description=BUDGETS)
     quality: Literal["lean", "balanced", "best"] | None = None
     task: Literal["localization", "aggregation"] | None = None
     lookahead: int | None = Field(None, ge=0, le=4096, description="Tokens of the answer that are generated before a choice")
@@ -212,7 +221,7 @@ class ChatRequest(Common):
     @model_validator(mode="after")
     def fields_agree(self) -> ChatRequest:
         """Itself; raises for fields that contradict each other."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise refuse("top_logprobs", f"top_logprobs={self.top_logprobs} needs logprobs=true: give it, too")
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
@@ -231,14 +240,15 @@ class ChatRequest(Common):
 
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Texts = Annotated[list[Text], Field(min_length=1)]
+Prompt = Annotated[str, Field(min_length=1), AfterValidator(whole_characters)]
+Texts = Annotated[list[Prompt], Field(min_length=1)]
 
 
 class CompletionRequest(Common):
     """``POST /v1/completions``. Several prompts give ``n`` choices each, in their order."""
 
     refused = REFUSED_IN_COMPLETIONS
-    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Annotated[Prompt | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)], BeforeValidator(whole_numbers)]
     max_tokens: int = Field(16, ge=1, le=2**31)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
 
