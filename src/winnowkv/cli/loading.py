@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PACKAGES = {
     "matplotlib": ("matplotlib", "demo"), "rouge-score": ("rouge_score", "demo"),
     "fastapi": ("fastapi", "serve"), "uvicorn": ("uvicorn", "serve"), "prometheus-client": ("prometheus_client", "serve"),
+    "ray": ("ray", "scale"),
 }  # fmt: skip
 Check = Callable[["PreTrainedModel"], object]
 

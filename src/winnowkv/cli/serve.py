@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,9 @@ from winnowkv.cli.options import DEFAULT_POLICY, DEFAULT_STORE, Device, Dtype, J
 if TYPE_CHECKING:
     from socket import socket
 
+    from fastapi import FastAPI
+
+    from winnowkv.scale.serving import ReplicaOptions
     from winnowkv.serve.serving import Serving
     from winnowkv.serve.settings import ServeSettings
 
@@ -77,6 +82,17 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs/--plain-logs", help="Logs on standard error.")] = True,
     as_json: Json = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve with replicas on Ray.")] = False,
+    replicas: Annotated[int, typer.Option(help="With --ray: replicas, each with its own model and --kv-memory.")] = 2,
+    address: Annotated[
+        str | None,
+        typer.Option(help="With --ray: a cluster, auto for the one of this machine. Default: a new Ray on this machine alone."),
+    ] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="With --ray: autoscaling, fewest replicas.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="With --ray: autoscaling, most replicas.")] = None,
+    target_ongoing_requests: Annotated[
+        float | None, typer.Option(help="With --ray: autoscaling, running and waiting requests a replica. Default: --max-rows.")
+    ] = None,
 ) -> None:
     """Serve OpenAI's chat and text completions, many at once, from compressed caches.
 
@@ -105,42 +121,78 @@ def serve(
         cors=tuple(cors or ()), log_prompts=log_prompts, context_memory=context_memory, context_disk=context_disk, store=store,
         context_auto=context_auto, drain=drain,
     )  # fmt: skip
+    options = None
+    if ray:
+        require("winnow serve --ray", "ray")
+        from winnowkv.scale.serving import ReplicaOptions
+
+        options = ReplicaOptions(replicas, address, min_replicas, max_replicas, target_ongoing_requests)
     bound = listen(settings)
     set_up(as_json=json_logs)
-    run(settings, model, device, dtype, bound, address_of(bound, settings), as_json)
+    if options is None:
+        run(settings, model, device, dtype, bound, address_of(bound, settings), as_json)
+    else:
+        run_on_ray(settings, partial(build, model, device, dtype), options, bound, address_of(bound, settings), as_json)
 
 
 def run(
     settings: ServeSettings, model: str, device: str | None, dtype: str | None, bound: socket, address: str, as_json: bool
 ) -> None:
     """Serve on a bound socket until a signal comes. Raises what loading the model raised."""
-    from winnowkv.cache.compression import Compression
-    from winnowkv.cli.loading import load_model
-    from winnowkv.engine.engine import Engine
-    from winnowkv.serve.app import make_app
     from winnowkv.serve.server import Server
-
-    def load() -> Engine:
-        asked = settings.policy, settings.budget
-        loaded, tokenizer = load_model(
-            model, lambda one: Compression.of(one, *asked, quality=settings.quality), device=device, dtype=dtype
-        )
-        engine = Engine(loaded, tokenizer, **settings.engine_options())
-        if settings.compile:
-            engine.warm_up(WARM_UP_TOKENS, settings.default_new_tokens)
-        return engine
 
     def loaded(serving: Serving) -> None:
         if serving.failure is not None:
             server.begin_stop()
         else:
-            print(as_object(settings, address) if as_json else "\n".join(lines_to_try(settings, address)), flush=True)
+            print(said(settings, address, as_json), flush=True)
 
-    server = Server(make_app(load, settings, loaded=loaded))
+    server = Server(build(model, device, dtype, settings, loaded))
     print(f"winnow serve: loading {model}, then listening on {address}", file=sys.stderr, flush=True)
     server.run(sockets=[bound])
     if server.serving.failure is not None:
         raise server.serving.failure
+
+
+def build(
+    model: str, device: str | None, dtype: str | None, settings: ServeSettings, loaded: Callable[[Serving], None]
+) -> FastAPI:
+    """The whole application; the model is loaded when it starts, here or in a replica of Ray's."""
+    from winnowkv.cache.compression import Compression
+    from winnowkv.cli.loading import load_model
+    from winnowkv.engine.engine import Engine
+    from winnowkv.serve.app import make_app
+
+    def load() -> Engine:
+        asked = settings.policy, settings.budget
+        found, tokenizer = load_model(
+            model, lambda one: Compression.of(one, *asked, quality=settings.quality), device=device, dtype=dtype
+        )
+        engine = Engine(found, tokenizer, **settings.engine_options())
+        if settings.compile:
+            engine.warm_up(WARM_UP_TOKENS, settings.default_new_tokens)
+        return engine
+
+    return make_app(load, settings, loaded=loaded)
+
+
+def run_on_ray(
+    settings: ServeSettings, build_one: Callable[[ServeSettings, Callable[[Serving], None]], FastAPI], options: ReplicaOptions,
+    bound: socket, address: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Serve on a bound socket with replicas on Ray until a signal comes."""
+    from winnowkv.scale.serving import replicas
+    from winnowkv.serve.server import Server
+
+    print(f"winnow serve: starting {options.count} replicas, then listening on {address}", file=sys.stderr, flush=True)
+    with replicas(build_one, settings, options) as app:
+        print(said(settings, address, as_json), flush=True)
+        Server(app).run(sockets=[bound])
+
+
+def said(settings: ServeSettings, address: str, as_json: bool) -> str:
+    """What the command prints once requests are served."""
+    return as_object(settings, address) if as_json else "\n".join(lines_to_try(settings, address))
 
 
 def as_object(settings: ServeSettings, address: str) -> str:

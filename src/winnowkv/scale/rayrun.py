@@ -192,7 +192,8 @@ def join(workers: int | None, address: str | None) -> bool:
         ray.init(address, **quiet)
     except (ConnectionError, ValueError) as error:
         raise InputError(
-            f"no Ray cluster answers at {address!r} ({_first_line(error)}): start one with 'ray start --head', or use --workers"
+            f"no Ray cluster answers at {address!r} ({_first_line(error)}): start one with 'ray start --head', or leave the "
+            "address out"
         ) from None
     return True
 

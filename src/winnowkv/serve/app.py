@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,7 +22,7 @@ from winnowkv.serve.errors import ApiError, of_validation, of_winnow, refusal
 from winnowkv.serve.keys import KeyCheck, Keys
 from winnowkv.serve.limits import BodyLimit, Observed
 from winnowkv.serve.loop import MOST_RETRY, EngineLoop
-from winnowkv.serve.metrics import CONTENT_TYPE
+from winnowkv.serve.metrics import CONTENT_TYPE, Metrics
 from winnowkv.serve.objects import Health
 from winnowkv.serve.openapi import describe
 from winnowkv.serve.prompts import PromptReader
@@ -93,6 +94,12 @@ def make_app(
     for router in (state_routes, routes.router, context_routes.router, page.router, *routers):
         app.include_router(router)
     describe(app, settings)
+    guard(app, settings, serving.metrics)
+    return app
+
+
+def guard(app: Starlette, settings: ServeSettings, metrics: Metrics) -> None:
+    """Errors in OpenAI's form, and the layers around the routes: ids and logs, CORS, keys, limits of bodies."""
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(WinnowError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
@@ -105,8 +112,7 @@ def make_app(
             CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
-    app.add_middleware(Observed, metrics=serving.metrics)
-    return app
+    app.add_middleware(Observed, metrics=metrics)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

@@ -103,6 +103,12 @@ class ServedContexts:
         return self._used
 
     @property
+    def in_memory(self) -> list[str]:
+        """Ids of the contexts whose caches are in memory, the least recently used first."""
+        with self._changed:
+            return [name for (name, _), held in self._held.items() if held.cache is not None]
+
+    @property
     def entry_bytes(self) -> int:
         """Bytes of a key and a value in all layers whose cache is compressed."""
         return sum(layer.entry_bytes for layer in self._like.compact_layers)

@@ -21,6 +21,11 @@ def request_id(given: bytes | None) -> str:
     return text if GIVEN_ID.fullmatch(text) else f"req-{secrets.token_hex(12)}"
 
 
+def given(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as ``extra``; Ray adds a field of its own, with an underscore, to every record."""
+    return {name: value for name, value in vars(record).items() if name not in STANDARD and not name.startswith("_")}
+
+
 class JsonLines(logging.Formatter):
     """A record as one line of JSON: time, level, message, what was given as ``extra``, and an error's trace."""
 
@@ -31,7 +36,7 @@ class JsonLines(logging.Formatter):
             "time": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower(), "logger": record.name,
             "message": record.getMessage(),
         }  # fmt: skip
-        line |= {name: value for name, value in vars(record).items() if name not in STANDARD}
+        line |= given(record)
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
@@ -43,7 +48,7 @@ class PlainLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        more = "".join(f" {name}={value}" for name, value in vars(record).items() if name not in STANDARD)
+        more = "".join(f" {name}={value}" for name, value in given(record).items())
         text = f"{stamp} {record.levelname.lower()} {record.getMessage()}{more}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from winnowkv.errors import InputError
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
     seconds; then the server ends. A second one ends the running requests at once, a third everything.
     """
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: Starlette) -> None:
         self.serving: Serving = app.state.serving
         settings = self.serving.settings
         protocol = type("Protocol", (HeadTimeout,), {"seconds": settings.body_timeout})
