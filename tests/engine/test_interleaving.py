@@ -18,6 +18,7 @@ from winnowkv.engine.engine import Engine
 from winnowkv.engine.job import StoppedError
 from winnowkv.engine.request import Event
 from winnowkv.engine.sampling import Sampling
+from winnowkv.engine.scheduler import Scheduler
 from winnowkv.engine.slots import Slots
 from winnowkv.errors import CacheError, InputError, PolicyError
 from winnowkv.prompt.chat import rest_of_turn, text_ending
@@ -83,6 +84,26 @@ def test_a_prompt_that_is_cancelled_is_not_read_to_its_end(llama: PreTrainedMode
     assert second[0].completion.finish_reason == "cancelled"
     drained(engine)
     assert engine.held_bytes == 0
+
+
+def test_a_prompt_that_is_cancelled_just_before_it_gets_its_row_ends_alone(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(llama, word_tokenizer(), **SNAP)
+    beside = engine.submit(ids(60), SIX)
+    engine.step()
+    second = engine.submit(ids(80, 1), SIX)
+    fail_stuck = Scheduler._fail_stuck
+
+    def leave(scheduler: Scheduler) -> list[Event]:  # as a client's thread does, between two of the engine's
+        engine.cancel(second)
+        return fail_stuck(scheduler)
+
+    monkeypatch.setattr(Scheduler, "_fail_stuck", leave)
+    drained(engine)
+    assert second.completion is not None
+    assert second.completion.finish_reason == "cancelled"
+    assert beside.tokens == alone(llama, ids(60), 6, **SNAP)
 
 
 def test_a_step_that_fails_meanwhile_ends_its_rows_and_not_the_prompt(

@@ -222,9 +222,11 @@ class Scheduler:
         return self.fail_looker(looker, self.admission.too_small(least, len(request.prompt), request.sampling))
 
     def _place_prompt(self) -> list[Event]:
-        if self._prompt is None:
-            return []
-        (request, cache), rows = self._prompt, self._prompt[0].rows
+        with self._lock:
+            self._free_ended()  # another thread may have ended it just now
+            if self._prompt is None:
+                return []
+            (request, cache), rows = self._prompt, self._prompt[0].rows
         room = request.sampling.max_new_tokens - 1
         needed = SlotRow.of(cache, room)
         if not self.admission.can_place(needed.columns, self.slots, len(rows), self._ahead(), observe=needed.observe):
