@@ -62,6 +62,7 @@ class EngineLoop:
     def start(self) -> None:
         """Begin to step; the running event loop gets the events."""
         self._events = asyncio.get_running_loop()
+        self.engine.stepped = self.hand_on
         self._thread.start()
 
     @property
@@ -189,7 +190,12 @@ class EngineLoop:
         if event.finished is not None and event.finished.finish_reason == "error":
             self._failed.append(ticket.id)
         self._posted.append((ticket, at, event))
-        if not self._scheduled and self._events is not None:  # else a delivery is coming that takes this event along
+        if threading.current_thread() is not self._thread:
+            self.hand_on()
+
+    def hand_on(self) -> None:
+        """Let the event loop take what was posted; the engine's thread calls it once a step, since every call costs a step time."""
+        if self._posted and not self._scheduled and self._events is not None:  # else a delivery is coming that takes all along
             self._scheduled = True
             try:
                 self._events.call_soon_threadsafe(self._gather)
@@ -278,7 +284,10 @@ class EngineLoop:
                         return
                 self._failed.clear()
                 try:
-                    events = self.engine.step()
+                    try:
+                        events = self.engine.step()
+                    finally:
+                        self.hand_on()
                     errors = 0
                 except Exception:
                     errors += 1
