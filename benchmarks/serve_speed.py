@@ -72,8 +72,8 @@ def server(side: str, folder: Path, args: argparse.Namespace) -> Iterator[Served
         port = free_port()
         command = [
             str(args.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-            "--served-model-name", EMBEDDED, "--host", HOST, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "8192",
-            "--kv-cache-memory-bytes", str(read_size(args.kv_memory, "--kv-memory")),
+            "--served-model-name", EMBEDDED, "--host", HOST, "--port", str(port), "--dtype", "bfloat16",
+            "--max-model-len", "8192", "--kv-cache-memory-bytes", str(read_size(args.kv_memory, "--kv-memory")),
             *([] if args.compile else ["--enforce-eager"]), "--disable-uvicorn-access-log",
         ]  # fmt: skip
         variables = {
