@@ -9,8 +9,8 @@ about a stored context. More of them come than the queue holds. Checked are:
 - answers equal those of an engine in this process that has nothing else to do (of contexts: of the idle server). In bfloat16
   batches of other shapes may differ in the last bit of a sum, so the model is in float32 unless ``--dtype`` says otherwise. A
   token may still differ where two were equally likely: to the hundredth of a percent (``TIE``), looked up in the engine alone;
-- KV bytes stay within ``--kv-memory``; resident memory stays within what the process had after the longest prompt was read
-  alone, and ``--kv-memory``, and a tenth of it for the copy of a layer that grows, and ``BESIDE`` for clients and allocator;
+- KV bytes stay within ``--kv-memory``; resident memory stays within the most that the process had while the longest
+  prompt was read alone, and ``--kv-memory``, and a tenth of it for the copy of a layer that grows, and ``BESIDE``;
 - afterwards nothing is active, nothing waits, no byte of keys and values is held.
 
     python benchmarks/soak/serve.py [--minutes 10] [--clients 64] [--seed 0] [--dtype float32] [--json out.json]
@@ -50,7 +50,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {}, {}, {}, {"budget": 0.3}, {"policy": "snapkv", "budget": 128}, {"policy": "streaming", "budget": 96}, {"policy": "full"},
 )  # fmt: skip
 ABORTS, ON_CONTEXTS = 0.15, 0.1  # shares of the requests
-QUEUE, ROWS, KV_MEMORY = 24, 32, "128MiB"
+QUEUE, ROWS, KV_MEMORY = 24, 32, "256MiB"
 BESIDE = 128 * 2**20  # bytes of sockets, texts of requests, and what the allocator cannot give back
 TIE = 1e-4  # difference of log probabilities
 LAST = 600.0  # seconds in which streams have to end once no more are sent
@@ -97,10 +97,10 @@ def kinds_of(tokenizer: Any, draw: random.Random) -> list[Kind]:
     for number in range(KINDS):
         tokens = high if not number else round(low * (high / low) ** draw.random())
         begin = draw.randrange(len(ids) - tokens)
-        part, options = ids[begin : begin + tokens], draw.choice(OPTIONS)
+        part, options = ids[begin : begin + tokens], draw.choice(OPTIONS) if number else {}
         body: dict[str, Any] = {"model": "embedded", "temperature": 0, "max_tokens": draw.choice(NEW)}
         body |= {"stream_options": {"include_usage": True}} | ({"winnow": options} if options else {})
-        if draw.random() < 0.1:
+        if number and options.get("policy") != "full" and draw.random() < 0.1:
             body["n"] = 2
         how = draw.randrange(3)
         if how == 0:
@@ -222,8 +222,13 @@ async def soak(
     served: Served, kinds: list[Kind], asked: argparse.Namespace, found: Found, tokenizer: Any
 ) -> dict[int, list[str]]:
     """Warm up, load, and look at what is left; returns the idle server's answers about its context."""
+    warm = Watch()
+    warm.start(served, 0.2, [])
     for kind in (kinds[0], kinds[0]):
-        await texts_of(served.port, kind, None)
+        out, _ = await texts_of(served.port, kind, None)
+        if not out.whole:
+            found.fault(f"the longest prompt, the server idle: {out.status} {out.error}")
+    warm.stop()
     on_context = await with_context(served, tokenizer)
     alone = {}
     for number, kind in enumerate(on_context):
@@ -232,8 +237,7 @@ async def soak(
             found.fault(f"a question on a context, the server idle: {out.status} {out.error}")
         alone[len(kinds) + number] = texts
     watch, limit = Watch(), read_size(asked.kv_memory, "--kv-memory")
-    before = served.rss
-    bound = before + limit + limit // 10 + BESIDE
+    bound = int(warm.most("rss")) + limit + limit // 10 + BESIDE
     watch.start(served, 1.0, ["winnow_kv_bytes", "winnow_active_requests", "winnow_queue_length"])
     begin, cpu = time.time(), served.cpu_seconds
     await Load(served, kinds, on_context, asked.seed, found).run(asked.clients, 60 * asked.minutes)
@@ -254,8 +258,8 @@ async def soak(
     good = [out for _, out, _ in found.outcomes]
     gaps = [after - at for out in good if len(out.finishes) == 1 for at, after in zip(out.times, out.times[1:], strict=False)]
     found.numbers = {
-        "seconds": seconds, "server_cpu_s": served.cpu_seconds - cpu, "rss_warm": before, "rss_most": watch.most("rss"),
-        "rss_bound": bound, "rss_end": served.rss, "kv_most": watch.most("winnow_kv_bytes"), "kv_limit": limit,
+        "seconds": seconds, "server_cpu_s": served.cpu_seconds - cpu, "rss_warm": int(warm.most("rss")), "rss_most": int(watch.most("rss")),
+        "rss_bound": bound, "rss_end": served.rss, "kv_most": int(watch.most("winnow_kv_bytes")), "kv_limit": limit,
         "active_most": watch.most("winnow_active_requests"), "queue_most": watch.most("winnow_queue_length"),
         "samples": len(watch.samples), "first_token_s": percentiles([out.times[0] - out.begun for out in good]),
         "inter_token_s": percentiles(gaps),

@@ -194,8 +194,8 @@ class EngineLoop:
             self.hand_on()
 
     def hand_on(self) -> None:
-        """Let the event loop take what was posted; the engine's thread calls it once a step, since every call costs a step time."""
-        if self._posted and not self._scheduled and self._events is not None:  # else a delivery is coming that takes all along
+        """Let the event loop take what was posted. The engine's thread does so once a step, since it then waits for the other."""
+        if self._posted and not self._scheduled and self._events is not None:  # else a delivery comes that takes all along
             self._scheduled = True
             try:
                 self._events.call_soon_threadsafe(self._gather)
