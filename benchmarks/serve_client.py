@@ -127,10 +127,14 @@ async def ask(port: int, method: str, path: str, body: Any = None, headers: dict
 
 
 async def stream(
-    port: int, body: dict[str, Any], *, path: str = COMPLETIONS, abort_after: int | None = None, number: int = 0
-) -> Outcome:
-    """Send one request with ``stream``; ``abort_after``: chunks after which the client goes, 0 for before the first."""
-    out = Outcome(begun=time.time(), number=number)
+    port: int, body: dict[str, Any], *, path: str = COMPLETIONS, abort_after: int | None = None, number: int = 0,
+    times: list[float] | None = None,
+) -> Outcome:  # fmt: skip
+    """Send one request with ``stream``.
+
+    ``abort_after``: chunks after which the client goes, 0 for before the first. ``times``: takes the times as they come.
+    """
+    out = Outcome(begun=time.time(), number=number, times=[] if times is None else times)
     writer = None
     try:
         data = json.dumps({**body, "stream": True}, separators=(",", ":")).encode()

@@ -194,7 +194,7 @@ class EngineLoop:
             self.hand_on()
 
     def hand_on(self) -> None:
-        """Let the event loop take what was posted. The engine's thread does so once a step, since the two then share the GIL."""
+        """Let the event loop take what was posted. The engine's thread does so once a step: both need the interpreter."""
         if self._posted and not self._scheduled and self._events is not None:  # else a delivery comes that takes all along
             self._scheduled = True
             try:
