@@ -10,7 +10,7 @@ NEXT := .venv-next/bin
 PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak soak-serve peers-serve check lint serve bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-vllm    stored contexts in an unmodified vLLM (CPU build, 2.4 GB), in .venv-vllm"
 	@echo "make support      try 87 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
+	@echo "make soak-serve   its parts for winnow serve: 64 clients for ten minutes, kills, damaged bodies, clients that leave"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make gpu-check    laws, speed and memory on a GPU in eight minutes: a JSON file and a table (GPU=--small: on the CPU)"
@@ -30,6 +31,7 @@ help:
 	@echo "make peers-speed  the same work on kvpress and on vLLM's CPU build, in .venv-peers and .venv-vllm (2.4 GB)"
 	@echo "make vllm-demo    a stored document inside vLLM's CPU build, beside the document sent as text, in .venv-vllm (2.4 GB)"
 	@echo "make vllm-speed   requests at once, tokens a second and first token of contexts inside vLLM, beside plain vLLM"
+	@echo "make peers-serve  winnow serve beside itself with the full cache and beside vLLM's CPU build, same KV memory"
 	@echo "make ray-demo     two replicas of vLLM under Ray share stored contexts, one is killed (examples/ray_serve): RAY=--direct"
 	@echo "make clean        remove all environments and all results"
 
@@ -70,6 +72,9 @@ lint: .venv/done-dev
 soak: .venv/done-dev
 	$(BIN)/python benchmarks/soak/run.py $(SOAK)
 
+soak-serve: .venv/done-dev
+	$(BIN)/python benchmarks/soak/run.py --part serve --part serve_faults $(SOAK)
+
 check: lint test
 
 bench: .venv/done-eval
@@ -98,6 +103,11 @@ vllm-demo: .venv-vllm/done
 
 vllm-speed: .venv-vllm/done
 	$(VLLM)/python benchmarks/vllm_speed.py
+
+# One thread each, one server at a time: twelve minutes on a quiet machine.
+peers-serve: .venv/done-dev .venv-vllm/done
+	$(BIN)/python benchmarks/serve_speed.py
+
 ray-demo: .venv-vllm/ray
 	PYTHONPATH=src $(VLLM)/python examples/ray_serve/check.py $(RAY)
 
