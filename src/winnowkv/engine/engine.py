@@ -63,11 +63,6 @@ class Engine:
     decode_budget: of each request's new tokens, as for :class:`CompactCache`: long answers take no more memory than that.
     task: of all prompts that are submitted without one; None classifies each prompt, if the policy asks for a task.
 
-    Attributes
-    ----------
-    stepped: called by the thread that steps, without a lock, before and after each decode step, those between a prompt's layers
-        included: what listeners have collected can then be handed on at once. None for nothing.
-
     Raises
     ------
     PolicyError, BudgetError, ProfileError, UnsupportedModelError, InputError
@@ -111,7 +106,6 @@ class Engine:
         self._intake = Intake(model, tokenizer, Settings(policy, budget, quality, task), max_rows, decode_budget)
         self.policy, self.budget = self._intake.compression.asked, self._intake.compression.budget
         self.end_tokens = self._intake.end_tokens
-        self.stepped: Callable[[], None] | None = None
         slots = Slots(model, compile=compile)  # while they live the model's attention goes through ours
         shape = shape_of(slots.layers, model)
         self._layers = len(shape.layers)
@@ -307,8 +301,6 @@ class Engine:
 
     def _advance(self, events: list[Event], reading: int | None = None) -> None:
         """One step of all that are not read; ``reading``: bytes that what is being read may still come to hold."""
-        if self.stepped is not None:
-            self.stepped()
         events += self._looking.run(self._scheduler.lookers())
         try:
             if reading is None:
@@ -319,8 +311,6 @@ class Engine:
         except BaseException as error:
             self._recover(error, reading=reading is not None)
             raise
-        if self.stepped is not None:
-            self.stepped()
 
     def _between(self, peak: int, stopped: Callable[[], bool], events: list[Event], failed: list[Exception]) -> Interleaving:
         """What a cache calls between the layers of what is read into it. A step that fails does not end the reading."""

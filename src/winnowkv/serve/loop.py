@@ -62,7 +62,6 @@ class EngineLoop:
     def start(self) -> None:
         """Begin to step; the running event loop gets the events."""
         self._events = asyncio.get_running_loop()
-        self.engine.stepped = self.hand_on
         self._thread.start()
 
     @property
@@ -190,12 +189,7 @@ class EngineLoop:
         if event.finished is not None and event.finished.finish_reason == "error":
             self._failed.append(ticket.id)
         self._posted.append((ticket, at, event))
-        if threading.current_thread() is not self._thread:
-            self.hand_on()
-
-    def hand_on(self) -> None:
-        """Let the event loop take what was posted. The engine's thread does so once a step: both need the interpreter."""
-        if self._posted and not self._scheduled and self._events is not None:  # else a delivery comes that takes all along
+        if not self._scheduled and self._events is not None:  # else a delivery is coming that takes this event along
             self._scheduled = True
             try:
                 self._events.call_soon_threadsafe(self._gather)
@@ -284,10 +278,7 @@ class EngineLoop:
                         return
                 self._failed.clear()
                 try:
-                    try:
-                        events = self.engine.step()
-                    finally:
-                        self.hand_on()
+                    events = self.engine.step()
                     errors = 0
                 except Exception:
                     errors += 1
