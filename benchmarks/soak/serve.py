@@ -53,7 +53,7 @@ ABORTS, ON_CONTEXTS = 0.15, 0.1  # shares of the requests
 QUEUE, ROWS, KV_MEMORY = 24, 32, "256MiB"
 BESIDE = 128 * 2**20  # bytes of sockets, texts of requests, and what the allocator cannot give back
 TIE = 1e-4  # difference of log probabilities
-LAST = 600.0  # seconds in which streams have to end once no more are sent
+LAST = 1800.0  # seconds in which streams have to end once no more are sent
 
 
 @dataclass(frozen=True)
