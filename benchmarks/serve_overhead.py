@@ -37,6 +37,7 @@ from winnowkv.serve.app import make_app
 from winnowkv.serve.server import Server, listen
 from winnowkv.serve.settings import ServeSettings
 
+THREADS = "uvicorn", "winnow-engine"
 CLIENT = Path(__file__).with_name("serve_client.py")
 Cell = dict[str, Any]
 
@@ -71,15 +72,21 @@ def bare(engine: wk.Engine, prompts: list[list[int]], new_tokens: int) -> Cell:
     }
 
 
+def thread_seconds() -> dict[str, float]:
+    """Processor seconds of the server's two threads: of its event loop and of its engine."""
+    clocks = {one.name: time.pthread_getcpuclockid(one.ident) for one in threading.enumerate() if one.ident is not None}
+    return {name: time.clock_gettime(clocks[name]) for name in THREADS}
+
+
 def served(port: int, prompts: list[list[int]], new_tokens: int, folder: Path) -> Cell:
     """The same over HTTP, by a client in another process."""
     more = {"model": "embedded", "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     calls = [{"body": {"prompt": ids, **more, "stream_options": {"include_usage": True}}} for ids in prompts]
     job = folder / "overhead-job.json"
     write_json(job, {"port": port, "calls": calls, "clients": len(calls)})
-    cpu = time.process_time()
+    cpu, threads = time.process_time(), thread_seconds()
     done = subprocess.run([sys.executable, str(CLIENT), str(job)], capture_output=True, text=True, check=True)
-    cpu = time.process_time() - cpu
+    cpu, ended = time.process_time() - cpu, thread_seconds()
     found = json.loads(done.stdout)
     outcomes = [Outcome(**one) for one in found["outcomes"]]
     bad = [one for one in outcomes if not one.whole or one.tokens != new_tokens]
@@ -90,7 +97,7 @@ def served(port: int, prompts: list[list[int]], new_tokens: int, folder: Path) -
     return {
         "tokens_s": tokens / seconds, "cpu_ms_token": 1000 * cpu / tokens, "client_cpu_s": found["cpu_seconds"],
         "client_share": found["cpu_seconds"] / seconds, "step_ms": None, "texts": [one.texts["0"] for one in outcomes],
-        "chunks": sum(len(one.times) for one in outcomes),
+        "threads_ms_token": {name: 1000 * (ended[name] - threads[name]) / tokens for name in THREADS},
     }  # fmt: skip
 
 
@@ -162,6 +169,7 @@ def main() -> None:
         "summary": summary, "ratio": median(line["ratio"] for line in lines),
         "cpu_ratio": median(line["cpu_ratio"] for line in lines), "lines": lines, "load": loads,
         "same_texts": [line["same_texts"] for line in lines],
+        "threads_ms_token": {name: median(line["served"]["threads_ms_token"][name] for line in lines) for name in THREADS},
         "client_share": median(line["served"]["client_share"] for line in lines), "machine": machine(), "versions": versions(),
         "revision": revision(), "arguments": {name: str(value) for name, value in vars(args).items()},
     }  # fmt: skip
@@ -175,7 +183,8 @@ def main() -> None:
     table.print()
     note(
         f"{args.streams} streams of {args.new_tokens} tokens, {args.rounds} rounds: the server gives {result['ratio']:.1%} of "
-        f"the bare engine's tokens a second (median of the rounds' ratios), processor time {result['cpu_ratio'] - 1:+.1%}; the "
+        f"the bare engine's tokens a second (median of the rounds' ratios), processor time {result['cpu_ratio'] - 1:+.1%}, "
+        f"the event loop's thread alone {result['threads_ms_token'][THREADS[0]]:.3f} ms a token; the "
         f"client took {result['client_share']:.0%} of a core beside it; load average {loads[0]:.1f} to {loads[1]:.1f}"
     )
 
