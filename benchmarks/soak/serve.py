@@ -256,13 +256,14 @@ async def soak(
     if watch.most("rss") > bound:
         found.fault(f"the process grew to {watch.most('rss') / 2**20:.0f} MiB, its bound is {bound / 2**20:.0f} MiB")
     good = [out for _, out, _ in found.outcomes]
+    over_time = [round(each["rss"] / 2**20) for each in watch.samples[:: max(len(watch.samples) // 40, 1)]]
     gaps = [after - at for out in good if len(out.finishes) == 1 for at, after in zip(out.times, out.times[1:], strict=False)]
     found.numbers = {
         "seconds": seconds, "server_cpu_s": served.cpu_seconds - cpu, "rss_warm": int(warm.most("rss")),
         "rss_most": int(watch.most("rss")),
         "rss_bound": bound, "rss_end": served.rss, "kv_most": int(watch.most("winnow_kv_bytes")), "kv_limit": limit,
         "active_most": watch.most("winnow_active_requests"), "queue_most": watch.most("winnow_queue_length"),
-        "samples": len(watch.samples), "first_token_s": percentiles([out.times[0] - out.begun for out in good]),
+        "rss_mib_over_time": over_time, "first_token_s": percentiles([out.times[0] - out.begun for out in good]),
         "inter_token_s": percentiles(gaps),
         "tokens_s": found.counts["generated tokens"] / seconds,
     }  # fmt: skip
