@@ -137,7 +137,7 @@ def main() -> None:
         sys.setswitchinterval(args.switch_interval)
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = wk.load("embedded")
-    settings = ServeSettings(port=0, max_rows=args.streams)
+    settings = ServeSettings(port=0, max_rows=args.streams, keep_whole=0)
     engine = wk.Engine(model, tokenizer, **settings.engine_options())
     prompts = prompts_of(tokenizer, args.streams, args.prompt_tokens)
     lines: list[Cell] = []
