@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from winnowkv.cli.main import one_sentence
 from winnowkv.cli.tables import ResultTable, keys, note, numbers
 from winnowkv.errors import InputError
-from winnowkv.evaluate.needle.prompts import read_haystack
+from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
 from winnowkv.evaluate.report.machine import machine, revision, versions
 from winnowkv.evaluate.report.store import write_json
 from winnowkv.memory.sizes import read_size
@@ -58,10 +58,13 @@ Cell = dict[str, Any]
 
 
 def prompts_of(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
-    """So many prompts of the essays, each from another place."""
+    """So many prompts of so many tokens: a part of the essays, each from another place, and a question."""
     ids = tokenizer(read_haystack(), add_special_tokens=False)["input_ids"]
     ids = ids * (1 + (count * PLACES + tokens) // len(ids))
-    return [ids[at * PLACES : at * PLACES + tokens] for at in range(count)]
+    asked = [f"\n\nQuestion: {needle.question}\nAnswer:" for needle in read_needles()]
+    questions = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in asked]
+    each = [questions[at % len(questions)] for at in range(count)]
+    return [[*ids[at * PLACES :][: max(tokens - len(end), 1)], *end][:tokens] for at, end in enumerate(each)]
 
 
 @contextmanager

@@ -117,8 +117,11 @@ def run(
     from winnowkv.cache.compression import Compression
     from winnowkv.cli.loading import load_model
     from winnowkv.engine.engine import Engine
+    from winnowkv.serve.allocator import give_large_blocks_back
     from winnowkv.serve.app import make_app
     from winnowkv.serve.server import Server
+
+    give_large_blocks_back()
 
     def load() -> Engine:
         asked = settings.policy, settings.budget
