@@ -104,7 +104,7 @@ vllm-demo: .venv-vllm/done
 vllm-speed: .venv-vllm/done
 	$(VLLM)/python benchmarks/vllm_speed.py
 
-# One thread each, one server at a time: twelve minutes on a quiet machine.
+# One thread each, one server at a time: 13 minutes on a quiet machine.
 peers-serve: .venv/done-dev .venv-vllm/done
 	$(BIN)/python benchmarks/serve_speed.py
 

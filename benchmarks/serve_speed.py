@@ -14,7 +14,7 @@ steps: 64 new tokens then last as long as 64 prompts take to be read, and a memo
 
 vLLM runs eager, as winnowkv does here; ``--compile`` lets both compile. ``make vllm-demo`` makes its environment.
 
-    python benchmarks/serve_speed.py [--sides full=12,winnow=44,winnow-512=12,vllm=12] [--prompt-tokens 4032] [--json]
+    python benchmarks/serve_speed.py [--sides vllm=10,full=10,winnow=42,winnow-512=10] [--prompt-tokens 4032] [--json]
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ async def load(served: Served, kind: str, prompts: Sequence[list[int]], new_toke
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", default="full=12,winnow=44,winnow-512=12,vllm=12", help="side=requests, in this order")
+    parser.add_argument("--sides", default="vllm=10,full=10,winnow=42,winnow-512=10", help="side=requests, in this order")
     parser.add_argument("--kv-memory", default="512MiB")
     parser.add_argument("--prompt-tokens", type=int, default=4032)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -144,7 +144,7 @@ def read_sides(text: str) -> dict[str, int]:
     for each in text.split(","):
         name, _, count = each.partition("=")
         if name.partition("-")[0] not in (*POLICIES, "vllm") or not count.isdigit() or not int(count):
-            raise InputError(f"--sides {text!r}: {each!r} is none: give full=12,winnow=44,winnow-512=12,vllm=12")
+            raise InputError(f"--sides {text!r}: {each!r} is none: give vllm=10,full=10,winnow=42,winnow-512=10")
         sides[name] = int(count)
     return sides
 
