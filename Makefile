@@ -11,7 +11,7 @@ PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 CLIENTS := .venv-clients/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak check lint serve clients bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak soak-serve peers-serve check lint serve clients bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-vllm    stored contexts in an unmodified vLLM (CPU build, 2.4 GB), in .venv-vllm"
 	@echo "make support      try 87 families of models with the newest and, if installed, the oldest transformers: docs/support.md"
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
+	@echo "make soak-serve   its parts for winnow serve: 64 clients for ten minutes, kills, damaged bodies, clients that leave"
 	@echo "make check        ruff, mypy, import-linter, tests"
 	@echo "make clients      openai, langchain-openai, llm, lm_eval and schemathesis against winnow serve, in .venv-clients (0.7 GB)"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
@@ -32,6 +33,7 @@ help:
 	@echo "make peers-speed  the same work on kvpress and on vLLM's CPU build, in .venv-peers and .venv-vllm (2.4 GB)"
 	@echo "make vllm-demo    a stored document inside vLLM's CPU build, beside the document sent as text, in .venv-vllm (2.4 GB)"
 	@echo "make vllm-speed   requests at once, tokens a second and first token of contexts inside vLLM, beside plain vLLM"
+	@echo "make peers-serve  winnow serve beside itself with the full cache and beside vLLM's CPU build, same KV memory"
 	@echo "make ray-demo     two replicas of vLLM under Ray share stored contexts, one is killed (examples/ray_serve): RAY=--direct"
 	@echo "make serve-ray-check  two replicas of winnow serve under streaming clients, one is killed (three minutes, no GPU)"
 	@echo "make clean        remove all environments and all results"
@@ -73,6 +75,9 @@ lint: .venv/done-dev
 soak: .venv/done-dev
 	$(BIN)/python benchmarks/soak/run.py $(SOAK)
 
+soak-serve: .venv/done-dev
+	$(BIN)/python benchmarks/soak/run.py --part serve --part serve_faults $(SOAK)
+
 check: lint test
 
 # Clients that no one here wrote, against a server of the embedded model: a table, and exit code 1 if something failed.
@@ -105,6 +110,11 @@ vllm-demo: .venv-vllm/done
 
 vllm-speed: .venv-vllm/done
 	$(VLLM)/python benchmarks/vllm_speed.py
+
+# One thread each, one server at a time: 13 minutes on a quiet machine.
+peers-serve: .venv/done-dev .venv-vllm/done
+	$(BIN)/python benchmarks/serve_speed.py
+
 ray-demo: .venv-vllm/ray
 	PYTHONPATH=src $(VLLM)/python examples/ray_serve/check.py $(RAY)
 

@@ -26,6 +26,7 @@ DATA = ROOT / "docs" / "data"
 PAGE = ROOT / "docs" / "reliability.md"
 HERE = "benchmarks/soak"
 EXAMPLES, REQUESTS, FILES, MINUTES = 2000, 1000, 2000, 12.0
+SERVE_MINUTES, CLIENTS, FAULTS = 10.0, 64, 1000
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ def parts(share: float, seed: int, counts: Path) -> list[Part]:
 
     laws = ["-m", "pytest", "tests/laws/test_any_shape.py", "-p", "no:randomly", f"--hypothesis-seed={seed}", "--timeout=7200"]
     number = str(max(int(EXAMPLES * share), 1))
+    many, faults = ("--minutes", f"{SERVE_MINUTES * share:g}"), ("--count", str(max(int(FAULTS * share), 20)))
     return [
         Part("laws", "laws over drawn lengths, budgets, dtypes, batches and chunks", laws, {"WINNOW_EXAMPLES": number}),
         script("engine", "requests together give what each gives alone", "--count", str(max(int(REQUESTS * share), 20))),
         script("parsers", "damaged files are refused in one sentence", "--count", str(max(int(FILES * share), 20))),
         script("threads", "threads on one model give what each gives alone", "--minutes", f"{MINUTES * share:g}"),
+        script("serve", "streams of many clients give what each gives alone", *many, "--clients", str(CLIENTS)),
+        script("serve_faults", "a server that is killed, left, slowed or sent nonsense leaks nothing", *faults),
     ]
 
 
@@ -101,9 +105,24 @@ def rows_of(name: str, about: dict[str, Any]) -> list[tuple[str, str]]:
     if name == "engine":
         whole = {"requests": found["requests"], "answers": found["choices"], "engines": found["rounds"]}
         counted = {**whole, **found["kinds"], "answers that differ from those alone": len(found["mismatches"])}
+    elif name == "serve":
+        counted = {**found["counts"], **memory_of(found["numbers"]), "faults": len(found["faults"])}
+    elif name == "serve_faults":
+        counted = {**found["counts"], "faults": len(found["faults"])}
     else:
         counted = {**found["counts"], "threads": found["threads"], "faults": len(found["faults"])}
     return [(key, f"{value:,}") for key, value in counted.items()]
+
+
+def memory_of(numbers: dict[str, Any]) -> dict[str, int]:
+    """What a server held at most, and what bounds it."""
+    names = {
+        "kv_limit": "MiB of keys and values allowed", "kv_most": "MiB of keys and values held at most",
+        "rss_warm": "MiB resident at most while the longest prompt was read alone",
+        "rss_bound": "MiB resident allowed under load", "rss_most": "MiB resident at most under load",
+    }  # fmt: skip
+    sizes = {text: round(numbers[name] / 2**20) for name, text in names.items()}
+    return {**sizes, "requests active at most": round(numbers["active_most"]), "seconds of load": round(numbers["seconds"])}
 
 
 def render() -> str:

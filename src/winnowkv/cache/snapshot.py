@@ -120,6 +120,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> CompactCache:
         For a file that is not a saved cache, is damaged, of an older or newer format, or of another model (the difference is
         named), and for one that does not fit together.
     """
+    HeadGroup.of(model).check_alone("loading a cache")
     return _read(_whole_file(path), str(path), model)[0]
 
 

@@ -139,7 +139,10 @@ def run(
     settings: ServeSettings, model: str, device: str | None, dtype: str | None, bound: socket, address: str, as_json: bool
 ) -> None:
     """Serve on a bound socket until a signal comes. Raises what loading the model raised."""
+    from winnowkv.serve.allocator import give_large_blocks_back
     from winnowkv.serve.server import Server
+
+    give_large_blocks_back()
 
     def loaded(serving: Serving) -> None:
         if serving.failure is not None:

@@ -63,10 +63,10 @@ class Intake:
         check_decode_budget(decode_budget)
         self.decode_budget = decode_budget
         self.model, self.tokenizer, self.settings, self.max_rows = model, tokenizer, settings, max_rows
-        self.end_tokens = end_tokens(model, tokenizer)
         self.compression = self._compression(settings)
         self.compression.heads.check_alone("the engine")
         self.limit(self.compression)  # may raise
+        self.end_tokens = end_tokens(model, tokenizer)
 
     def request(
         self,

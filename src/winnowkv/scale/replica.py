@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnowkv.serve.allocator import give_large_blocks_back
 from winnowkv.serve.context_prompts import ContextPrompts
 from winnowkv.serve.serving import Serving
 from winnowkv.serve.settings import ServeSettings
@@ -72,6 +73,7 @@ class Replica:
             os.chdir(folder)  # so that relative paths of models, profiles and the store are those of the command
         if threads is not None:
             torch.set_num_threads(threads)
+        give_large_blocks_back()
         self.name: str = serve.get_replica_context().replica_id.unique_id
         self._running: set[asyncio.Task[None]] = set()
         loaded: asyncio.Future[Serving] = asyncio.get_running_loop().create_future()
