@@ -46,7 +46,10 @@ from winnowkv.memory.sizes import read_size
 from winnowkv.models.load import EMBEDDED, model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-POLICIES = {"full": ("full", "1.0"), "winnow": ("winnow", "0.12")}
+# winnow gives each layer its own budget, and slots are as wide as the widest row in each; the last two keep the same in all.
+POLICIES = {
+    "full": ("full", "1.0"), "winnow": ("winnow", "0.12"), "equal": ("winnow:equal=true", "0.12"), "snapkv": ("snapkv", "0.12"),
+}  # fmt: skip
 OWN_INTERLEAVE = 512  # the server's
 PLACES = 61  # tokens between the beginnings of two prompts
 LONGEST = 3600  # seconds of a request: none of them may end one here
