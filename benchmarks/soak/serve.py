@@ -5,7 +5,7 @@ completions, prompts of 200 to 4,000 tokens, policies of their own, several choi
 about a stored context. More of them come than the queue holds. Checked are:
 
 - no error but 429 of the full queue, with its Retry-After, and a request's id with every answer;
-- every stream that nobody left ends with a reason, usage and ``[DONE]``;
+- every stream that its client did not leave ends with a reason, usage and ``[DONE]``;
 - answers equal those of an engine in this process that has nothing else to do (of contexts: of the idle server). In bfloat16
   batches of other shapes may differ in the last bit of a sum, so the model is in float32 unless ``--dtype`` says otherwise. A
   token may still differ where two were equally likely: to the hundredth of a percent (``TIE``), looked up in the engine alone;

@@ -82,7 +82,7 @@ class Faults:
         self.check((await stream(served.port, BODY | {"prompt": "After that", "max_tokens": 4})).whole, f"{where}: not served")
 
     def log(self, name: str) -> None:
-        """Look whether the server's log has an error that nobody expected."""
+        """Look whether the server's log has an error that was not expected."""
         text = (self.folder / f"faults-{name}.log").read_text(errors="replace")
         self.check("Traceback" not in text and '"level": "critical"' not in text, f"{name}: a traceback in the log")
 

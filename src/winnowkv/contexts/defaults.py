@@ -1,4 +1,4 @@
-"""What documents are compressed with, if nobody says; in a file of its own, which imports nothing."""
+"""What documents are compressed with, if nothing else is said; in a file of its own, which imports nothing."""
 
 # Policies that keep the same number of entries in every layer and head, as engines with one block table need.
 EQUAL_BLIND_POLICY = "winnow:observe=context:equal=true"  # of texts whose questions are not known

@@ -91,7 +91,7 @@ class Replica:
         gone = asyncio.Event()
         parts: asyncio.Queue[Any] = asyncio.Queue()
         task = asyncio.create_task(self._serve(call, gone, parts))
-        self._running.add(task)  # else nobody holds it when the front has left
+        self._running.add(task)  # else nothing holds it when the front has left
         task.add_done_callback(self._running.discard)
         try:
             while (part := await parts.get()) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def problem(ticket: Ticket, ended: Completion | None, settings: ServeSettings) -> ApiError:
-    """Why a request has no answer; ``ended`` is the choice that ended without one. Raises ClientGoneError if nobody asks."""
+    """Why a request has no answer; ``ended``: the choice that ended without one. Raises ClientGoneError if its client left."""
     if ticket.why in ("disconnected", "slow"):
         raise ClientGoneError
     if ticket.why == "timeout":
@@ -46,7 +47,7 @@ def dumped(body: Body) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-class Answer:
+class Answer(ABC):
     """Writes one request's answer, whole or in chunks. Chat and completions differ in :meth:`choice` and :meth:`delta`.
 
     Parameters
@@ -114,13 +115,13 @@ class Answer:
         usage = {"usage": self.usage()} if self.include_usage else {}
         return sse(self.head(self.chunk_kind) | {"choices": []} | usage | self.explained) + DONE
 
+    @abstractmethod
     def choice(self, index: int, ended: Completion) -> Body:
         """One choice of the whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, index: int, event: Event) -> Body:
         """One choice of a chunk."""
-        raise NotImplementedError
 
     def usage(self) -> Body:
         """Tokens, and what was kept."""

@@ -1,7 +1,7 @@
 """Stored contexts as a server holds them: files of each owner, and compact caches in memory as long as there is room.
 
 A cache in memory is read from its file when a request names it, and dropped when others need the room, the least recently used
-first; while a request uses it, it stays. A file goes only when somebody deletes it, since its id was given out.
+first; while a request uses it, it stays. A file goes only when it is deleted by name, since its id was given out.
 Everything here may be called from any thread, and much of it reads files.
 """
 
@@ -178,7 +178,7 @@ class ServedContexts:
         try:
             self.folders(owner)[0].files(portable).remove(asked)
         except UnknownContextError:
-            pass  # somebody else was quicker
+            pass  # another thread was quicker
         except CacheError as error:
             logger.error("%s", error)
             raise ApiError(500, f"context {asked} cannot be deleted: the server's log says why", code="store_failed") from None

@@ -53,7 +53,7 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client has closed the connection: nobody reads an answer."""
+    """The client has closed the connection: an answer would not be read."""
 
 
 def of_winnow(error: WinnowError, param: str | None = None) -> ApiError:

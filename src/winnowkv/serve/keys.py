@@ -21,7 +21,7 @@ OWNER_CHARACTERS = 16
 
 
 def owner_name(key: str) -> str:
-    """A key's identity in logs and for ownership: the beginning of its hash, from which nobody gets the key."""
+    """A key's identity in logs and for ownership: the beginning of its hash, from which the key cannot be had."""
     return hashlib.sha256(b"winnowkv owner " + key.encode()).hexdigest()[:OWNER_CHARACTERS]
 
 

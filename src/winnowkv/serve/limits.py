@@ -19,7 +19,7 @@ QUIET = ("/health", "/ready", "/metrics")  # their requests are logged only if t
 
 
 class Observed:
-    """The outermost layer: gives each request an id, answers what nobody caught, counts and logs."""
+    """The outermost layer: gives each request an id, answers errors that no route caught, counts and logs."""
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics

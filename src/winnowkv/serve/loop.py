@@ -193,7 +193,7 @@ class EngineLoop:
             self._scheduled = True
             try:
                 self._events.call_soon_threadsafe(self._gather)
-            except RuntimeError:  # the event loop is closed: nobody listens any more
+            except RuntimeError:  # the event loop is closed: no client listens any more
                 self._scheduled = False
 
     def _gather(self) -> None:

@@ -1,4 +1,4 @@
-"""The page at ``/``: its files, and what it offers to choose from. It asks nobody but this server."""
+"""The page at ``/``: its files, and what it offers to choose from. It asks this server alone."""
 
 from __future__ import annotations
 

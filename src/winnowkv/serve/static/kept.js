@@ -8,7 +8,7 @@ const LEAST_PASSAGE = 5, MOST_PASSAGES = 5; // tokens of a passage, and how many
 
 let shown = null; // what explain.js drew
 
-/** Show which tokens of the prompt were kept; null if nothing was evicted, undefined if nobody said.
+/** Show which tokens of the prompt were kept; null if nothing was evicted, undefined if it is not known.
  *  `most`: tokens of a prompt that can be shown. */
 export function showKept(kept, most) {
   $("kept").hidden = false;
