@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends
 from support.serving import MODEL, chat, tiny_app, tiny_engine, with_client, words
 from winnowkv.errors import WinnowError
 from winnowkv.serve.app import make_app
-from winnowkv.serve.keys import NOBODY, Keys, Owner, owner_name, owner_of, read_keys
+from winnowkv.serve.keys import NO_KEY, Keys, Owner, owner_name, owner_of, read_keys
 from winnowkv.serve.serving import ServingNow
 from winnowkv.serve.settings import ServeSettings
 
@@ -107,7 +107,7 @@ def test_without_keys_everybody_is_nobody() -> None:
         await client.get("/mine", headers=bearer("whatever"))
 
     with_client(app, look)
-    assert seen == [NOBODY]
+    assert seen == [NO_KEY]
 
 
 def test_no_origin_is_allowed_unless_named() -> None:

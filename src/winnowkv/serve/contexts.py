@@ -27,7 +27,7 @@ from winnowkv.documents import Document
 from winnowkv.errors import CacheError, StoreError, UnknownContextError, WinnowError
 from winnowkv.serve.context_files import Found, OwnedContexts, owner_places
 from winnowkv.serve.errors import ApiError
-from winnowkv.serve.keys import NOBODY
+from winnowkv.serve.keys import NO_KEY
 
 logger = logging.getLogger("winnowkv.serve")
 PATIENCE = 60.0  # seconds that a request waits for room in memory
@@ -115,11 +115,15 @@ class ServedContexts:
 
     def folders(self, owner: str) -> list[OwnedContexts]:
         """The contexts that an owner sees: its own, then the operator's."""
-        if owner == NOBODY:
+        if owner == NO_KEY:
             return [self._operator]
         if owner not in self._owned:
             self._owned[owner] = OwnedContexts(f"{self.place}/{owner}")
         return [self._owned[owner], self._operator]
+
+    def _shared(self, folder: OwnedContexts, owner: str) -> bool:
+        """Whether the contexts of a folder are the operator's, and not the owner's to delete."""
+        return folder is self._operator and owner != NO_KEY
 
     def find(self, owner: str, asked: str) -> Found:
         """A context by its id. Raises ApiError for one that is not there, is no id, or cannot be used."""
@@ -132,8 +136,8 @@ class ServedContexts:
                 raise damaged(asked, error) from None
             except WinnowError as error:
                 raise ApiError(400, str(error), code="invalid_value", param=FIELD) from None
-            return Found(found.context, found.portable, shared=folder is self._operator and owner != NOBODY)
-        raise ApiError(404, f"there is no context {asked}: see GET /v1/contexts", code="context_not_found", param=FIELD)
+            return Found(found.context, found.portable, shared=self._shared(folder, owner))
+        raise missing(asked)
 
     def listed(self, owner: str) -> Iterator[Found | str]:
         """All contexts that an owner sees; of a file that cannot be used its id. Raises ApiError as :meth:`names`."""
@@ -143,7 +147,7 @@ class ServedContexts:
                     if found is None:
                         yield asked
                     else:
-                        yield Found(found.context, found.portable, shared=folder is self._operator and owner != NOBODY)
+                        yield Found(found.context, found.portable, shared=self._shared(folder, owner))
         except CacheError as error:
             raise unreadable(error) from None
 
@@ -192,8 +196,8 @@ class ServedContexts:
         for folder in self.folders(owner):
             for portable in (True, False):
                 if asked in folder.files(portable):
-                    return portable, folder is self._operator and owner != NOBODY
-        raise ApiError(404, f"there is no context {asked}: see GET /v1/contexts", code="context_not_found", param=FIELD)
+                    return portable, self._shared(folder, owner)
+        raise missing(asked)
 
     def lease(self, owner: str, found: Found) -> Lease:
         """The cache of a context that :meth:`find` gave, from memory or read from its file, once however many ask for it.
@@ -337,10 +341,15 @@ def answer_to(context: str, error: BaseException) -> Exception:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownContextError):  # deleted meanwhile
-        return ApiError(404, f"there is no context {context}: see GET /v1/contexts", code="context_not_found", param=FIELD)
+        return missing(context)
     if isinstance(error, CacheError) and "is of another model" in str(error):
         return ApiError(400, str(error), code="context_of_another_model", param=FIELD)
     return damaged(context, error)
+
+
+def missing(context: str) -> ApiError:
+    """The answer about a context that is not there."""
+    return ApiError(404, f"there is no context {context}: see GET /v1/contexts", code="context_not_found", param=FIELD)
 
 
 def damaged(context: str, error: BaseException) -> ApiError:

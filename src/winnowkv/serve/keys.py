@@ -16,7 +16,7 @@ from winnowkv.serve.errors import ApiError, send_error
 
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")  # also without a key, and everything under OPEN_FOLDERS
 OPEN_FOLDERS = ("/static/",)
-NOBODY = ""  # owner of requests to a server without keys
+NO_KEY = ""  # owner of requests to a server without keys
 OWNER_CHARACTERS = 16
 
 
@@ -26,7 +26,7 @@ def owner_name(key: str) -> str:
 
 
 class Keys:
-    """The keys of a server. With none, everybody is let in as :data:`NOBODY`."""
+    """The keys of a server. With none, every request is let in, and its owner is :data:`NO_KEY`."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._known = [(hashlib.sha256(key.encode()).digest(), owner_name(key)) for key in keys]
@@ -60,7 +60,7 @@ class KeyCheck:
             await self.app(scope, receive, send)
             return
         state, path = scope.setdefault("state", {}), scope["path"]
-        state["owner"] = NOBODY
+        state["owner"] = NO_KEY
         if self.keys:
             named = dict(scope["headers"]).get(b"authorization")
             owner = self.keys.owner(named.decode("latin-1") if named else None)
@@ -69,12 +69,12 @@ class KeyCheck:
                 refused = ApiError(401, f"{why}: send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
                 await send_error(send, refused, state["request_id"], close=True)
                 return
-            state["owner"] = owner or NOBODY
+            state["owner"] = owner or NO_KEY
         await self.app(scope, receive, send)
 
 
 def owner_of(request: Request) -> str:
-    """Whose key a request names, as :func:`owner_name` writes it; :data:`NOBODY` on a server without keys."""
+    """Whose key a request names, as :func:`owner_name` writes it; :data:`NO_KEY` on a server without keys."""
     owner: str = request.scope["state"]["owner"]
     return owner
 

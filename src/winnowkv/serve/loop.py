@@ -16,6 +16,7 @@ from winnowkv.engine.job import Job, StoppedError
 from winnowkv.engine.request import Event
 from winnowkv.serve.errors import ApiError
 from winnowkv.serve.metrics import Metrics
+from winnowkv.serve.prompts import release
 from winnowkv.serve.settings import ServeSettings
 from winnowkv.serve.ticket import Asked, Ticket
 from winnowkv.types import Between
@@ -221,9 +222,7 @@ class EngineLoop:
             if request.started:
                 self._pace += 0.2 * (request.started - request.submitted - self._pace)
                 self.metrics.read(request)
-        for prompt in ticket.prompts:
-            if prompt.release is not None:
-                prompt.release()
+        release(ticket.prompts)
         self._note_idle()
 
     def _note_idle(self) -> None:

@@ -34,6 +34,13 @@ class Prompt:
     release: Callable[[], None] | None = None
 
 
+def release(prompts: Sequence[Prompt]) -> None:
+    """Let go of the contexts of prompts whose request has ended, or is not asked after all."""
+    for prompt in prompts:
+        if prompt.release is not None:
+            prompt.release()
+
+
 class PromptReader(Protocol):
     """Turns what a request says into prompts. Called in a thread of its own, never on the event loop: it may take long.
 

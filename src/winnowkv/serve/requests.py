@@ -12,7 +12,7 @@ from winnowkv.files import shown
 from winnowkv.models.info import position_limit
 from winnowkv.serve.errors import ApiError, of_winnow
 from winnowkv.serve.kept import check_explained, check_explained_tokens
-from winnowkv.serve.prompts import Prompt, PromptReader
+from winnowkv.serve.prompts import Prompt, PromptReader, release
 from winnowkv.serve.schemas import ChatRequest, CompletionRequest, WinnowOptions
 from winnowkv.serve.settings import ServeSettings
 from winnowkv.serve.ticket import Asked, How
@@ -109,13 +109,6 @@ def context_of(body: ChatRequest | CompletionRequest) -> str | None:
             code="invalid_value", param="winnow_context",
         )  # fmt: skip
     return there if here is None else here
-
-
-def release(prompts: list[Prompt]) -> None:
-    """Let go of the contexts of prompts that are not asked after all."""
-    for prompt in prompts:
-        if prompt.release is not None:
-            prompt.release()
 
 
 def new_tokens(tokens: int, asked: int | None, model: Any, settings: ServeSettings, chat: bool) -> int:

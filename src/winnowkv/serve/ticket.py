@@ -9,19 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from winnowkv.engine.engine import Engine
 from winnowkv.engine.request import Event, Request
 from winnowkv.engine.sampling import Sampling
-from winnowkv.serve.errors import ApiError
 from winnowkv.serve.prompts import Prompt
 
 if TYPE_CHECKING:
     from winnowkv.serve.loop import EngineLoop
-
-SUBMIT_OPTIONS = frozenset(signature(Engine.submit).parameters)
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class Ticket:
             if self.why is not None:
                 return
             listener = partial(self._loop.post, self, at)
-            request = submit(self._loop.engine, prompt, how, listener)
+            request = self._loop.engine.submit(prompt.ids, how.sampling, after=prompt.after, listener=listener, **how.options)
             self.count_read(1)
             with self._lock:
                 self.requests.append(request)
@@ -155,11 +150,3 @@ class Ticket:
         if prompt.release is not None:
             self.prompts[at] = replace(prompt, after=None, release=None)
             prompt.release()
-
-
-def submit(engine: Engine, prompt: Prompt, how: How, listener: Callable[[Event], None]) -> Request:
-    """Queue one prompt. Any thread. Raises ApiError for an option that this engine does not have."""
-    for name in how.options:
-        if name not in SUBMIT_OPTIONS:
-            raise ApiError(400, f"winnow.{name} is not served: leave it out", code="unsupported_value", param=f"winnow.{name}")
-    return engine.submit(prompt.ids, how.sampling, after=prompt.after, listener=listener, **how.options)
