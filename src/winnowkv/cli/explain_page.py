@@ -12,7 +12,21 @@ import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.cli.generate import read_prompt, read_task
-from winnowkv.cli.options import DEFAULT_POLICY, Chat, Device, Dtype, Json, Model, Policies, Quality, Task, with_quality
+from winnowkv.cli.options import (
+    DEFAULT_POLICY,
+    Chat,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Policies,
+    PromptBudget,
+    PromptFile,
+    PromptText,
+    Quality,
+    Task,
+    with_quality,
+)
 from winnowkv.cli.progress import working
 from winnowkv.cli.tables import Column, ResultTable, keys, note, numbers
 from winnowkv.errors import InputError
@@ -45,16 +59,14 @@ class Used(NamedTuple):
 
 
 def explain(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, --file or standard input is read.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    prompt: PromptText = None,
+    file: PromptFile = None,
     out: Annotated[Path, typer.Option("--out", help="The page to write; one that is there is replaced.")] = Path("why.html"),
     model: Model = "embedded",
     device: Device = None,
     dtype: Dtype = None,
     policies: Policies = DEFAULT_POLICIES,
-    budget: Annotated[
-        str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer and KV head (512), or auto:0.95.")
-    ] = str(DEFAULT_BUDGET),
+    budget: PromptBudget = str(DEFAULT_BUDGET),
     quality: Quality = None,
     task: Task = None,
     chat: Chat = None,

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from winnowkv.budget import DEFAULT_BUDGET
-from winnowkv.cli.options import DEFAULT_POLICY, Chat, Device, Dtype, Json, Model, Quality, Task, with_quality
+from winnowkv.cli.options import (
+    DEFAULT_POLICY,
+    Chat,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    PromptBudget,
+    PromptFile,
+    PromptText,
+    Quality,
+    Task,
+    with_quality,
+)
 from winnowkv.cli.progress import working
 from winnowkv.cli.tables import note
 from winnowkv.cli.texts import checked_text, standard_input
@@ -29,17 +42,15 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt. Without it, --file or standard input is read.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    prompt: PromptText = None,
+    file: PromptFile = None,
     model: Model = "embedded",
     device: Device = None,
     dtype: Dtype = None,
     policy: Annotated[
         str, typer.Option(help="Eviction policy; options after colons, windowkv:group=6:window=8.")
     ] = DEFAULT_POLICY,
-    budget: Annotated[
-        str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer and KV head (512), or auto:0.95.")
-    ] = str(DEFAULT_BUDGET),
+    budget: PromptBudget = str(DEFAULT_BUDGET),
     quality: Quality = None,
     task: Task = None,
     chat: Chat = None,

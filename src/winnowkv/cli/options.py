@@ -106,6 +106,11 @@ Dtype = Annotated[
         "--dtype", callback=dtype_of, help=f"{', '.join(DTYPES)}. Default: bfloat16 if the device has it, else float32."
     ),
 ]
+PromptText = Annotated[str | None, typer.Argument(help="The prompt. Without it, --file or standard input is read.")]
+PromptFile = Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")]
+PromptBudget = Annotated[
+    str, typer.Option(help="Kept fraction of the prompt (0.12), entries kept per layer and KV head (512), or auto:0.95.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 Store = Annotated[str, typer.Option("--store", envvar="WINNOW_STORE", help="Folder or URL of the contexts.")]
 Task = Annotated[
