@@ -62,8 +62,9 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-atexit.register(shutil.rmtree, PROFILES, ignore_errors=True)
-write_profiles()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one of several test processes: the first one made the folder, and removes it
+    atexit.register(shutil.rmtree, PROFILES, ignore_errors=True)
+    write_profiles()
 
 
 @pytest.fixture

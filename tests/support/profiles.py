@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -10,8 +11,10 @@ import winnowkv as wk
 from support.models import built
 from winnowkv.models.info import ModelInfo
 
-# Where write_profiles() below puts a calibration profile for each tiny model: a spec names the folder.
-PROFILES = tempfile.mkdtemp(prefix="winnowkv-profiles-")
+# Where write_profiles() below puts a calibration profile for each tiny model: a spec names the folder. Test processes that
+# run side by side share it, since the ids of their tests, which have the folder's name in them, must be the same.
+PROFILES = os.environ.get("WINNOW_TEST_PROFILES") or tempfile.mkdtemp(prefix="winnowkv-profiles-")
+os.environ["WINNOW_TEST_PROFILES"] = PROFILES
 
 
 def random_profile(model: ModelInfo, layers: int, seed: int = 0) -> wk.CalibrationProfile:
