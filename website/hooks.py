@@ -1,0 +1,1 @@
+"""Hooks of MkDocs: pages that are made from the code, and links that lead out of ``docs``."""
