@@ -32,8 +32,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-import website.tables_quality
-import website.tables_serving  # noqa: F401 both register their tables
 from website.records import DATA, ROOT, Record, read_records
 from website.tables import render
 from winnowkv.cli.main import one_sentence

@@ -1,13 +1,16 @@
 """Tables of README and docs, made of records: one function a table, by the name that pages use.
 
-The functions are in ``tables_quality.py`` and ``tables_serving.py``. A table that was copied by hand needs none: its record
-holds columns and rows.
+The functions are in ``website/tables_*.py``. A table that was copied by hand needs none: its record holds columns and rows.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 
+import website
 from website.records import Record
 from winnowkv.errors import InputError
 
@@ -19,6 +22,15 @@ def table(function: Callable[[Records], str]) -> Callable[[Records], str]:
     """Register a table under its function's name."""
     TABLES[function.__name__] = function
     return function
+
+
+@cache
+def tables() -> Mapping[str, Callable[[Records], str]]:
+    """All tables by name: those of every module ``website/tables_*.py``, which register theirs when they are imported."""
+    for module in pkgutil.iter_modules(website.__path__):
+        if module.name.startswith("tables_"):
+            importlib.import_module(f"website.{module.name}")
+    return TABLES
 
 
 def markdown(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
@@ -36,11 +48,11 @@ def render(name: str, records: Records) -> str:
 
     Raises InputError if there is none.
     """
-    if name in TABLES:
-        return TABLES[name](records)
+    if name in tables():
+        return tables()[name](records)
     record, _, part = name.rpartition(".")
     if name in records:
         return markdown(records[name].get("columns"), records[name].get("rows"))
     if record in records:
         return markdown(records[record].get(f"tables.{part}.columns"), records[record].get(f"tables.{part}.rows"))
-    raise InputError(f"table {name!r} is neither in website/tables_*.py nor a record's: {', '.join(sorted(TABLES))}")
+    raise InputError(f"table {name!r} is neither in website/tables_*.py nor a record's: {', '.join(sorted(tables()))}")

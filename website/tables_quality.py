@@ -81,11 +81,15 @@ def costs(records: Records) -> str:
 
 def agreements(record: Record, metric: str) -> list[str]:
     """Shares of the full cache's tokens: its own, the best published rule's, and each level's."""
-    best = max((one for one in published(record.get("groups")) if one["budget"] == BUDGET), key=lambda one: one[metric]["mean"])
-    mine = [group(record, spec_of_quality(DEFAULT, level)) for level in LEVELS]
-    return [
-        "100%", f"{best[metric]['mean']:.1%} (`{best['policy']}`)", *(f"{one[metric]['mean']:.1%}" for one in mine)
-    ]  # fmt: skip
+    rivals = [one for one in published(record.get("groups")) if one["budget"] == BUDGET and one[metric]["mean"] is not None]
+    best = max(rivals, key=lambda one: one[metric]["mean"])
+    cells = [f"{best[metric]['mean']:.1%} (`{best['policy']}`)"]
+    for level in LEVELS:
+        one = group(record, spec_of_quality(DEFAULT, level))
+        # Answers that end before anything is evicted are the full cache's own, and say nothing of what is lost.
+        ended = " (never compressed)" if one.get("whole_answers", 0) >= one["prompts"] else ""
+        cells.append(f"{one[metric]['mean']:.1%}{ended}")
+    return ["100%", *cells]
 
 
 def levels(records: Records) -> dict[str, Group]:

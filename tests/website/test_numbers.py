@@ -14,7 +14,7 @@ from support.records import Given, given
 from website import numbers, records as core
 from website.numbers import Watched, ages, fill, pages, read_names, show_ages
 from website.records import ROOT, Record, follow, read_records
-from website.tables import TABLES, markdown, render
+from website.tables import markdown, render, tables
 from winnowkv.errors import InputError
 
 SPEED = given(
@@ -232,7 +232,7 @@ def test_ages_of_records_come_from_their_files() -> None:
 
 def test_every_table_function_is_one_that_a_page_could_use() -> None:
     records = read_records()
-    for name in TABLES:
+    for name in tables():
         made = render(name, records)
         assert made.startswith(("|", "```"))
         assert "nan" not in made.lower()
