@@ -53,7 +53,7 @@ def demo(records: Records) -> str:
     texts = [
         f"{line[0]:10}" + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths, strict=True)) for line in lines
     ]
-    return "\n".join(["```", *texts, "```"])
+    return "\n".join(["```text", *texts, "```"])
 
 
 @table
