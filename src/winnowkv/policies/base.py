@@ -69,6 +69,10 @@ class BoundPolicy:
 class Policy:
     """Root of all eviction policies. Derive from :class:`TokenPolicy`, or from ``compose.Wrapper`` to change another policy.
 
+    A policy's docstring says in sections Formula, Parameters and Departures how tokens are scored, what its options are, and
+    what is not as in the paper or the authors' code. In a formula ``A[q, i]`` is the attention that query ``q`` pays to token
+    ``i`` (softmax over all keys that it sees), ``k`` and ``v`` are keys and values of a KV head, the group its query heads.
+
     Class attributes
     ----------------
     name: how it is asked for. source: the paper. scope: what it keeps, in one line. purpose: for whom, when, in a phrase.
