@@ -278,7 +278,8 @@ class TokenPolicy(Policy):
     lookahead: hold the whole prompt until so many tokens of the answer were generated from it; their queries then choose what
         stays, beside the policy's own. The tokens are those of the full cache.
     draft: after that generate so many tokens from what would stay, only to hear their queries, throw them away and choose
-        again from the whole prompt, which is still held; ``rounds`` times.
+        again from the whole prompt, which is still held.
+    rounds: how many drafts there are, one after the other.
     heard: weight of the queries of lookahead and draft, 0 to 1; the policy's own have the rest.
     refit: change the values that stay by least squares so that attention over them gives what attention over all gave, in
         every KV head in which queries that were held out say that it helps (:mod:`winnowkv.scoring.refit`).
