@@ -74,7 +74,8 @@ def draw() -> str:
     """The picture, as SVG."""
     parts: list[str] = []
     parts += row_label(34, "1", "Read", "the prompt becomes", "tokens")
-    parts += [text(at(0), 24, "sinks", 12), text(at(14), 24, "the text", 12), text(at(TOKENS - QUESTION), 24, "the question", 12)]
+    spans = (0, "sinks"), (14, "the text"), (TOKENS - QUESTION, "the question")
+    parts += [text(at(column), 24, words, 12) for column, words in spans]
     parts += [cell(at(n), 32, kind(0, n) if kind(0, n) in "SQ" else "") for n in range(TOKENS)]
     parts += [arrow(at(16) + CELL / 2, 57, 26)]
     parts += row_label(104, "2", "The full cache", "a key and a value of", "each token, in each", "layer and KV head")
