@@ -70,7 +70,7 @@ def test_a_private_repository_is_read_with_the_token_only(hub: StubHub, monkeypa
     assert hubs.fetch(SHAPE, REPO).profile == PROFILE
     hubs.publish(replace(PROFILE, model="x"), REPO, private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_SomebodyElse")
-    with pytest.raises(HubError, match="is not at http.*or it is private: see to its name, and log in with hf auth login"):
+    with pytest.raises(HubError, match=r"is not at http.*or it is private: see to its name, and log in with hf auth login"):
         hubs.fetch(SHAPE, REPO)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.add("ann/open", {})
@@ -83,7 +83,7 @@ def test_who_may_not_write_is_told_so(hub: StubHub, monkeypatch: pytest.MonkeyPa
     with pytest.raises(HubError, match=r"answered 403: the token has no right to that.*You don't have the rights"):
         hubs.publish(PROFILE, "bob/profiles")
     hub.add("bob/open", {})
-    with pytest.raises(HubError, match="bob/open cannot be written.*answered 403"):
+    with pytest.raises(HubError, match=r"bob/open cannot be written.*answered 403"):
         hubs.publish(PROFILE, "bob/open")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -171,7 +171,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub: StubHub, monkeypatch: pytest
 
 
 def test_nothing_is_asked_for_a_profile_that_cannot_be_published(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ProfileError, match="'a/../b' is neither the name of a model's class nor a hash"):
+    with pytest.raises(ProfileError, match=r"'a/../b' is neither the name of a model's class nor a hash"):
         hubs.publish(replace(PROFILE, model_info=replace(SHAPE, config="a/../b")), REPO)
     monkeypatch.setattr(hubs, "LARGEST", 100)
     with pytest.raises(ProfileError, match=r"the profile has \d+ bytes, a profile has at most 100"):

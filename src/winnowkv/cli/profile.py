@@ -137,21 +137,25 @@ def list_profiles(as_json: Json = False) -> None:
     table = ResultTable(
         [
             *keys("file"),
-            *(Column(title) for title in ("date", "seed", "answered", "heads")),
+            *(Column(title) for title in ("is", "date", "seed", "answered", "heads")),
             Column("model", least=8),
             Column("curves", least=6),
         ]
     )
     for row in rows:
         table.add(
-            row["file"], text(row["date"]), text(row["seed"]), f"{text(row['answered'])} of {text(row['prompts'])}",
-            f"{row['strong_heads']} of {row['heads']}", printable(row["model"]), ", ".join(row["curves"]) or "-",
-        )  # fmt: skip
+            row["file"],
+            "installed" if row["installed"] else "shipped",
+            text(row["date"]),
+            text(row["seed"]),
+            f"{text(row['answered'])} of {text(row['prompts'])}",
+            f"{row['strong_heads']} of {row['heads']}",
+            printable(row["model"]),
+            ", ".join(row["curves"]) or "-",
+        )
     if rows:
         table.print()
-    note(f"installed ones are in {profile_folder()}; of those that ship, these are used where none is installed:")
-    for row in rows:
-        say(f"{'installed' if row['installed'] else 'ships'}: {row['path']}", indent=4)
+    note(f"installed ones are in {profile_folder()}; of a model that has both, policies use the installed one")
     for one in damaged:
         note(one["error"])
 
@@ -230,7 +234,7 @@ def told(path: Path, profile: CalibrationProfile, as_json: bool, installed: bool
         return
     print(path)
     if installed:
-        note(f"{', '.join(users)} use it of now for every model of these sizes, as {printable(profile.model)}")
+        note(f"{', '.join(users)} use it from now on for {printable(profile.model)} and other models of its class and sizes")
     else:
         note(f"use it: --policy {users[0]}:profile={path}; {', '.join(users)} read it")
     if profile.curves:
