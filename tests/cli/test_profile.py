@@ -13,9 +13,10 @@ import pytest
 
 import winnowkv as wk
 from support.hub import TOKEN, StubHub
-from support.models import tiny_model
+from support.models import hybrid, tiny_model
 from support.profiles import random_profile
 from support.terminal import blocks, too_wide
+from support.tokenizers import byte_tokenizer
 from winnowkv.models.curve import Curve
 
 Winnow = Callable[..., tuple[int, str, str]]
@@ -197,3 +198,44 @@ def test_no_model_is_loaded_with_a_profile_from_the_hub(hub: StubHub, folder: Pa
     code, out, _ = winnow("plan", "--model", folder, "--context", 200, "--memory", "1GiB", "--policies", "winnow", "--json")
     assert (code, hub.asked) == (0, [])
     assert "winnow" in json.loads(out)["missing_profile"]["instead"]
+
+
+def test_plan_names_what_is_missing_and_how_to_get_it(
+    winnow: Winnow, file: Path, folder: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("plan", "--model", folder, "--context", 200, "--memory", "1GiB", "--budgets", 60)
+    _, out, _ = winnow(*asked)
+    told = " ".join(out.split())
+    assert "no calibration profile of this model for winnow: retrieval heads are guessed" in told
+    assert "for compresskv, headkv: it cannot be used" in told
+    assert f"winnow profile fetch {folder} --repo OWNER/NAME" in told.replace("- ", "-")
+    peaks = {}
+    for there in (False, True):
+        if there:
+            winnow("profile", "add", file)
+        _, out, _ = winnow(*asked, "--policies", "winnow,snapkv", "--json")
+        plan = json.loads(out)
+        peaks[there] = next(row["peak_bytes"] for row in plan["settings"] if row["policy"] == "winnow")
+        lacking = plan["missing_profile"]
+        assert (lacking is None) == there
+        assert there or list(lacking["instead"]) == ["winnow"]
+    assert peaks[True] < peaks[False]  # as the sentence says
+
+
+@pytest.mark.slow
+def test_audit_says_before_it_measures_and_afterwards_what_is_missing(winnow: Winnow, installed: Path, tmp_path: Path) -> None:
+    words = byte_tokenizer(bos=True)
+    hybrid(len(words)).save_pretrained(tmp_path / "small")
+    words.save_pretrained(tmp_path / "small")
+    (tmp_path / "prompt.txt").write_text("Once upon a time there was " * 9)
+    asked = ("audit", "--model", tmp_path / "small", "--no-chat", "--prompts", tmp_path / "prompt.txt", "--budgets", 80,
+             "--max-new-tokens", 3, "--out", tmp_path / "out", "--json")  # fmt: skip
+    code, out, err = winnow(*asked, "--policies", "winnow,snapkv:observe=8")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert list(summary["missing_profile"]["instead"]) == ["winnow"]
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "no calibration profile of this model for winnow" in " ".join(err.split())
+    code, _, err = winnow(*asked, "--policies", "winnow,headkv")
+    assert code == 2
+    assert "winnow profile fetch M --repo OWNER/NAME" in " ".join(err.split())
