@@ -185,3 +185,6 @@ def test_a_card_holds_what_strangers_wrote_on_one_line(hub: StubHub) -> None:
     card = hub.repositories[REPO].files()["README.md"].decode()
     assert "| command | a \\| b c |" in card
     assert "| model | two lines |" in card
+    assert hub.repositories[REPO].messages[-1] == "Profile of two lines"
+    hubs.publish(replace(PROFILE, model=""), REPO)
+    assert hub.repositories[REPO].messages[-1] == "Profile of a model"

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo as RepositoryInfo
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from winnowkv import __version__
 from winnowkv.calibrate.card import model_card
@@ -114,7 +114,7 @@ def publish(
         commit = hub.create_commit(
             repo,
             operations,
-            commit_message=message or f"Profile of {profile.model.splitlines()[0][:60]}",
+            commit_message=message or f"Profile of {' '.join(profile.model.split())[:60] or 'a model'}",
             revision=revision,
         )
     address = f"{hub.endpoint}/{repo}/blob/{revision or 'main'}/{path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +68,8 @@ def publish(
     note(f"{'a new repository, ' if found.created else ''}commit {found.commit}" if found.changed else "it was there already")
     if left:
         note(f"the profile does not say {', '.join(left)}: a newer winnow calibrate does")
-    note(f"others get it: winnow profile fetch {profile.model} --repo {repo}{f' --revision {revision}' if revision else ''}")
+    called = shlex.quote(printable(profile.model))
+    note(f"others get it: winnow profile fetch {called} --repo {repo}{f' --revision {revision}' if revision else ''}")
 
 
 def fetch(
