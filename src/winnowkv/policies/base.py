@@ -69,6 +69,10 @@ class BoundPolicy:
 class Policy:
     """Root of all eviction policies. Derive from :class:`TokenPolicy`, or from ``compose.Wrapper`` to change another policy.
 
+    A policy's docstring says in sections Formula, Parameters and Departures how tokens are scored, what its options are, and
+    what is not as in the paper or the authors' code. In a formula ``A[q, i]`` is the attention that query ``q`` pays to token
+    ``i`` (softmax over all keys that it sees), ``k`` and ``v`` are keys and values of a KV head, the group its query heads.
+
     Class attributes
     ----------------
     name: how it is asked for. source: the paper. scope: what it keeps, in one line. purpose: for whom, when, in a phrase.
@@ -275,7 +279,8 @@ class TokenPolicy(Policy):
     lookahead: hold the whole prompt until so many tokens of the answer were generated from it; their queries then choose what
         stays, beside the policy's own. The tokens are those of the full cache.
     draft: after that generate so many tokens from what would stay, only to hear their queries, throw them away and choose
-        again from the whole prompt, which is still held; ``rounds`` times.
+        again from the whole prompt, which is still held.
+    rounds: how many drafts there are, one after the other.
     heard: weight of the queries of lookahead and draft, 0 to 1; the policy's own have the rest.
     refit: change the values that stay by least squares so that attention over them gives what attention over all gave, in
         every KV head in which queries that were held out say that it helps (:mod:`winnowkv.scoring.refit`).
