@@ -78,7 +78,7 @@ class Policy:
     name: how it is asked for. source: the paper. scope: what it keeps, in one line. purpose: for whom, when, in a phrase.
     evicts: False for what keeps everything.
     uses_task, uses_structure: whether it makes use of the prompt's task, of its question and sentence ends.
-    needs_profile: whether it cannot work without a calibration profile.
+    needs_profile: whether it cannot work without a calibration profile. wants_profile: whether it guesses in place of one.
     needs_projection: whether its scorer reads the layers' output projections.
     needs_study: whether it scores by a study of the text alone, so that nothing but ``wk.read`` can serve it; weighs_values:
         whether the study then weighs attention by what values add to the hidden state.
@@ -98,6 +98,7 @@ class Policy:
     uses_task: ClassVar[bool] = False
     uses_structure: ClassVar[bool] = False
     needs_profile: ClassVar[bool] = False
+    wants_profile: ClassVar[bool] = False
     needs_projection: ClassVar[bool] = False
     needs_study: ClassVar[bool] = False
     weighs_values: ClassVar[bool] = False

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from winnowkv.errors import ProfileError
-from winnowkv.models.calibration import CalibrationProfile, find_profile
+from winnowkv.models.calibration import CalibrationProfile, find_profile, known_profile
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.expected import Expected, ExpectedAllocator
 from winnowkv.policies.parts import Parts, PromptInfo, Selector
@@ -23,7 +22,7 @@ SPAN_WIDTH = 16  # tokens of a span if the sentences are not known
 LAYER_GROWTH = 2.0  # layers that wait for the heads shrink to make room for so many times themselves
 GUESSING = (
     "no calibration profile of this model: winnow guesses its retrieval heads, and holds the whole prompt's cache "
-    "until the last layer was read; winnow calibrate finds them"
+    "until the last layer was read; winnow profile fetch gets a profile, winnow calibrate makes one"
 )
 
 
@@ -103,6 +102,11 @@ class Winnow(Expected):
         return self.equal
 
     @property
+    def wants_profile(self) -> bool:  # type: ignore[override]
+        """If sentences have a share, and a question chooses them."""
+        return self.observe != "context" and self.share > 0
+
+    @property
     def blind(self) -> Expected:
         """What is left of the policy if no question is known."""
         return Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize, equal=self.equal)
@@ -119,19 +123,14 @@ class Winnow(Expected):
         return replace(self, share=self.share * left, least=int(self.least * left), progressive=False)
 
     def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
-        """Raise ProfileError for a profile that was asked for and does not serve the model."""
+        """Raise ProfileError for a profile that was asked for and does not serve the model, or is broken."""
         self.read_profile(model)
 
     def read_profile(self, model: ModelInfo) -> CalibrationProfile | None:
         """The model's profile, None if there is none and none was asked for."""
         if self.observe == "context":
             return None
-        try:
-            return find_profile(self.profile, model)
-        except ProfileError:
-            if self.profile is not None:
-                raise
-            return None
+        return known_profile(model) if self.profile is None else find_profile(self.profile, model)
 
     def observation_window(self, prompt: PromptInfo) -> int:
         """The least that a prompt must be longer than."""
