@@ -105,7 +105,9 @@ def level_costs(records: Records) -> str:
         columns,
         (
             [
-                name, f"{row['first_token_s']:.2f} s", "" if row["pause_s"] is None else f"{row['pause_s']:.2f} s", f"{row['before_ms']:.0f} ms",
+                name, f"{row['first_token_s']:.2f} s",
+                "" if row["pause_s"] is None else f"{row['pause_s']:.2f} s",
+                f"{row['before_ms']:.0f} ms",
                 f"{row['step_ms']:.0f} ms", f"{row['peak_bytes'] / MIB:.1f} MiB", f"{row['held_bytes'] / MIB:.1f} MiB",
             ]
             for name, row in levels(records).items()
