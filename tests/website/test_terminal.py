@@ -50,7 +50,8 @@ def test_waits_are_cut_and_the_rest_is_shown_faster() -> None:
 
 
 def test_screens_are_what_the_terminal_shows() -> None:
-    found = terminal.screens(cast((0.0, "$ go\r\n"), (1.0, "\x1b[1;32mfound\x1b[0m  x"), (1.01, "y"), (1.02, "\r\x1b[2Kz"), (9.0, "z")))
+    quick = [(1.0, "\x1b[1;32mfound\x1b[0m  x"), (1.01, "y"), (1.02, "\r\x1b[2Kz")]
+    found = terminal.screens(cast((0.0, "$ go\r\n"), *quick, (9.0, "z")))
     first, second = (terminal.Run(0, "$ go"),), (terminal.Run(0, "zz"),)
     assert [at for at, _ in found] == [0.0, 1.0, 1.15, 9.0]
     assert found[0][1] == (first, (), ())
@@ -77,5 +78,5 @@ def test_what_is_no_recording_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.cast").write_text(text)
     with pytest.raises(InputError, match="no asciicast"):
         terminal.read(tmp_path / "a.cast")
-    with pytest.raises(InputError, match="is missing: python -m website.figures.terminal record"):
+    with pytest.raises(InputError, match=r"is missing: python -m website\.figures\.terminal record"):
         terminal.read(tmp_path / "none.cast")

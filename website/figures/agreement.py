@@ -13,9 +13,30 @@ from matplotlib.axes import Axes
 
 from website.figures.audits import BALANCED, BEST, LEAN, Audit, read
 from website.figures.style import (
-    BLACK, BLUE, GREEN, GREY, HALO, INK, MIDDLE, ORANGE, PALE, PURPLE, RED, SKY, SMALL, End, Look, canvas, caption, dark,
-    dress, kept_axis, label_ends, save, shares,
-)  # fmt: skip
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    HALO,
+    INK,
+    MIDDLE,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    SKY,
+    SMALL,
+    End,
+    Look,
+    canvas,
+    caption,
+    dark,
+    dress,
+    kept_axis,
+    label_ends,
+    save,
+    shares,
+)
 from website.records import Record
 
 RECORDS = ("policies-summaries", "policies-questions")
@@ -43,9 +64,7 @@ def make(records: Mapping[str, Record], folder: Path) -> list[Path]:
         kept_axis(panel, TICKS, 0.049, 0.66)
         shares(panel, floor(audit, looks), 1.0)
         draw(panel, audit, looks)
-    counted = " · ".join(
-        f"{TITLES[name].lower()}: {audit.prompts} prompts, {audit.counted}" for name, audit in audits.items()
-    )
+    counted = " · ".join(f"{TITLES[name].lower()}: {audit.prompts} prompts, {audit.counted}" for name, audit in audits.items())
     caption(figure, *(records[name] for name in RECORDS), more=f"{counted}; bars: 95% intervals; grey: all other policies")
     return save(figure, folder, "agreement")
 

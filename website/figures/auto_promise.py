@@ -44,6 +44,6 @@ def read(record: Record) -> list[tuple[float, float, float, float, str]]:
         numbers = re.findall(r"[\d.]+", f"{row[0]} {row[1]}")
         if len(numbers) != 4:
             raise InputError(f"record auto-budget: row {row} is not a target, a share and its interval")
-        target, *shares = map(float, numbers)
-        found.append((target, *(share / 100 for share in shares), str(row[2])))
+        target, mean, low, high = map(float, numbers)
+        found.append((target, mean / 100, low / 100, high / 100, str(row[2])))
     return found

@@ -18,15 +18,27 @@ CACHES = {
 }  # fmt: skip
 # The columns of the table of steps that are drawn: cache and requests at once.
 COLUMNS = {
-    "decode step, `winnow`": (WINNOW, 1), "compiled": (COMPILED, 1), "its full cache: dynamic": (PLAIN, 1), "static": (STATIC, 1),
-    "quantized (int4)": (QUANTIZED, 1), "eight requests: `winnow`": (WINNOW, 8), "dynamic": (PLAIN, 8),
-}  # fmt: skip
+    "decode step, `winnow`": (WINNOW, 1),
+    "compiled": (COMPILED, 1),
+    "its full cache: dynamic": (PLAIN, 1),
+    "static": (STATIC, 1),
+    "quantized (int4)": (QUANTIZED, 1),
+    "eight requests: `winnow`": (WINNOW, 8),
+    "dynamic": (PLAIN, 8),
+}
+# The rows of the table of requests in a fixed memory, with the name that the picture gives them.
 ROWS = {
-    "`wk.Engine`, `winnow` at 12%": "wk.Engine, winnow at 12%", "the same, compiled": "the same, compiled",
-    "transformers, full cache": "transformers, full cache", "vLLM's CPU build, full cache": "vLLM's CPU build, full cache",
-}  # fmt: skip
-ENGINES = dict(zip(ROWS.values(), (Look(BLUE, "o", width=2.4), Look(GREEN, "s", width=2.4), Look(BLACK, "D"), Look(ORANGE, "^")),
-                   strict=True))  # fmt: skip
+    "`wk.Engine`, `winnow` at 12%": "wk.Engine, winnow at 12%",
+    "the same, compiled": "the same, compiled",
+    "transformers, full cache": "transformers, full cache",
+    "vLLM's CPU build, full cache": "vLLM's CPU build, full cache",
+}
+BARS = {
+    "wk.Engine, winnow at 12%": Look(BLUE, "o", width=2.4),
+    "the same, compiled": Look(GREEN, "s", width=2.4),
+    "transformers, full cache": Look(BLACK, "D"),
+    "vLLM's CPU build, full cache": Look(ORANGE, "^"),
+}
 ENTRY_BYTES = 30 * 3 * 64 * 2 * 2  # SmolLM2-135M: layers x KV heads x head size x (key, value) x bfloat16
 KEPT = {WINNOW: 0.12, PLAIN: 1.0}
 

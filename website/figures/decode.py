@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from website.figures.bench import CACHES, Step, read_steps
+from website.figures.bench import CACHES, read_steps
 from website.figures.style import End, canvas, caption, dress, label_ends, save
 from website.records import Record
 
@@ -19,7 +19,12 @@ def make(records: Mapping[str, Record], folder: Path) -> list[Path]:
     figure = canvas(3.9)
     for number, batch in enumerate(sorted({step.batch for step in steps})):
         panel = figure.add_axes((0.075 + 0.5 * number, 0.225, 0.275, 0.68))
-        dress(panel, "prompt tokens", "" if number else "ms for a token", "one request" if batch == 1 else f"{batch} requests at once")
+        dress(
+            panel,
+            "prompt tokens",
+            "" if number else "ms for a token",
+            "one request" if batch == 1 else f"{batch} requests at once",
+        )
         mine = [step for step in steps if step.batch == batch]
         contexts = sorted({step.context for step in mine})
         panel.set_xscale("log", base=2)
@@ -32,5 +37,6 @@ def make(records: Mapping[str, Record], folder: Path) -> list[Path]:
                 panel.plot(*zip(*line, strict=True), **look.fields)
                 ends.append(End(*line[-1], name, look.colour, look.width > 2))
         label_ends(panel, ends)
-    caption(figure, record, more="medians, steps of all caches in turns in one process; full cache: transformers' dynamic, static and quantized one")
+    plain = "full cache: transformers' dynamic, static and quantized one"
+    caption(figure, record, more=f"medians, steps of all caches in turns in one process; {plain}")
     return save(figure, folder, "decode")

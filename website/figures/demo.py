@@ -49,7 +49,7 @@ def caption(cast: Cast) -> str:
     """What was recorded, where and when."""
     head = cast.header
     where = head.get("machine", {}).get("processor", "")
-    said = f"{head.get('took', 0):.0f} s, shown in {cast.events[-1][0]:.0f}"
+    said = f"took {head.get('took', 0):.0f} s, shown in {cast.events[-1][0]:.0f} s"
     return " · ".join(filter(None, (said, MODELS["embedded"], where, head.get("date", ""))))
 
 
@@ -74,7 +74,8 @@ def animated(cast: Cast, shown: Sequence[tuple[float, Screen]], rows: int) -> st
     defined = "".join(f'<g id="l{number}">{"".join(map(text, line))}</g>\n' for line, number in lines.items())
     classes = "".join(f".{name}{{fill:{colour}}}" for name, colour in COLOURS.items())
     about = f"A terminal: {cast.header.get('command', '')}. " + " / ".join(words(line) for line in shown[-1][1] if line)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img">
+    sides = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" {sides} role="img">
 <title>{escape(about)}</title>
 <style>
 text{{font:{FONT}px "DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre}}

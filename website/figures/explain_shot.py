@@ -1,9 +1,9 @@
 """The page of ``winnow explain``, of a recorded selection, as headless Chromium shows it.
 
-    python -m website.figures.explain_shot record      the record ``explain``: what the command kept of the text made here
+    python -m website.figures.explain_shot record --json      the record ``explain``: what the command kept of the text made here
 
-The record holds what the page is made of (:func:`winnowkv.explain.page.component_data`), as JSON in one line, so that no model runs to
-draw it.
+The record holds what the page is made of (:func:`winnowkv.explain.page.component_data`), as JSON in one line, so that no model
+runs to draw it.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def main() -> None:
     """Print the record's JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=["record"])
+    parser.add_argument("--json", action="store_true", required=True, help="print the record's result, which is JSON alone")
     parser.parse_args()
     json.dump(measure(), sys.stdout, ensure_ascii=False)
     print()

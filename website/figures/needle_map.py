@@ -46,7 +46,7 @@ def make(records: Mapping[str, Record], folder: Path) -> list[Path]:
 
 def cases_of(group: Group) -> int:
     """How many needles stand at each depth."""
-    return round(group["cases"] / len(group["by_depth"]["correct"]))
+    return int(group["cases"]) // len(group["by_depth"]["correct"])
 
 
 def draw(panel: Axes, groups: Sequence[Group]) -> None:

@@ -1,4 +1,4 @@
-"""Every policy by itself: agreement with the full cache against the kept bytes, a small panel each, before all others in grey."""
+"""Every policy by itself: agreement with the full cache against the kept bytes, a small panel each, the others in grey."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def make(records: Mapping[str, Record], folder: Path) -> list[Path]:
         for record, audit in audits.items():
             draw(panel, audit, name, LOOKS[record])
     key(figure.add_axes((0.085, 1 - 0.25 / figure.get_figheight(), 0.9, 0.22 / figure.get_figheight())), audits)
-    figure.text(0.53, below - 0.36 / figure.get_figheight(), "kept of the cache's bytes", fontsize=MIDDLE, ha="center", color=INK)
+    figure.text(
+        0.53, below - 0.36 / figure.get_figheight(), "kept of the cache's bytes", fontsize=MIDDLE, ha="center", color=INK
+    )
     figure.text(0.008, 0.55, "same token as the full cache", fontsize=MIDDLE, rotation=90, va="center", color=INK)
     caption(figure, *(records[name] for name in RECORDS), more="bands and bars: 95% intervals; grey: all other policies")
     return save(figure, folder, "policies", svg=False)  # a thousand grey lines: half a megabyte as SVG
@@ -64,7 +66,7 @@ def draw(panel: Axes, audit: Audit, name: str, look: Look) -> None:
     for other, points in audit.lines.items():
         if other != name:
             panel.plot([p.kept for p in points], [p.mean for p in points], color=PALE, linewidth=0.4, alpha=0.7, zorder=1)
-    points = audit.lines.get(name, ())
+    points = audit.lines.get(name, [])
     at, means = [point.kept for point in points], [point.mean for point in points]
     low, high = [point.low for point in points], [point.high for point in points]
     if len(points) > 1:

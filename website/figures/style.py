@@ -24,7 +24,7 @@ from PIL import Image
 from website.records import Record
 
 WIDTH = 8.0  # inches; shown at 800 pixels, a font of 10 points is 14 pixels high
-DPI, COLOURS = 180, 128  # of the PNG
+DPI, COLOURS = 180, 256  # of the PNG
 SMALL, MIDDLE, LARGE = 8.0, 9.5, 11.0  # font sizes in points
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
@@ -34,7 +34,6 @@ GREY, PALE, INK = "#8c8c8c", "#c9c9c9", "#333333"
 
 MODELS = {"embedded": "SmolLM2-135M-Instruct"}
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # of a text that lies on lines
-FIXED = {"svg.hashsalt": "winnowkv", "svg.fonttype": "path"}  # the same points give the same file
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def label_ends(panel: Axes, ends: Sequence[End], size: float = MIDDLE, away: flo
     """
     if not ends:
         return
-    transform, dots = panel.transData, panel.get_figure().dpi / 72  # pixels a point
+    transform, dots = panel.transData, panel.figure.dpi / 72  # pixels a point
     room = 1.3 * size * dots
     right = max(transform.transform((end.x, end.y))[0] for end in ends) + away * dots
     ordered = sorted(ends, key=lambda end: end.y)
@@ -174,9 +173,9 @@ def save(figure: Figure, folder: Path, name: str, *, svg: bool = True) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.png"
     figure.savefig(held := io.BytesIO(), format="png", dpi=DPI, metadata={"Software": None})
-    Image.open(held).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, optimize=True)
+    Image.open(held).convert("RGB").quantize(COLOURS, kmeans=2, dither=Image.Dither.NONE).save(file, optimize=True)
     if not svg:
         return [file]
-    with rc_context(FIXED):
+    with rc_context({"svg.hashsalt": "winnowkv", "svg.fonttype": "path"}):
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     return [file.with_suffix(".svg"), file]

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shlex
 import struct
 import subprocess
@@ -42,6 +43,9 @@ COLUMNS, ROWS = 80, 28
 SHOWN = 20.0  # seconds of the recording, the last screen's time not counted
 IDLE = 3.0  # seconds that a wait is cut to
 FRAME = 0.15  # seconds between two screens at least
+ERASED = re.compile(
+    r"\r\x1b\[2K[^\n]*(?=\r\x1b\[2K)"
+)  # a line that is written and erased again: most of what a progress bar writes
 Event = tuple[float, str]
 
 
@@ -112,7 +116,14 @@ def shortened(events: Sequence[Event]) -> list[Event]:
         before = second
         cut.append((at, text))
     faster = max(cut[-1][0] / SHOWN, 1.0) if cut else 1.0
-    return [(round(second / faster, 3), text) for second, text in cut]
+    pieces: list[Event] = []
+    for second, text in cut:
+        shown = round(second / faster, 1)  # what is written within a tenth of a second is one piece
+        if pieces and pieces[-1][0] == shown:
+            pieces[-1] = (shown, pieces[-1][1] + text)
+        else:
+            pieces.append((shown, text))
+    return [(second, ERASED.sub("", text)) for second, text in pieces]
 
 
 def write(cast: Cast, file: Path) -> None:
@@ -129,7 +140,9 @@ def read(file: Path) -> Cast:
         header, *events = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
         return Cast({"width": header["width"], "height": header["height"], **header}, [(at, text) for at, _, text in events])
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file} is no asciicast of version 2: a header with width and height, then [second, 'o', text]") from None
+        raise InputError(
+            f"{file} is no asciicast of version 2: a header with width and height, then [second, 'o', text]"
+        ) from None
 
 
 def screens(cast: Cast) -> list[tuple[float, Screen]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from website.figures.bench import CACHES, ENGINES, PLAIN, WINNOW, Step, memory, read_engines, read_steps
+from website.figures.bench import BARS, CACHES, PLAIN, WINNOW, Step, memory, read_engines, read_steps
 from website.figures.style import INK, MIDDLE, SMALL, canvas, caption, dark, dress, save
 from website.records import Record
 
@@ -41,10 +41,11 @@ def lines(panel: Axes, steps: list[Step]) -> None:
         found = [(memory(name, CONTEXT, step.batch), 1000 * step.batch / step.ms, step) for step in steps if step.cache == name]
         panel.plot([at for at, _, _ in found], [pace for _, pace, _ in found], **look.fields)
         for at, pace, step in found:
-            place = {"xytext": (0, 9), "ha": "center"} if step.batch > 1 else {"xytext": (9, -6), "ha": "left"}
+            above = step.batch > 1
             panel.annotate(
-                f"{what}, {step.batch}", (at, pace), **place, textcoords="offset points", fontsize=MIDDLE,
-                color=dark(look.colour), fontweight="bold" if look.width > 2 else "normal",
+                f"{what}, {step.batch}", (at, pace), xytext=(0, 9) if above else (9, -6), ha="center" if above else "left",
+                textcoords="offset points", fontsize=MIDDLE, color=dark(look.colour),
+                fontweight="bold" if look.width > 2 else "normal",
             )  # fmt: skip
 
 
@@ -56,7 +57,9 @@ def bars(panel: Axes, engines: Mapping[str, tuple[int, float]]) -> None:
     panel.set_yticks([])
     panel.grid(visible=False, axis="y")
     for place, (name, (requests, pace)) in enumerate(engines.items()):
-        look = ENGINES[name]
+        look = BARS[name]
         panel.barh(-place - 0.12, pace, height=0.42, color=look.colour)
-        panel.text(2, 0.13 - place, name, fontsize=MIDDLE, va="bottom", color=INK, fontweight="bold" if look.width > 2 else None)
+        panel.text(
+            2, 0.13 - place, name, fontsize=MIDDLE, va="bottom", color=INK, fontweight="bold" if look.width > 2 else None
+        )
         panel.text(pace + 4, -place - 0.12, f"{pace:.0f}, {requests} requests", fontsize=SMALL + 1, va="center", color=INK)
