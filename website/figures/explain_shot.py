@@ -1,6 +1,6 @@
 """The page of ``winnow explain``, of a recorded selection, as headless Chromium shows it.
 
-    python -m website.figures.explain_shot record --json      the record ``explain``: what the command kept of the text made here
+    python -m website.figures.explain_shot record --json    the record ``explain``: what the command kept of the text made here
 
 The record holds what the page is made of (:func:`winnowkv.explain.page.component_data`), as JSON in one line, so that no model
 runs to draw it.
