@@ -24,7 +24,7 @@ from support.paths import ROOT
 from support.results import evaluation, write_run
 from winnowkv.policies import registry
 
-SHORT = 4  # new tokens of every answer, so that a page takes seconds
+SHORT = 2  # new tokens of every answer, so that a page takes seconds
 LOOKING = 'quality="balanced"'  # of a block whose answer must be longer than its lookahead of 64 tokens ...
 LONG = 66  # ... by two
 ADDRESSES = ("127.0.0.1:8000", "localhost:8000")  # of the server in the pages
@@ -32,10 +32,8 @@ SECONDS = 120  # a script or request of a page
 TEXT = (
     "The archive of Oakham was founded in 1712 by Mary Lund, who wrote the history of the town. It has nine rooms, and the "
     "oldest papers lie in the third. In 1850 a captain named Brandt gave his letters to it. The key to the last room was "
-    "lost at sea. Nobody has read what is in it since. The mayor wants to open that room in May. The roads are dry then. It is "
-    "open on two days of the week.\n"
+    "lost at sea, and nobody has read what is in it since. The mayor wants to open that room in May, when the roads are dry.\n"
 )
-QUESTION = "What is said of the archive here?"
 SEVEN_B = {  # the shape of a 7B model, of which `winnow plan --model M` reads no weights
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
@@ -47,10 +45,11 @@ Winnow = Callable[..., tuple[int, str, str]]
 
 def write_files(folder: Path) -> None:
     """The files that the pages speak of as the reader's own."""
-    rows = [f"{sentence}. {QUESTION}" for sentence in TEXT.strip().rstrip(".").split(". ")]
+    rows = [f"{TEXT[:200]} {question}" for question in ("Who founded it?", "How many rooms has it?")]
     (folder / "report.txt").write_text(TEXT, encoding="utf-8")
     (folder / "mine.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    shutil.copy(model_profile(), folder / "mine.json")
     (folder / "M").mkdir()
     (folder / "M" / "config.json").write_text(json.dumps(SEVEN_B), encoding="utf-8")
     (folder / "runs").mkdir()
@@ -60,8 +59,17 @@ def write_files(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
+def model_profile() -> Path:
+    """The profile of the embedded model that the package brings, with its curve."""
+    (found,) = (ROOT / "src" / "winnowkv" / "data" / "profiles").glob("smollm2-*.json")
+    return found
+
+
 class ShortAnswers:
-    """Ends every answer of a model after ``tokens`` tokens: it then says its end token, however it is asked."""
+    """Ends every answer of a model with token number ``tokens``: it is the end token, however the model is asked.
+
+    A long answer does not end before that.
+    """
 
     def __init__(self, model: Any, end: int) -> None:
         self.tokens, self.end, self._said = SHORT, end, 0
@@ -72,6 +80,8 @@ class ShortAnswers:
         self._said = self._said + 1 if ids is not None and ids.shape[-1] == 1 else 0
         if self._said >= self.tokens - 1:
             output.logits[..., self.end] = output.logits.max() + 100
+        elif self.tokens == LONG:
+            output.logits[..., self.end] = output.logits.min()
 
     def remove(self) -> None:
         """Let the model answer as it would."""
@@ -306,7 +316,7 @@ def following(folder: Path, winnow: Winnow, model: Model) -> Iterator[Page]:
 
 def first_python(block: Block) -> Block:
     """The first Python block of the page that a block continues."""
-    page = str((Path(block.page).parent / block.continues))
+    page = str(Path(block.page).parent / block.continues)
     if not (ROOT / page).is_file():
         raise BlockError(f"{block.where}: {page} is not there")
     return next(one for one in read_blocks(page) if one.language == "python")
