@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from winnowkv.prompt.task import TaskProfile
     from winnowkv.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "winnowkv.api": ("Run", "compress"),

@@ -180,10 +180,11 @@ class Document:
         """Read what is still to come of the last answer, then ``ids``; the logits after it, ``[1, vocabulary]``."""
         ids = [*self._coming, *ids]
         inputs = torch.tensor([ids], device=input_device(self.model))
-        output = self.model(input_ids=inputs, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
+        read = self.model(input_ids=inputs, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
+        logits: Tensor = read.logits
         self.ids += ids
         self._coming = []
-        return output.logits[:, -1]
+        return logits[:, -1]
 
     def _turn(self, messages: Messages, sampling: Sampling) -> Generator[str, None, Answer]:
         """Read new messages into this document and answer, piece by piece."""
@@ -258,7 +259,8 @@ def finished(turn: Generator[str, None, Answer]) -> Answer:
         try:
             next(turn)
         except StopIteration as end:
-            return end.value
+            answer: Answer = end.value
+            return answer
 
 
 def read(

@@ -43,7 +43,8 @@ def own_attention(module: nn.Module, base: str) -> Attention:
     kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
     file = sys.modules.get(kinds[0].__module__)
     interface: Any = getattr(file, "ALL_ATTENTION_FUNCTIONS", None) or AttentionInterface()
-    return interface.get_interface(base, getattr(file, "eager_attention_forward", None))
+    found: Attention = interface.get_interface(base, getattr(file, "eager_attention_forward", None))
+    return found
 
 
 def eager_attention(module: nn.Module) -> Attention:

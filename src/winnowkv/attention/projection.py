@@ -50,7 +50,8 @@ def projection_weight(projection: nn.Module | None, layer: int, query_heads: int
         weight = weight.to_local()
     # Linear stores [M, Hq * D], GPT-2's Conv1D the other way round.
     matrix = weight if type(projection).__name__ == "Conv1D" else weight.t()
-    return matrix.detach().unflatten(0, (query_heads, -1))
+    by_head: Projection = matrix.detach().unflatten(0, (query_heads, -1))
+    return by_head
 
 
 def _fetched(projection: nn.Module | None) -> Any:

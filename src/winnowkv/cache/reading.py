@@ -53,9 +53,9 @@ def prefill(
     if ceiling is not None:
         raise InputError(f"ceiling={ceiling} is for what is held between chunks: give chunk= too, or leave it out")
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **cache_argument(model, cache)}
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    logits: Tensor = model(**inputs, use_cache=True, logits_to_keep=1).logits
     cache.check_used()
-    return output.logits[:, -1]
+    return logits[:, -1]
 
 
 def _prefill_in_chunks(
@@ -86,7 +86,7 @@ def _prefill_in_chunks(
         for number, part in enumerate(input_ids.split(sizes, 1), 1):
             if hint and number == len(sizes):
                 others = {index: fork_layer(layer) for index, layer in others.items()}
-            output = model(input_ids=part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+            logits: Tensor = model(input_ids=part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
             cache.end_chunk()
         if hint:
             for index, layer in others.items():  # as they were before the hint
@@ -94,7 +94,7 @@ def _prefill_in_chunks(
     except BaseException:
         cache.reset()  # half a prompt must not pass for a whole one
         raise
-    return output.logits[:, -1]
+    return logits[:, -1]
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: 
     begin = torch.tensor(positions, device=ids.device)
     places = begin[:, None] + torch.arange(ids.shape[1], device=ids.device)
     mask = row_mask(cache, positions, ids.shape[1], ids.device)
-    return model(
+    logits: Tensor = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=places,
@@ -129,3 +129,4 @@ def extend(model: PreTrainedModel, cache: CompactCache, ids: Tensor, positions: 
         use_cache=True,
         logits_to_keep=last,
     ).logits
+    return logits

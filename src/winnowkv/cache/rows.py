@@ -74,10 +74,11 @@ class CacheRows(Cache):
 def read_rows(model: PreTrainedModel, caches: Sequence[CompactCache], tokens: Sequence[int], device: torch.device) -> Tensor:
     """Read one token into each cache, in one forward pass; returns the logits of the next ones ``[B, vocabulary]``."""
     ids = torch.tensor([[token] for token in tokens], device=device)
+    logits: Tensor
     if len(caches) == 1:
-        return model(input_ids=ids, **cache_argument(model, caches[0]), use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids, **cache_argument(model, caches[0]), use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1]
     places = torch.tensor([[cache.compact_layers[0].seen] for cache in caches], device=device)
     rows = CacheRows(caches)
-    return model(
-        input_ids=ids, position_ids=places, **cache_argument(model, rows), use_cache=True, logits_to_keep=1
-    ).logits[:, -1]  # fmt: skip
+    logits = model(input_ids=ids, position_ids=places, **cache_argument(model, rows), use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1]

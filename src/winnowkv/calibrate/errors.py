@@ -24,7 +24,7 @@ def attention_output(queries: Queries, keys: Keys, values: Tensor, scale: float,
     if kept is not None:
         keys, values = keys[:, :, kept], values[:, :, kept]
     attention = causal_attention(queries, keys, scale)[0]
-    output = attention.unflatten(0, (keys.shape[1], -1)) @ values[0].float()[:, None]
+    output: Tensor = attention.unflatten(0, (keys.shape[1], -1)) @ values[0].float()[:, None]
     return output.flatten(0, 1).transpose(0, 1).flatten(1)
 
 
@@ -36,7 +36,8 @@ def relative_error(compact: Tensor, full: Tensor) -> float:
 def project(output: Tensor, projection: nn.Module) -> Tensor:
     """The attention output after the block's output projection, computed in its dtype and returned as float32."""
     weight = next(projection.parameters())
-    return projection(output[None].to(weight.dtype))[0].float()
+    projected: Tensor = projection(output[None].to(weight.dtype))
+    return projected[0].float()
 
 
 def layer_shares(errors: Iterable[tuple[str, Sequence[float]]]) -> list[float]:

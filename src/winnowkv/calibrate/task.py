@@ -2,7 +2,7 @@
 
 Training rows are those of :mod:`winnowkv.calibrate.task_rows`. Every dataset and every family of instructions is held out
 once: reported predictions come from models that saw no row of it. ``DIR/longbench`` and
-``--prompts`` are used only for testing.
+``--prompts`` are used only for testing. Needs scikit-learn (``pip install 'winnowkv[test]'``).
 """
 
 from __future__ import annotations

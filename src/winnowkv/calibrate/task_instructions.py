@@ -79,6 +79,10 @@ class Words:
             text = SLOT.sub(lambda match: self.slot(match[1]), text)
         return re.sub(r"\\([{}()])", r"\1", text.replace("\\n", "\n"))
 
+    def found(self, pattern: str) -> list[str]:
+        """What a pattern with one group finds in the context."""
+        return [match[1] for match in re.finditer(pattern, self.context)]
+
     def slot(self, name: str) -> str:
         """The filling of one slot, with no slots in it."""
         draw, words = self.draw, self.context.split()
@@ -96,11 +100,11 @@ class Words:
                 name
             ]
         if name == "function":
-            return draw.choice(re.findall(r"def (\w+)", self.context) or ["main"])
+            return draw.choice(self.found(r"def (\w+)") or ["main"])
         if name == "signature":
-            return draw.choice(re.findall(r"( *def .*:)", self.context) or ["def main():"])
+            return draw.choice(self.found(r"( *def .*:)") or ["def main():"])
         if name == "speaker":
-            return draw.choice(re.findall(r"(?m)^(?:\[?[\d:]+\]? )?([A-Z]?\w+):", self.context) or FIRST_NAMES)
+            return draw.choice(self.found(r"(?m)^(?:\[?[\d:]+\]? )?([A-Z]?\w+):") or FIRST_NAMES)
         fixed = {
             "few": ("two", "three", "four", "five", "a few", "3", "5", "10", "100"), "language": LANGUAGES, "topic": TOPICS,
             "number": ("12", "300", "4,500", "1997", "0.5"), "name": (draw.choice(FIRST_NAMES), self.name(words)),

@@ -70,9 +70,10 @@ def without_weights(name: str) -> PreTrainedModel | None:
     config = load_config(name)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception:  # what a config cannot tell differs from model to model: loading says what is wrong
         return None
+    return model
 
 
 def check_policies(specs: Iterable[str], budgets: Iterable[Asked]) -> None:

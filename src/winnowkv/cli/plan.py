@@ -118,8 +118,10 @@ def choose_dtype(asked: str | None, config: Any) -> torch.dtype:
     if asked is not None and asked not in DTYPES:
         raise InputError(f"--dtype {asked!r} is unknown: it is one of {', '.join(DTYPES)}")
     if asked is not None:
-        return getattr(torch, asked)
-    return config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+        named: torch.dtype = getattr(torch, asked)
+        return named
+    stated: torch.dtype | None = config.dtype or config.get_text_config(decoder=True).dtype
+    return stated or torch.bfloat16
 
 
 def weights_bytes(config: Any, parameters: int, dtype: torch.dtype) -> int:

@@ -61,7 +61,7 @@ class ContextFiles(ABC):
             yield found
 
     def __contains__(self, context: str) -> bool:
-        return self._files.exists(self._path(check_id(context)))
+        return bool(self._files.exists(self._path(check_id(context))))
 
     def remove(self, context: str) -> None:
         """Delete a context. Raises InputError if it is not there, CacheError if it cannot be deleted."""
@@ -76,7 +76,8 @@ class ContextFiles(ABC):
     def stored_at(self, context: str) -> datetime | None:
         """When a context was written; None if the store does not say."""
         try:
-            return self._files.modified(self._path(check_id(context))).astimezone(UTC)
+            written: datetime = self._files.modified(self._path(check_id(context)))
+            return written.astimezone(UTC)
         except (NotImplementedError, OSError, KeyError, AttributeError):
             return None
 
@@ -112,11 +113,12 @@ class ContextFiles(ABC):
 def listing(files: Any, root: str, place: str) -> list[dict[str, Any]]:
     """Name, type and size of what is in a folder; nothing if it is not there. Raises CacheError if it cannot be listed."""
     try:
-        return files.ls(root, detail=True)
+        found: list[dict[str, Any]] = files.ls(root, detail=True)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CacheError(f"store {place} cannot be listed: {reason(error)}") from None
+    return found
 
 
 def subfolders(place: str) -> list[str]:

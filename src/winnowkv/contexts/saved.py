@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.layer import CompactLayer
-from winnowkv.cache.snapshot import TOKENS, document_bytes, document_of
+from winnowkv.cache.snapshot import document_bytes, document_of
+from winnowkv.cache.snapshot_header import TOKENS
 from winnowkv.contexts.context import ID_LENGTH, Context, ContextHeader
 from winnowkv.contexts.fit import model_fields
 from winnowkv.contexts.folder import ContextFiles, write_whole

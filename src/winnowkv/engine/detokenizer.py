@@ -60,7 +60,8 @@ class TextStream:
         return self._return_to(len(self._text))
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return text
 
     def _decoded(self) -> str:
         """Whole characters that the newest token added."""

@@ -367,8 +367,9 @@ class Engine:
         ids = torch.tensor([request.prompt], device=self._slots.device)
         if cache.session is None:  # it goes on from a document
             for part in ids.split(self._chunk or ids.shape[1], 1):
-                output = self.model(input_ids=part, **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
-            return output.logits[:, -1]
+                read = self.model(input_ids=part, **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
+            logits: Tensor = read.logits
+            return logits[:, -1]
         return prefill(self.model, ids, cache, chunk=self._chunk, ceiling=self._ceiling)
 
     def _decode(self, rows: list[Row]) -> list[Event]:

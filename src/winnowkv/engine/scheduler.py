@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from winnowkv.cache.cache import CompactCache
 from winnowkv.cache.looking import fork_looking
@@ -54,12 +55,12 @@ class Scheduler:
         self.slots, self.drafts, self.admission, self.max_rows = slots, drafts, admission, max_rows
         self._lock = threading.Condition()
         self._in_turn = False
-        self._waiting: deque[Request | Job] = deque()
+        self._waiting: deque[Request | Job[Any]] = deque()
         self.broken = False
         self._rows: list[Row] = []  # in the order of the slots' rows
         self._lookers: list[Looker] = []  # first come, first
         self._prompt: tuple[Request, CompactCache] | None = None  # being read, or read and waiting for its row
-        self._job: Job | None = None  # being done
+        self._job: Job[Any] | None = None  # being done
 
     @property
     def waiting(self) -> int:
@@ -86,7 +87,7 @@ class Scheduler:
             return job.peak  # what it holds is its own affair
         return 0 if prompt is None else prompt[1].held_bytes
 
-    def add(self, request: Request | Job) -> None:
+    def add(self, request: Request | Job[Any]) -> None:
         """Put a request or a job at the end of the queue."""
         with self._lock:
             self._waiting.append(request)
@@ -118,7 +119,7 @@ class Scheduler:
                 self._in_turn = False
                 self._lock.notify()
 
-    def next_prompt(self) -> Request | Job | None:
+    def next_prompt(self) -> Request | Job[Any] | None:
         """Take what is first in the queue, if there is a row for it and it fits. In a turn."""
         with self._lock:
             self._free_ended()
@@ -127,7 +128,7 @@ class Scheduler:
                 return None
             return self._waiting.popleft() if self._fits(self._waiting[0]) else None
 
-    def _fits(self, request: Request | Job) -> bool:
+    def _fits(self, request: Request | Job[Any]) -> bool:
         if isinstance(request, Job):
             return self._can_read(request.peak, self._ahead())
         claim, rows = request.claim, len(request.rows)
@@ -158,7 +159,7 @@ class Scheduler:
         with self._lock:
             self._prompt = request, cache
 
-    def work_on(self, job: Job | None) -> None:
+    def work_on(self, job: Job[Any] | None) -> None:
         """Note that a job is now done, or that none is any more. In a turn."""
         with self._lock:
             self._job = job

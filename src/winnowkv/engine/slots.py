@@ -345,7 +345,8 @@ class Slots(Cache):
         return self._forward(self.model, **inputs)
 
     def _forward(self, model: Callable[..., Any], **inputs: Tensor) -> Tensor:
-        return model(**inputs, **cache_argument(self.model, self), use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits: Tensor = model(**inputs, **cache_argument(self.model, self), use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1]
 
     def _addresses(self) -> Hashable:
         """Addresses and shapes of all buffers, for which a recorded step is valid."""

@@ -85,7 +85,7 @@ class WinnowLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """lm-eval's generation, over compressed prompts."""
         with self.compressing() as run:
-            answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._count(run)
         return answers
 

@@ -130,9 +130,10 @@ def load_config(name: str = EMBEDDED) -> PreTrainedConfig:
         raise ModelNotFoundError(f"model {name!r} does not exist: give 'embedded', a folder, a config.json, or a hub id")
     source = str(model_folder(name, best_dtype(best_device()))) if name in PACKAGED else name
     try:
-        return AutoConfig.from_pretrained(source)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
     except Exception as error:  # what a broken config raises differs from model to model and release to release
         raise cannot_load(name, error) from error
+    return config
 
 
 def cannot_load(name: str, error: Exception) -> ModelNotFoundError:

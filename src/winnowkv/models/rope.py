@@ -84,7 +84,8 @@ def _rotation_of(model: Any, own_frequencies: str) -> Rotation | None:
 def _quarter_turn(file: Any) -> Callable[[Tensor], Tensor] | None:
     """What a model's file turns all pairs of dimensions by 90 degrees with; gpt-oss has only a turn by any angle."""
     if hasattr(file, "rotate_half"):
-        return file.rotate_half
+        half: Callable[[Tensor], Tensor] = file.rotate_half
+        return half
     turn = getattr(file, "_apply_rotary_emb", None)
     return None if turn is None else lambda states: turn(states, torch.zeros(2), torch.ones(2))
 

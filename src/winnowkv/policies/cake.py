@@ -78,7 +78,8 @@ class MomentScorer(WindowScorer):
         pooled = pool(mean + asked.gamma * variance, asked.kernel, asked.pooling)
         scores = states.heads.whole(group_reduce(pooled, states.kv_heads, asked.group_by))
         # One factor for the whole layer changes no choice within it, and carries its preference to allocate().
-        return scores * (preference / scores.sum().clamp(min=1e-30))
+        factor: torch.Tensor = preference / scores.sum().clamp(min=1e-30)
+        return scores * factor
 
 
 @dataclass(frozen=True, kw_only=True)

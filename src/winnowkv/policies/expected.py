@@ -123,7 +123,8 @@ class ExpectedScorer(Scorer):
 
     def query_positions(self) -> Tensor:
         """Those of the samples."""
-        return sample_moves(self.tokens, self.context, self.sinks, self.samples, self.ahead)[0].unique()
+        positions: Tensor = sample_moves(self.tokens, self.context, self.sinks, self.samples, self.ahead)[0].unique()
+        return positions
 
     def score(self, states: LayerStates) -> Scores:
         """Attention of the moved queries, ``[1, Hkv, C]``; scaled so that its sum is the layer's preference."""

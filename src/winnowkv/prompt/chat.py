@@ -29,7 +29,9 @@ def apply_template(tokenizer: Any, messages: Sequence[dict[str, Any]], way_out: 
     if not tokenizer.chat_template:
         raise InputError(f"this model's tokenizer has no chat template: {way_out}")
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        ids: list[int] = encoded["input_ids"]
+        return ids
     except Exception as error:  # templates raise whatever they like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"the model's chat template does not take these messages: {reason}") from error
@@ -50,7 +52,8 @@ def render(tokenizer: Any, text: str, **options: Any) -> str:
     """
     if not tokenizer.chat_template:
         raise InputError("this model's tokenizer has no chat template: use --no-chat")
-    return tokenizer.apply_chat_template(user_message(text), add_generation_prompt=True, tokenize=False, **options)
+    around: str = tokenizer.apply_chat_template(user_message(text), add_generation_prompt=True, tokenize=False, **options)
+    return around
 
 
 def user_message(text: str) -> list[dict[str, Any]]:
@@ -64,7 +67,8 @@ def token_ids(tokenizer: Any, prompt: AnyPrompt) -> list[int]:
     Raises InputError for anything else, and as :func:`apply_template` does.
     """
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        ids: list[int] = tokenizer(prompt).input_ids
+        return ids
     if isinstance(prompt, Tensor):
         prompt = prompt.tolist()
     parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
@@ -144,7 +148,8 @@ def text_ending(tokenizer: Any, ids: Sequence[int], *, chat: bool) -> str:
     Raises InputError if the tokenizer gives other ids for them: it is not the one that made the ids.
     """
     for tokens in ENDING_TOKENS:
-        text, last = tokenizer.decode(list(ids[-tokens:])), list(ids[-tokens // 2 :])
+        text: str = tokenizer.decode(list(ids[-tokens:]))
+        last = list(ids[-tokens // 2 :])
         if text.strip() and open_turn(tokenizer, text, chat=chat)[-len(last) :] == last:
             return text
     raise InputError(

@@ -134,10 +134,11 @@ class LinearClassifier:
         """Log odds of localization."""
         units, last = [hashed(unit) for unit in sentences(text)], hashed(shapes(ends(text)[1]))
         shares = [*self.shares(units), SHAPE_WEIGHT]
-        return self._biases[1] + sum(
+        votes: list[float] = [
             share * float(self._weights[1, unit].sum()) / max(len(unit), 1) ** 0.5
             for share, unit in zip(shares, [*units, last], strict=True)
-        )
+        ]
+        return self._biases[1] + sum(votes)
 
     def __call__(self, texts: Sequence[str]) -> list[TaskProfile]:
         """Task and probability of each text."""

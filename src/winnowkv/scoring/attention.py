@@ -125,7 +125,7 @@ def accumulated_attention(queries: Queries, keys: Keys, scale: float, block: int
 
 def group_reduce(scores: HeadScores, kv_heads: int, how: GroupKind = "mean") -> Scores:
     """Query-head scores to KV-head scores ``[B, Hkv, C]``: mean (or max) over each GQA group."""
-    grouped = scores.unflatten(1, (kv_heads, -1))
+    grouped: Tensor = scores.unflatten(1, (kv_heads, -1))
     return grouped.mean(2) if how == "mean" else grouped.amax(2)
 
 

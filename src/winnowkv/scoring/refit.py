@@ -70,10 +70,12 @@ def ridge(attention: Tensor, missing: Tensor) -> Tensor:
     if queries < entries:
         system = attention @ attention.t()
         system.diagonal().add_(diagonal)
-        return attention.t() @ torch.linalg.solve(system, missing)
+        through: Tensor = torch.linalg.solve(system, missing)
+        return attention.t() @ through
     system = attention.t() @ attention
     system.diagonal().add_(diagonal)
-    return torch.linalg.solve(system, attention.t() @ missing)
+    change: Tensor = torch.linalg.solve(system, attention.t() @ missing)
+    return change
 
 
 def _queries_of(parts: list[tuple[Queries, float]], head: int, kv_heads: int) -> tuple[Tensor, Tensor]:

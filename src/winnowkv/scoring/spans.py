@@ -59,7 +59,7 @@ def window_reduce(scores: Scores, width: int, top: int) -> WindowScores:
     """
     tokens = scores.shape[-1]
     whole = tokens - tokens % width
-    means = scores[..., :whole].unflatten(-1, (-1, width)).topk(min(top, width), dim=-1).values.mean(-1)
+    means: Tensor = scores[..., :whole].unflatten(-1, (-1, width)).topk(min(top, width), dim=-1).values.mean(-1)
     if whole == tokens:
         return means
     tail = scores[..., whole:]

@@ -60,7 +60,7 @@ class Studied:
     @property
     def held_bytes(self) -> int:
         """Bytes of sums and maxima."""
-        return self.total.nbytes + self.square.nbytes + self.most.nbytes
+        return int(self.total.nbytes + self.square.nbytes + self.most.nbytes)
 
     def add(self, queries: Queries, keys: Keys, scale: float, share: Contribution | None = None) -> None:
         """Take in queries ``[1, Hq, q, D]``, the newest of ``keys`` ``[1, Hkv, S', D]``, which begin with the context's.
@@ -85,7 +85,8 @@ class Studied:
 
     def mean_square(self) -> HeadScores:
         """Mean over the queries of squared attention, ``[1, Hq, context]``."""
-        return self.square / max(self.queries, 1)
+        mean: Tensor = self.square / max(self.queries, 1)
+        return mean
 
     def root_mean_square(self) -> Scores:
         """Root of it, mean over each GQA group, ``[1, Hkv, context]``."""

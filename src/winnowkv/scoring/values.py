@@ -30,6 +30,6 @@ def lagged_spread(states: Keys, lag: int) -> Float[Tensor, "1 Hkv P L"]:
     A token's share of its partition's (softmax). ``states``: keys or values ``[1, Hkv, (P + 1) * lag, D]`` of ``P`` partitions
     and one more that only says its range. Source: LagKV (arXiv 2504.04704).
     """
-    cut = states.float().unflatten(2, (-1, lag))
+    cut: Tensor = states.float().unflatten(2, (-1, lag))
     least, most = cut[:, :, 1:].amin(-2, keepdim=True), cut[:, :, 1:].amax(-2, keepdim=True)
     return ((cut[:, :, :-1] - least) / (most - least).clamp(min=1e-6)).std(-1).softmax(-1)

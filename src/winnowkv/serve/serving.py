@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -14,6 +14,8 @@ from winnowkv.serve.loop import MOST_RETRY, EngineLoop
 from winnowkv.serve.metrics import Metrics
 from winnowkv.serve.prompts import PromptReader
 from winnowkv.serve.settings import ServeSettings
+
+Part = TypeVar("Part")
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Serving:
         """The model is loaded."""
         self._engine, self._prompts, self._loop = engine, prompts, loop
 
-    def _there(self, part: Any) -> Any:
+    def _there(self, part: Part | None) -> Part:
         if part is None:
             raise ApiError(503, "the server is loading its model: try again", code="loading", retry_after=MOST_RETRY / 6)
         return part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from winnowkv.prompt.task import TaskProfile
 
 QUANTIZED_CACHE_BITS = 4  # transformers' default
 BENCH_TASK = "localization"
+Filled = TypeVar("Filled", bound=Cache)
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -60,7 +61,8 @@ class PromptCaches:
     @torch.no_grad()
     def read_plain(self, tokens: int | None = None) -> DynamicCache:
         """Read the prompt, or its first ``tokens``, with transformers alone."""
-        return self.plain(self.ids[:, :tokens], use_cache=True, logits_to_keep=1).past_key_values
+        cache: DynamicCache = self.plain(self.ids[:, :tokens], use_cache=True, logits_to_keep=1).past_key_values
+        return cache
 
     def compact(self, policy: str, budget: Asked) -> CompactCache:
         """The compact cache of a setting; callers copy it before they decode."""
@@ -95,8 +97,10 @@ class PromptCaches:
         quanto()
         return self._filled(QuantizedCache("quanto", self.model.config, nbits=QUANTIZED_CACHE_BITS))
 
-    def _filled(self, cache: Any) -> Any:
+    def _filled(self, cache: Filled) -> Filled:
         """The cache with the prompt's keys and values in it."""
+        layer: Any  # transformers' layers take different things in update()
+        source: Any
         for layer, source in zip(cache.layers, self.dynamic(1).layers, strict=True):
             if type(source) is not DynamicLayer:
                 raise WinnowError("the model has sliding-window layers, whose prompt cannot be put into another cache")

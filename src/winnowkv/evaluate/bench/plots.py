@@ -89,7 +89,7 @@ def throughput_series(decode: Sequence[Cell], serve: Sequence[Cell]) -> dict[str
 def shown_context(decode: Sequence[Cell], serve: Sequence[Cell]) -> int:
     """The context of the engine's requests if decode steps were measured at it, else the longest."""
     contexts = {line["context"] for line in decode if "tokens_s" in line}
-    return next((line["context"] for line in serve if line["context"] in contexts), max(contexts))
+    return int(next((line["context"] for line in serve if line["context"] in contexts), max(contexts)))
 
 
 def label_of(line: Cell, name: str) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from winnowkv.budget import budget_text
-from winnowkv.evaluate.bench.bench import Bench, Cell, identity
+from winnowkv.evaluate.bench.bench import Bench, identity
+from winnowkv.evaluate.bench.cells import Cell
 from winnowkv.evaluate.report.machine import machine, versions
 from winnowkv.evaluate.report.store import ResultStore, write_json
 from winnowkv.evaluate.settings import Setting
@@ -148,7 +149,8 @@ def nested(line: Cell | None, *path: str) -> float | None:
     value: Any = line
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
-    return value
+    number: float | None = value
+    return number
 
 
 def inverse(value: float | None) -> float | None:

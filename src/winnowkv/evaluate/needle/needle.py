@@ -248,7 +248,8 @@ class Reading:
     def text(self, tokens: list[int]) -> str:
         """An answer's tokens as text, without the stop token."""
         kept = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return text
 
 
 def kept_of(report: Report) -> dict[str, Any]:
@@ -339,7 +340,8 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def mean_of(rows: Sequence[dict[str, Any]], metric: str) -> float:
     """Mean of a score."""
-    return mean(row[metric] for row in rows)
+    scores: list[float] = [row[metric] for row in rows]
+    return mean(scores)
 
 
 def answer_text(line: dict[str, Any]) -> str:

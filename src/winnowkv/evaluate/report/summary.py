@@ -162,9 +162,12 @@ def _kept_fraction(line: Line, full: FullAnswers) -> float:
     The two differ in the protocol context-only: the question is part of the prompt, but not of what is compressed.
     """
     reference = full.get((line["task"], line["row"]))
+    kept: float = line["kept_entries"]
     if reference is None or not same_prompt(line, reference):
-        return line["kept_entries"] / line["prompt_tokens"]
-    return line["kept_entries"] / reference["kept_entries"]
+        whole: float = line["prompt_tokens"]
+    else:
+        whole = reference["kept_entries"]
+    return kept / whole
 
 
 def _group(scope: str, rows: Sequence[Line], full: FullAnswers, common: set[RowKey], all_rows: int) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Ruler(EvalTask):
         """The share of the wanted strings that are in the answer."""
         from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
-        return string_match_all(postprocess_pred([answer]), [doc["outputs"]])
+        found: float = string_match_all(postprocess_pred([answer]), [doc["outputs"]])
+        return found
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class MadeRuler(EvalTask):
         """
         from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
-        found = [string_match_all(postprocess_pred([answer]), [[wanted]]) for wanted in doc["outputs"]]
+        found: list[float] = [string_match_all(postprocess_pred([answer]), [[wanted]]) for wanted in doc["outputs"]]
         return max(found) if self.partial else sum(found) / len(found)
 
 

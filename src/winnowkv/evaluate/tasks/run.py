@@ -225,7 +225,8 @@ class Worker:
 
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's tokens as text, without stop tokens."""
-        return self.tokenizer.decode([t for t in tokens if t not in self.stop], skip_special_tokens=True)
+        text: str = self.tokenizer.decode([t for t in tokens if t not in self.stop], skip_special_tokens=True)
+        return text
 
     def ends(self, task: EvalTask) -> Callable[[list[int]], bool]:
         """A test of whether an answer is complete: at a stop token, or if the task says that more text changes nothing."""

@@ -275,7 +275,9 @@ class Babilong(EvalTask):
 
     def judge(self, doc: Doc, answer: str) -> float:
         """Whether the answer names the target."""
-        return definition(f"babilong/babilong_{doc['task']}.yaml")["process_results"](doc, [answer])[self.metric]
+        results = definition(f"babilong/babilong_{doc['task']}.yaml")["process_results"](doc, [answer])
+        score: float = results[self.metric]
+        return score
 
 
 @dataclass(frozen=True)
@@ -353,9 +355,10 @@ def definition(path: str, *, functions: bool = True) -> Doc:
 
         with warnings.catch_warnings():  # fuzzywuzzy recommends a package that changes its scores
             warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")
-            return load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=functions)
+            task: dict[str, Any] = load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=functions)
     except (ImportError, OSError) as error:
         raise InputError(f"lm-eval's task {Path(path).stem} cannot be used: {first_line(error)} ({INSTALL})") from None
+    return task
 
 
 def from_hub(path: str, name: str, split: str) -> Iterator[tuple[str, Doc]]:

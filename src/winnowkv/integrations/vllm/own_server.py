@@ -117,7 +117,8 @@ class OwnTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
-        return self._asked("/detokenize", {"tokens": list(ids)})["prompt"]
+        text: str = self._asked("/detokenize", {"tokens": list(ids)})["prompt"]
+        return text
 
     def _encoded(self, body: Mapping[str, Any]) -> BatchEncoding:
         return BatchEncoding({"input_ids": list(self._asked("/tokenize", body)["tokens"])})
