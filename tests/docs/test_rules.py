@@ -50,6 +50,10 @@ OUT = "<!-- not run: it takes an hour -->"
         ("sh", "winnow eval --budgets 0", "page.md:5: budget 0 keeps nothing"),
         ("sh", "make dmeo", "page.md:5: the Makefile has no target dmeo"),
         ("sh", "pip install '.[dmeo]'", "page.md:5: pyproject.toml has no extra dmeo"),
+        ("sh", "uv sync --extra dmeo", "page.md:5: pyproject.toml has no extra dmeo"),
+        ("sh", "uv pip install 'winnowkv[serve,dmeo]'", "page.md:5: pyproject.toml has no extra dmeo"),
+        ("sh", "uv publish", "page.md:5: no rule for uv publish"),
+        ("sh", "python -m winnowkv generat", "page.md:5: No such command"),
         ("sh", "pip install examples/nowhere", "page.md:5: examples/nowhere is not there"),
         ("sh", "python benchmarks/nowhere.py", "page.md:5: benchmarks/nowhere.py is not there"),
         ("sh", "python -m nowhere", "page.md:5: there is no module nowhere"),
@@ -116,6 +120,11 @@ def test_blocks_of_a_page_share_names_and_files(page: Page) -> None:
     assert (page.folder / "a.txt").read_text() == f"2 {len(page.names['text'])}"
     follow(page, fenced("sh", "COLUMNS=80 winnow policies --json > policies.json"))
     assert '"winnow"' in (page.folder / "policies.json").read_text()
+
+
+def test_an_environment_is_not_made(page: Page) -> None:
+    follow(page, fenced("sh", "python3 -m venv .venv && . .venv/bin/activate\nuv pip install '.[demo]'\nwinnowkv --version"))
+    assert not (page.folder / ".venv").exists()
 
 
 def test_a_page_goes_on_from_another_one(page: Page) -> None:

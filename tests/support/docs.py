@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from support.paths import ROOT
 
 LEFT_OUT = {"docs/log.md"}  # a diary: its commands are those of their day
-COMMANDS = ("winnow", "python", "python3", "curl", "make", "pip")  # a block without a language that holds one is code
+COMMANDS = (
+    "winnow",
+    "winnowkv",
+    "python",
+    "python3",
+    "curl",
+    "make",
+    "pip",
+    "uv",
+)  # a block without a language that holds one is code
 SHELLS = {"sh", "bash", "console"}
 PLAIN = {"text", "mermaid"}  # what a command printed, and pictures
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>```+|~~~+) *(?P<language>[\w+-]*)[^`]*$")
@@ -181,4 +190,6 @@ def command(words: list[str], where: str) -> CommandLine:
         output, words = words[-1], words[:-2]
     if not words or any(set(word) <= set("&|;<>") for word in words):
         raise ValueError(f"{where}: this is no single command: {' '.join(words)}")
+    if words[:1] == ["winnowkv"] or (words[:1] in (["python"], ["python3"]) and words[1:3] == ["-m", "winnowkv"]):
+        words = ["winnow", *words[1 if words[0] == "winnowkv" else 3 :]]  # the same command
     return CommandLine(tuple(words), variables, output, where)

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.docs import Block, CommandLine
 from support.paths import ROOT
 
 OURS = "winnowkv"
+INSTALLERS = {"pip": [("install",)], "uv": [("pip", "install"), ("sync",), ("venv",)]}
 LISTS = {"policies": ",", "policy": None}  # options whose values are policy specs, and what stands between several
 
 
@@ -99,8 +101,8 @@ def check_command(line: CommandLine) -> None:
         parse_winnow(line)
     elif line.name == "make":
         check_make(line)
-    elif line.name == "pip":
-        check_pip(line)
+    elif line.name in ("pip", "uv"):
+        check_install(line)
     elif line.name in ("python", "python3"):
         check_script(line)
     check_files(line)
@@ -161,14 +163,15 @@ def recipe(target: str) -> str:
     return re.sub(r"\$\(BIN\)/|\$\(\w+\)", "", found[1].strip().splitlines()[-1]).strip() if found else ""
 
 
-def check_pip(line: CommandLine) -> None:
+def check_install(line: CommandLine) -> None:
     """Extras of winnowkv are declared, and folders are there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    if line.words[1:2] != ("install",):
-        raise BlockError(f"{line.where}: pip {line.words[1:2]} is not known here")
-    for word in line.words[2:]:
+    words = line.words[1:]
+    if not any(words[: len(known)] == known for known in INSTALLERS[line.name]):
+        raise BlockError(f"{line.where}: no rule for {line.name} {' '.join(words)}")
+    for before, word in pairwise(words):
         wanted = re.fullmatch(r"(?:\.|winnowkv)\[([\w,-]+)\]", word)
-        for extra in wanted[1].split(",") if wanted else ():
+        for extra in wanted[1].split(",") if wanted else [word] if before == "--extra" else ():
             if extra not in project["optional-dependencies"]:
                 raise BlockError(f"{line.where}: pyproject.toml has no extra {extra}")
         if "/" in word and not word.startswith("-") and not (ROOT / word).exists():

@@ -189,8 +189,13 @@ class Page:
                 self.run_command(line)
 
     def run_command(self, line: CommandLine) -> None:
-        """Run one command line; ``pip`` and ``make`` lines are checked, and ``make serve`` is what its recipe says."""
-        if line.name in ("pip", "make"):
+        """Run one command line.
+
+        What makes and fills an environment is only checked, and so is ``make``; ``make serve`` is what its recipe says.
+        """
+        if line.name in ("source", ".") or line.words[1:3] == ("-m", "venv"):
+            return
+        if line.name in ("pip", "uv", "make"):
             check_command(line)
             for word in line.words[2:] if line.name == "pip" else ():
                 self.install(ROOT / word)
