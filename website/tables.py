@@ -48,3 +48,6 @@ def level_costs(records: Records) -> str:
             for row in rows
         ),
     )  # fmt: skip
+
+
+from website import tables_choose as tables_choose  # noqa: E402 its tables register themselves, with what is above
