@@ -17,6 +17,7 @@ from winnowkv.report import MIB
 
 SUMMARIES, QUESTIONS = "policies-summaries", "policies-questions"
 BUDGET = 0.12  # the default, by which rows are sorted and advice is given
+HELD_MORE = 1.1  # held over kept bytes, from which on it is said
 Group = dict[str, Any]
 
 
@@ -44,6 +45,13 @@ def named(group: Group) -> str:
 def kept_share(group: Group) -> float:
     """Kept bytes over full bytes."""
     return float(group["kept_bytes"] / group["full_bytes"])
+
+
+def held_more(group: Group) -> str:
+    """``, which holds 22% of the bytes`` if a policy's storage is larger than what it keeps: heads padded to the longest."""
+    held = group["held_bytes"] / group["full_bytes"]
+    lookahead = level_of(group["policy"])[1] != "lean"  # answers' own tokens are in what these hold
+    return f", which holds {held:.0%} of the bytes" if held > HELD_MORE * kept_share(group) and not lookahead else ""
 
 
 def share(measure: dict[str, float | None], *, interval: bool = True) -> str:
@@ -174,7 +182,11 @@ def summary_advice(result: dict[str, Any]) -> Iterable[list[str]]:
 def question_advice(result: dict[str, Any]) -> Iterable[list[str]]:
     """The row on questions."""
     found = {level_of(group["policy"]): group for group in result["groups"] if group["budget"] == BUDGET}
-    yield ["an answer to a question, often short", "lean `winnow`", beside(found, "lean", "agreement")]
+    means = {name: group["agreement"]["mean"] or 0.0 for (name, level), group in found.items() if level == "lean"}
+    best = max(means, key=lambda name: means[name])
+    # One hidden fact and the words of an answer are two questions: docs/choose.md says which policy finds the fact.
+    take = "lean `winnow`" if best == "winnow" else f"lean `winnow` for single facts, `{best}` for the answer's words"
+    yield ["an answer to a question, often short", take, beside(found, "lean", "agreement")]
 
 
 def beside(found: dict[tuple[str, str], Group], level: str, measure: str) -> str:
@@ -182,5 +194,7 @@ def beside(found: dict[tuple[str, str], Group], level: str, measure: str) -> str
     others = [(group[measure]["mean"], name) for (name, its), group in found.items() if its == level and name != "winnow"]
     said = share(found["winnow", level][measure]) if ("winnow", level) in found else "not measured"
     best = max((one for one in others if one[0] is not None), default=None)
-    other = f"; best other `{best[1]}` {share(found[best[1], level][measure], interval=False)}" if best else ""
-    return f"at {BUDGET:.0%} {said}{other}"
+    if not best:
+        return f"at {BUDGET:.0%} {said}"
+    other = found[best[1], level]
+    return f"at {BUDGET:.0%} {said}; best other `{best[1]}` {share(other[measure])}{held_more(other)}"

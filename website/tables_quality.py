@@ -16,6 +16,7 @@ COLUMNS = (FULL, *LEVELS)
 # What is no published rule that evicts: these, and winnow and expected, which are ours.
 NOT_PUBLISHED = ("full", "int8", "int4", "random", "streaming", "winnow", "expected")
 DEMO_WIDTHS = (6, 6, 8)  # of found, MiB, ms/token
+HELD_MORE = 1.1  # held over kept bytes, from which on it is said: heads are padded to the longest
 PAPERS = {"windowkv": "WindowKV", "compresskv": "CompressKV", "dynamickv": "DynamicKV", "snapkv": "SnapKV"}
 Group = dict[str, Any]
 
@@ -83,7 +84,9 @@ def agreements(record: Record, metric: str) -> list[str]:
     """Shares of the full cache's tokens: its own, the best published rule's, and each level's."""
     rivals = [one for one in published(record.get("groups")) if one["budget"] == BUDGET and one[metric]["mean"] is not None]
     best = max(rivals, key=lambda one: one[metric]["mean"])
-    cells = [f"{best[metric]['mean']:.1%} (`{best['policy']}`)"]
+    held = best["held_bytes"] / best["full_bytes"]
+    more = f", holds {held:.0%}" if held > HELD_MORE * best["kept_bytes"] / best["full_bytes"] else ""
+    cells = [f"{best[metric]['mean']:.1%} (`{best['policy']}`{more})"]
     for level in LEVELS:
         one = group(record, spec_of_quality(DEFAULT, level))
         # Answers that end before anything is evicted are the full cache's own, and say nothing of what is lost.

@@ -40,7 +40,9 @@ def audit(after: int) -> dict[str, Any]:
     ]
     for group in groups:
         ended = group["policy"] == "winnow:lookahead=64" and after > 50
+        wide = group["policy"] == "cake" and after > 50
         group |= {"prompts": 5, "whole_answers": 5 if ended else 4}
+        group |= {"full_bytes": 100, "kept_bytes": 12, "held_bytes": 23 if wide else 13}
     return {"after": after, "groups": groups}
 
 
@@ -48,7 +50,9 @@ def test_the_readmes_costs_are_of_audits_and_levels() -> None:
     records = given("levels", levels()) | given("policies-summaries", audit(48)) | given("policies-questions", audit(64))
     lines = render("costs", records).splitlines()
     assert lines[2] == "| summaries: same token after 48 of an answer | 100% | 60.0% (`cake`) | 70.0% | 75.0% | 78.0% |"
-    assert lines[3] == "| answers to questions: same token | 100% | 70.0% (`cake`) | 80.0% | 85.0% (never compressed) | 88.0% |"
+    assert lines[3] == (
+        "| answers to questions: same token | 100% | 70.0% (`cake`, holds 23%) | 80.0% | 85.0% (never compressed) | 88.0% |"
+    )
     assert lines[4] == "| first token of 1,024 tokens | 1.00 s | | 2.00 s | 3.00 s | 4.00 s |"
     assert lines[5] == "| pause after the 64th token | | | | 0.5 s | 11.3 s |"
     assert lines[6] == "| held at most, and then (of 1.0 MiB) | 1.0 | | 2.0, 1.0 | 2.0, 1.0 | 2.0, 1.0 |"

@@ -48,6 +48,7 @@ LOOKS = {
 }  # fmt: skip
 PUBLISHED = (Look(ORANGE, "D", "--", 1.4), Look(SKY, "v", "-.", 1.4), Look(BLACK, "*", ":", 1.4), Look(GREY, "h", "--", 1.4))
 TICKS = (0.06, 0.12, 0.25, 0.5)
+STORES_MORE = 1.1  # storage over kept bytes, from which on the picture says it
 APART = 1.035  # factor by which lines at the same share stand apart, so that their intervals can be told apart
 
 
@@ -97,6 +98,14 @@ def draw(panel: Axes, audit: Audit, looks: Mapping[str, Look]) -> None:
                 color=dark(look.colour), path_effects=HALO, zorder=6,
             )  # fmt: skip
     label_ends(panel, ends, size=9.0)
+    said = [f"{name} stores up to\n{audit.held[name]:.1f} times what it keeps" for name in named if stores_more(audit, name)]
     if audit.whole:
-        said = f"{' and '.join(name.removeprefix('winnow, ') for name in audit.whole)} evict nothing\nin answers this short"
-        panel.text(0.03, 0.03, said, transform=panel.transAxes, fontsize=SMALL, color=INK, path_effects=HALO, zorder=6)
+        said.append(
+            f"{' and '.join(name.removeprefix('winnow, ') for name in audit.whole)} evict nothing\nin answers this short"
+        )
+    panel.text(0.03, 0.03, "\n".join(said), transform=panel.transAxes, fontsize=SMALL, color=INK, path_effects=HALO, zorder=6)
+
+
+def stores_more(audit: Audit, name: str) -> bool:
+    """Whether a policy's storage is so much larger than what it keeps that the picture has to say it."""
+    return audit.held.get(name, 1.0) > STORES_MORE

@@ -29,6 +29,7 @@ class Audit:
 
     lines: Mapping[str, list[Point]]
     whole: tuple[str, ...]
+    held: Mapping[str, float]
     prompts: int
     after: int
 
@@ -46,6 +47,7 @@ class Audit:
 def read(record: Record) -> Audit:
     """An audit of a record. Tokens after the lookahead count if all groups have some, else all tokens.
 
+    ``held`` has, by policy, the most storage over kept bytes of its budgets, for those that evict and do not look first.
     Groups in which no answer was long enough for anything to be evicted have no point; their policies are in ``whole``.
     Raises InputError for a record without a group whose interval is known.
     """
@@ -53,6 +55,7 @@ def read(record: Record) -> Audit:
     later = all(group.get("prompts_after") for group in groups)
     lines: dict[str, list[Point]] = {}
     whole: dict[str, None] = {}
+    held: dict[str, float] = {}
     for group in groups:
         name = name_of(group["policy"])
         if group.get("whole_answers") == group["prompts"] and not group.get("whole"):
@@ -63,12 +66,14 @@ def read(record: Record) -> Audit:
             raise InputError(f"record {record.name}: {name} has no interval or no bytes, is it an audit of several prompts?")
         point = Point(group["kept_bytes"] / group["full_bytes"], share["mean"], share["low"], share["high"])
         mine = lines.setdefault(name, [])
+        if not group.get("whole") and name not in (BALANCED, BEST):
+            held[name] = max(held.get(name, 0.0), group.get("held_bytes", group["kept_bytes"]) / group["kept_bytes"])
         if not group.get("whole") or not mine:  # one that evicts nothing is the same at every budget
             mine.append(point)
     if not lines:
         raise InputError(f"record {record.name} has no group with a compared prompt")
     made = {name: sorted(points, key=lambda point: point.kept) for name, points in lines.items()}
-    return Audit(made, tuple(whole), max(group["prompts"] for group in groups), record.get("after") if later else 0)
+    return Audit(made, tuple(whole), held, max(group["prompts"] for group in groups), record.get("after") if later else 0)
 
 
 def name_of(spec: str) -> str:
