@@ -20,8 +20,8 @@ ABOUT = (
 )
 TURNS = [
     "What color is Ada's bicycle?",
-    "Name three things that a baker needs.",
-    "Write two sentences about a walk along a canal.",
+    "Write a short story about a baker.",
+    "Write a short story about a dog.",
     "Where does Ada live?",
 ]
 
@@ -37,14 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--talk", action="store_true", help="read questions from the keyboard")
     parser.add_argument("--model", default="embedded", help="a hub id, a folder, or the model that comes with winnowkv")
     parser.add_argument("--file", type=Path, help="what the chat shall know from the start")
-    parser.add_argument("--turn-budget", type=int, default=96, help="entries of the turns that are kept, 64 at least")
-    parser.add_argument("--new", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--turn-budget", type=int, default=64, help="entries of the turns that are kept, 64 at least")
+    parser.add_argument("--new", type=int, default=64, help="most tokens of an answer")
     asked = parser.parse_args(arguments)
 
     model, tokenizer = wk.load(asked.model)
     about = asked.file.read_text(encoding="utf-8") if asked.file else ABOUT
-    rules = "You answer in one short sentence."
-    doc = wk.read(model, tokenizer, about, budget=1.0, decode_budget=asked.turn_budget, system=rules)
+    doc = wk.read(model, tokenizer, about, budget=1.0, decode_budget=asked.turn_budget)
     for question in typed() if asked.talk else TURNS:
         answer = doc.chat(question, max_new_tokens=asked.new)
         print(answer if asked.talk else f"\n> {question}\n{answer}")

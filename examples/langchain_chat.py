@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 
-TEXT = (
-    "The ferry of Port Selby crosses a mile of brown water. It was built in 1921 and is painted green. The captain is Edwina "
-    "Marlowe, who has a dog named Bramblewick. A crossing costs four coins. In fog the boat creeps, sounding a horn."
-)
-QUESTIONS = ["Who is the captain?", "What is the name of the dog?"]
+from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
+
+FACTS = read_needles()[3:5]  # a month and a capital
+QUESTIONS = [fact.question for fact in FACTS]
+TEXT = f"{read_haystack()[:1600]} {FACTS[0].needle} {read_haystack()[1600:2200]} {FACTS[1].needle}"
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     with server(asked) as url:
         chat = ChatOpenAI(model=asked.model, base_url=url, api_key="none", temperature=0, max_tokens=24)
-        body = {"text": TEXT, "hint": " ".join(QUESTIONS), "budget": 0.5}  # the hint names what will be asked
+        body = {"text": TEXT, "hint": " ".join(QUESTIONS), "budget": 128}  # the hint names what will be asked
         stored = chat.root_client.post("/contexts", body=body, cast_to=object)
         print(f"stored: {stored['kept']} entries a head of {stored['seen']} tokens, {stored['bytes'] / 2**20:.1f} MiB")
         chain = ChatPromptTemplate([("user", "{question}")]) | chat.bind(extra_body={"winnow_context": stored["id"]})

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import winnowkv as wk
 from winnowkv.evaluate.audit.audit import Audit, file_prompts, identity, run
-from winnowkv.evaluate.audit.recommend import name_of, write_summary
+from winnowkv.evaluate.audit.recommend import mebibytes, name_of, share_of, write_summary
 from winnowkv.evaluate.needle.prompts import read_haystack
 from winnowkv.evaluate.report.store import ResultStore
 
@@ -50,8 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         store.close()
 
     for group in summary["groups"]:
-        same, mib = group["agreement"]["mean"], group["kept_bytes"] / 2**20
-        print(f"{name_of(group):20} {same:6.1%} of the tokens are the same, {mib:5.2f} MiB kept")
+        print(f"{name_of(group):15} {share_of(group)} of the tokens are the same, {mebibytes(group['kept_bytes'])} MiB kept")
     print(summary["recommendation"]["sentence"])
 
 

@@ -14,7 +14,7 @@ from transformers import pipeline
 import winnowkv as wk
 from winnowkv.evaluate.needle.prompts import read_haystack, read_needles
 
-FACT = read_needles()[2]  # the winning number of a raffle
+FACT = read_needles()[3]  # the month of a festival
 
 
 def essay_with_a_fact() -> str:

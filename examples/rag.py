@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         read, mib = inputs["input_ids"].shape[1], [size / 2**20 for size in (run.report.kept_bytes, run.report.full_bytes)]
         print(f"\n{question}\n  {tokenizer.decode(tokens[0, read:], skip_special_tokens=True)}")
         print(f"  {read} tokens read, {mib[0]:.1f} of {mib[1]:.1f} MiB kept")
-        print(*(f"  passage {hit + 1}: {passages[hit][:50]} ... {passages[hit][-50:]}" for hit in hits[:2]), sep="\n")
+        print(*(f"  passage {hit + 1}: {passages[hit][:40]!r} ... {passages[hit][-60:]!r}" for hit in hits[:2]), sep="\n")
 
 
 if __name__ == "__main__":

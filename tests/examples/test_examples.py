@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import io
 import json
@@ -29,7 +30,7 @@ from winnowkv.policies import registry
 EXAMPLES = ROOT / "examples"
 SHORT = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb") and path.name != "vllm_demo.py")
 NOTEBOOK = EXAMPLES / "what_was_kept.ipynb"
-FACT = read_needles()[2]  # the winning number of a raffle, 4817
+FACT = read_needles()[3]  # the month of a festival
 MIB = r"(\d+\.\d+)"
 Run = Callable[..., str]
 
@@ -97,7 +98,7 @@ def sizes(pattern: str, out: str) -> list[tuple[float, ...]]:
 def test_an_example_is_short_and_says_how_it_is_run(path: Path) -> None:
     assert lines_of(path) < 60
     if path.suffix == ".py":
-        assert f"python examples/{path.name}" in (load_example(path.stem).__doc__ or "")
+        assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
 
 
 def test_the_readme_lists_every_example_and_nothing_else() -> None:
@@ -123,7 +124,7 @@ def test_rag_finds_the_passage_and_answers_from_a_part_of_it(run: Run) -> None:
     assert 0.11 < kept / full < 0.14  # two digits of each are printed
     answer, best = out.splitlines()[3], out.splitlines()[5]
     assert "Halvenport" in answer
-    assert re.match(r"  passage \d+: .*Halvenport\.$", best)
+    assert re.match(r"  passage \d+: .*Halvenport\.'$", best)
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_many_questions_are_answered_from_the_saved_text(run: Run, text: Path) -
     ((saved,),) = sizes(rf"saved: {MIB} MiB", out)
     assert held < 0.6 * full
     assert abs(saved - held) < 0.3
-    assert "4817" in out.split(FACT.question)[1]
+    assert FACT.answer in out.split(FACT.question)[1]
     ((question,),) = sizes(r"(\d+) tokens were read, not the text", out)
     assert question < sizes(r"(\d+) tokens read", out)[0][0] / 4
 
@@ -158,12 +159,12 @@ def test_batch_summaries_prints_each_text_within_the_memory(run: Run, tmp_path: 
 def test_batch_summaries_takes_whole_essays() -> None:
     essays = load_example("batch_summaries").essays(16)
     assert "\n\n".join(essays.values()) == read_haystack()
-    assert list(essays)[0] == "On Keeping Bees"
+    assert next(iter(essays)) == "On Keeping Bees"
 
 
 @pytest.mark.slow
 def test_a_chat_holds_a_bounded_part_of_its_turns(run: Run) -> None:
-    out = run("chat_with_memory", "--turn-budget", 64, "--new", 32)
+    out = run("chat_with_memory", "--new", 40)
     turns = sizes(r"\[(\d+) tokens of turns, (\d+) of their entries held", out)
     assert len(turns) == 4
     assert all(held <= 64 + 63 for _, held in turns)
@@ -174,13 +175,13 @@ def test_a_chat_holds_a_bounded_part_of_its_turns(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_pipeline_reads_into_a_compressed_cache(run: Run, text: Path) -> None:
-    out = run("pipeline", FACT.question, "--file", text)
+    out = run("pipeline", "--file", text, "--budget", 0.25)
     shares = sizes(r"of [\d.]+ MiB \(([\d.]+)%\)", out)
     assert shares[0] == (100.0,)
-    assert 11.5 < shares[1][0] < 12.5
+    assert 24.5 < shares[1][0] < 25.5
     whole, part = re.findall(r"% kept: (.*)", out)
-    assert "4817" in whole
-    assert "4817" in part
+    assert FACT.answer in whole
+    assert FACT.answer in part
 
 
 @pytest.mark.slow
@@ -189,7 +190,7 @@ def test_own_data_names_a_setting(run: Run, tmp_path: Path) -> None:
     prompts = made.write_prompts(tmp_path / "mine.jsonl", 2)
     assert [set(json.loads(row)) for row in prompts.read_text().splitlines()] == [{"prompt"}] * 2
     out = run("own_data", "--prompts", prompts, "--policies", "winnow", "--budgets", "0.5", "--keep", "0.01", "--new", 8)
-    ((share, kept),) = sizes(rf"winnow at 50% +{MIB}% of the tokens are the same, +{MIB} MiB kept", out)
+    ((share, kept),) = sizes(rf"winnow at 50% +{MIB}% \(.*\) of the tokens are the same, {MIB} MiB kept", out)
     assert 0 < share <= 100
     assert kept > 1
     assert "Use winnow at 50%" in out
@@ -199,10 +200,12 @@ def test_own_data_names_a_setting(run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_policy_of_ones_own_is_the_same_as_object_and_by_name(run: Run, text: Path) -> None:
     parts = run("own_policy", "--file", text).strip().split("\n\n")
-    heads = [part.split(", 25% of")[0] for part in parts]
-    assert heads == ["snapkv", "valuesnap:norm=1.0", "valuesnap:norm=1", "adakv:of=valuesnap"]
-    answers = [part.split(" MiB kept\n")[1] for part in parts]
-    assert answers[1] == answers[2] != ""
+    assert [part.split(", ")[0] for part in parts] == ["snapkv", "valuesnap:norm=1.0", "adakv:of=valuesnap:norm=1"]
+    assert [part.split(", ")[1].split(" of")[0] for part in parts] == ["25%"] * 3
+    assert all(part.split(" MiB kept\n")[1] for part in parts)
+    made = wk.policy("valuesnap:norm=1")
+    assert made == type(made)(norm=1.0)
+    assert type(made).__module__ == "example_own_policy"
 
 
 @pytest.mark.slow
@@ -211,13 +214,14 @@ def test_langchain_asks_about_a_stored_text(run: Run, embedded: tuple[Any, Any],
     with running(tiny_app(Engine(*embedded), model="embedded", store=str(tmp_path / "store"))) as server:
         out = run("langchain_chat", "--url", f"{server.url}/v1")
     ((kept, seen),) = sizes(r"stored: ([\d.]+) entries a head of (\d+) tokens", out)
-    assert kept <= seen / 2 + 1
+    assert kept == 128 < seen / 4
     used = re.findall(r"'input_tokens': (\d+).*'cache_read': (\d+)", out)
     assert len(used) == 2
     assert all(int(all_of_it) - int(stored) < 24 for all_of_it, stored in used)  # the question and the template's end
-    assert "Marlowe" in out
+    assert FACT.answer in out.split(FACT.question)[1]
 
 
+@pytest.mark.slow
 def test_langchain_finds_the_server_that_it_starts(winnow: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What it starts takes these options, and says where it listens as the example reads it."""
     pytest.importorskip("langchain_openai", reason="langchain-openai is not installed (pip install langchain-openai)")
@@ -278,7 +282,10 @@ def test_the_notebook_draws_what_was_kept(
     assert image.mean() == pytest.approx(kept.kept_fraction)
     heights = [bar.get_height() for bar in bar_axes.patches]
     assert sum(heights) == pytest.approx(image.sum())
-    assert kept.kept_fraction == pytest.approx(0.12, abs=0.01)
-    assert "4817" in out.splitlines()[0]
-    assert "…" in out.splitlines()[-1]
+    assert kept.kept_fraction == pytest.approx(0.2, abs=0.01)
+    assert len(set(heights)) > 1  # layers get parts of their own
+    assert FACT.answer in out.splitlines()[0]
+    words = out[out.index("<|im_start|>") :]
+    assert "…" in words
+    assert FACT.needle in words.replace("\n", " ")
     plt.close("all")
