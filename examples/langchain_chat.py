@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from tempfile import TemporaryDirectory
 
 from langchain_core.prompts import ChatPromptTemplate
@@ -32,9 +33,11 @@ def server(asked: argparse.Namespace) -> Iterator[str]:
         return
     command = [sys.executable, "-m", "winnowkv", "serve", "--model", asked.model, "--port", "0", "--json", "--store"]
     with TemporaryDirectory() as store, subprocess.Popen([*command, store], stdout=subprocess.PIPE, text=True) as process:
-        said = "".join(iter(process.stdout.readline, "}\n"))  # a JSON object, once it listens
-        yield json.loads(said + "}")["url"] + "/v1"
-        process.terminate()
+        try:
+            said = takewhile(lambda line: line != "}\n", process.stdout)  # a JSON object, once it listens
+            yield json.loads("".join(said) + "}")["url"] + "/v1"
+        finally:
+            process.terminate()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for policy in ("snapkv", ValueSnapKV(norm=1.0), "adakv:of=valuesnap:norm=1"):
         with wk.compress(model, policy, 0.25, tokenizer=tokenizer) as run:
-            tokens = model.generate(**inputs.to(model.device), max_new_tokens=24, do_sample=False)
+            tokens = model.generate(**inputs.to(model.device), max_new_tokens=16, do_sample=False)
         print(f"\n{run.report.policy}, {run.report.kept_fraction:.0%} of {run.report.full_bytes / 2**20:.1f} MiB kept")
         print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

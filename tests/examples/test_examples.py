@@ -221,45 +221,63 @@ def test_langchain_asks_about_a_stored_text(run: Run, embedded: tuple[Any, Any],
     assert FACT.answer in out.split(FACT.question)[1]
 
 
+class Started:
+    """A process that has printed something; whoever waits for it must have ended it."""
+
+    def __init__(self, printed: str) -> None:
+        self.stdout, self.ended = io.StringIO(printed), False
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.ended
+
+    def terminate(self) -> None:
+        self.ended = True
+
+
 @pytest.mark.slow
-def test_langchain_finds_the_server_that_it_starts(winnow: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_langchain_finds_the_server_that_it_starts(winnow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it starts takes these options, and says where it listens as the example reads it."""
     pytest.importorskip("langchain_openai", reason="langchain-openai is not installed (pip install langchain-openai)")
     monkeypatch.setattr("winnowkv.serve.logs.set_up", lambda **options: None)
-    bound: list[Any] = []
 
     def serve(settings: Any, model: str, device: Any, dtype: Any, socket: Any, address: str, as_json: bool) -> None:
-        bound.append((socket, address))
+        assert model == "embedded"
+        socket.close()
         print(said(settings, address, as_json), flush=True)
 
+    def start(command: list[str], **options: Any) -> Started:
+        assert command[:3] == [sys.executable, "-m", "winnowkv"]
+        code, out, err = winnow(*command[3:])
+        assert (code, err) == (0, "")
+        return Started(out)
+
     monkeypatch.setattr("winnowkv.cli.serve.run", serve)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    asked = argparse.Namespace(url=None, model="embedded")
+    with load_example("langchain_chat").server(asked) as url:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", url)
 
-    class Started:
-        """A process that has printed what the command prints."""
 
-        ended = False
+@pytest.mark.slow
+def test_langchain_ends_its_server_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("langchain_openai", reason="langchain-openai is not installed (pip install langchain-openai)")
+    example, asked = load_example("langchain_chat"), argparse.Namespace(url=None, model="embedded")
+    processes = [Started('{\n  "url": "http://127.0.0.1:1"\n}\n'), Started("")]  # the second one ended at once
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: next(each for each in processes if not each.ended))
+    with pytest.raises(KeyError, match="mine"), example.server(asked):
+        raise KeyError("mine")
+    with pytest.raises(json.JSONDecodeError), example.server(asked):
+        pass
+    assert all(each.ended for each in processes)
 
-        def __init__(self, command: list[str], **options: Any) -> None:
-            assert command[:3] == [sys.executable, "-m", "winnowkv"]
-            code, out, err = winnow(*command[3:])
-            assert (code, err) == (0, "")
-            self.stdout = io.StringIO(out)
 
-        def __enter__(self) -> Started:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            assert self.ended, "a process that was not ended is waited for"
-
-        def terminate(self) -> None:
-            self.ended = True
-
-    monkeypatch.setattr(subprocess, "Popen", Started)
-    with load_example("langchain_chat").server(argparse.Namespace(url=None, model="embedded")) as url:
-        ((socket, address),) = bound
-        assert url == f"{address}/v1"
-        assert socket.getsockname()[0] == "127.0.0.1"
-    socket.close()
+def test_python_runs_the_command_as_a_module() -> None:
+    """``python -m winnowkv``, which the example starts its server with."""
+    found = subprocess.run([sys.executable, "-m", "winnowkv", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"winnow {wk.__version__}\n"
 
 
 @pytest.mark.slow
