@@ -30,7 +30,7 @@ AREAS = {
     ),
     "policies": Area(
         "Policies", "To make, combine and write them.",
-        ("policy", "adakv", "chunkkv", "criticalkv", "Policy", "PromptInfo", "LayerStates"),
+        ("policy", "register_policy", "adakv", "chunkkv", "criticalkv", "Policy", "PromptInfo", "LayerStates"),
     ),
     "models": Area("Models and profiles", "", ("load", "ModelInfo", "CalibrationProfile", "read_profile")),
     "prompts": Area(
