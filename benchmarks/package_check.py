@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -204,12 +206,13 @@ def check(folder: Path, torch: str, pins: Sequence[str | Path]) -> dict[str, Any
     failed = list(contents(tree, wheel, sdist))
     rows: list[tuple[str, int]] = [("wheel", wheel.stat().st_size), ("sdist", sdist.stat().st_size)]
 
-    user.install(torch)
+    user.install(*shlex.split(torch))
     with_torch = user.bytes()
     user.install(*pins, wheel)
     own = size(user.packages / "winnowkv")
     rows += [("winnowkv, installed", own), ("its core dependencies without torch", user.bytes() - with_torch - own)]
-    rows.append((f"{torch} for this machine, and what it needs", with_torch))
+    installed = next(user.packages.glob("torch-*.dist-info")).name.removesuffix(".dist-info").replace("-", " ")
+    rows.append((f"{installed} for {platform.system()} on {platform.machine()}, and what it needs", with_torch))
 
     work = folder / "work"
     work.mkdir()
@@ -239,7 +242,7 @@ def check(folder: Path, torch: str, pins: Sequence[str | Path]) -> dict[str, Any
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Build, install and try wheel and sdist.")
-    parser.add_argument("--torch", default=TORCH, help=f"what is installed first ({TORCH})")
+    parser.add_argument("--torch", default=TORCH, help=f"what pip installs first, with its options ({TORCH})")
     parser.add_argument("--newest", action="store_true", help="the newest dependencies instead of constraints.txt")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--keep", type=Path, help="leave environments and files in this folder, which must be new")
