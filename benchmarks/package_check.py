@@ -176,7 +176,7 @@ def contents(tree: Path, wheel: Path, sdist: Path) -> Iterator[str]:
         *(f"src/{name}" for name in wanted),
     ]
     yield from (f"the sdist lacks {name}" for name in needed if name not in names)
-    unwanted = re.compile(r"(^|/)(winnow-out|site|\.venv[^/]*|__pycache__|\.[a-z]+_cache)/|\.(pyc|png|svg)$")
+    unwanted = re.compile(r"(^|/)(winnow-out|site|\.venv[^/]*|__pycache__|\.[a-z]+_cache)/|\.pyc$|^docs/.*\.(png|svg)$")
     yield from (f"the sdist should not hold {name}" for name in sorted(names) if unwanted.search(name))
 
 
