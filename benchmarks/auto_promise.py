@@ -1,8 +1,8 @@
-"""Draw what ``budget="auto"`` promised against what it gave: one point for each prompt, and the mean of each target.
+"""What ``budget="auto"`` promised and what it gave: the mean over prompts of each target, with its 95% interval.
 
 winnow audit --prompts MINE --policies winnow --budgets 0.05,0.12,0.25,0.5,0.75,0.9 --curves p.json
 winnow audit --prompts OTHERS --policies winnow --budgets auto:0.8:p.json,auto:0.9:p.json,auto:0.95:p.json --out DIR
-python benchmarks/auto_promise.py DIR [--out docs/auto_promise.svg] [--json]
+python benchmarks/auto_promise.py DIR [--json]
 """
 
 from __future__ import annotations
@@ -46,36 +46,12 @@ def promises(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write the picture as an SVG and a PNG of the same name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4.2), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    panel = figure.subplots()
-    lowest = min(min(row["agreements"]) for row in rows)
-    panel.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1, label="as promised")
-    for row in rows:
-        targets = [row["target"]] * row["prompts"]
-        panel.plot(targets, row["agreements"], "o", color="tab:blue", alpha=0.35, markersize=4)
-        error = [[row["agreement"] - row["low"]], [row["high"] - row["agreement"]]]
-        panel.errorbar([row["target"]], [row["agreement"]], yerr=error, fmt="s", color="tab:red", capsize=3)
-    panel.set(xlabel="promised share of the full cache's tokens", ylabel="realised share, each prompt and mean")
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False)
-    for suffix in (".svg", ".png"):
-        figure.savefig(out.with_suffix(suffix), metadata={"Date": None} if suffix == ".svg" else None, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/auto_promise.svg"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = promises(args.folder)
-    draw(rows, args.out)
     if args.json:
         print(json.dumps({"rows": rows}, indent=2))
         return

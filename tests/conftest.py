@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if os.environ.get("WINNOW_TEST_DEVICE", "cpu") == "cpu":
@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from support.cases import CASES, EVICTING, QUANTIZED, Case
+from support.hub import TOKEN, StubHub, stub_hub
 from support.models import built
 from support.paths import ROOT
 from support.profiles import PROFILES, write_profiles
@@ -113,6 +114,25 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+    """A Hub on loopback in the place of the real one, with its owner's token; what waits between two tries does not."""
+    from huggingface_hub import close_session, constants
+
+    with stub_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()
+        yield running
+        close_session()
 
 
 def outside(variable: str, folder: str) -> Path:

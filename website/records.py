@@ -5,12 +5,18 @@ command's own JSON under ``result``, and when, where and at which revision it wa
 
     {"command": ..., "date": ..., "revision": ..., "machine": {...}, "versions": {...}, "result": {...}}
 
-A record that was copied from docs/log.md by hand, because no command's output was kept, says so: ``transcribed: heading``.
+Where no command's output was kept, the numbers were copied by hand, and the file says from where:
+``"transcribed": "docs/log.md, heading"``. It has the shape of the command's JSON, so that measuring it only has to write the
+file anew. If the command prints nothing of the kind (``by_hand`` in records.yaml), it holds tables as the pages show them, and
+numbers that their sentences name::
+
+    "result": {"tables": {NAME: {"columns": [...], "rows": [[...], ...]}}, "numbers": {NAME: 1.5}}
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -36,18 +42,21 @@ class Record:
 
     Attributes
     ----------
-    command: a shell command that prints JSON, run in the repository's root; for a transcribed record the one in the log.
+    command: a shell command, run in the repository's root, that prints JSON; for ``by_hand`` it prints something else.
+        ``$OUT`` is a folder under winnow-out for this record and revision, where an interrupted run goes on.
     code: paths of the repository; a later commit to one of them makes the record old.
-    transcribed: the heading in docs/log.md from which it was copied by hand; empty if a command wrote it.
+    by_hand: the file is always copied from what the command printed, since that is no JSON or is not what the pages say.
     own_file: the command writes the file by itself, with its own fields (``make soak``, ``make support``).
+    pages: files that another program makes of the record, beside the pages with markers.
     """
 
     name: str
     what: str
     command: str
     code: tuple[str, ...]
-    transcribed: str = ""
+    by_hand: bool = False
     own_file: bool = False
+    pages: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -65,16 +74,41 @@ class Record:
         return content
 
     @property
+    def transcribed(self) -> str:
+        """The page and its heading from which the numbers were copied by hand; empty if a command wrote the file."""
+        return str(self.content.get("transcribed", ""))
+
+    @property
+    def note(self) -> str:
+        """What readers should know of this measurement beside its numbers; mostly empty."""
+        return str(self.content.get("note", ""))
+
+    @cached_property
     def revision(self) -> str:
-        """The git revision that was measured; if the file does not say, the one that wrote it. Empty if git does not know."""
-        return str(self.content.get("revision") or "").rstrip("+") or git("log", "-1", "--format=%h", "--", str(self.path))
+        """The git revision that was measured.
+
+        If the file names none: of a file that a command wrote the commit that has it, of a copied one the commit that wrote
+        its heading, or the last one of its day if that is earlier. Empty if git knows none.
+        """
+        if self.content.get("revision"):
+            return str(self.content["revision"]).rstrip("+")
+        if not self.transcribed:
+            return git("log", "-1", "--format=%h", "--", str(self.path))
+        page, _, heading = self.transcribed.partition(", ")
+        written = git("log", "-1", f"-S# {heading}\n", "--format=%as %h", "--", page)
+        last = git("log", "-1", f"--before={self.content['date']}T23:59:59Z", "--format=%as %h")
+        return min((found for found in (written, last) if found), key=lambda found: found[:10], default="").partition(" ")[2]
 
     def get(self, path: str) -> Any:
-        """A value of ``result`` by a path such as ``rows.level=best.pause_s``: keys, numbers, ``key=value`` of a list's rows.
+        """A value by a path of keys, numbers and ``key=value`` of a list's rows, such as ``rows.level=best.pause_s``.
 
+        It starts in ``result``, or is one of the file's other fields (``date``, ``machine.processor``).
         Raises InputError for a path that leads nowhere.
         """
-        found: Any = self.content if self.own_file else self.content["result"]
+        found: Any = self.content
+        first = path.partition(".")[0]
+        if not self.own_file and (first not in found or first in self.content["result"]):
+            found = self.content["result"]
         for step in path.split("."):
             try:
                 found = follow(found, step)
@@ -82,30 +116,40 @@ class Record:
                 raise InputError(f"record {self.name} has no {path!r}: {step!r} is not there") from None
         return found
 
-    def write(self, result: Any) -> None:
-        """Write the file: a command's JSON, with date, revision, machine and versions."""
-        stamp = {"date": date.today().isoformat(), "revision": revision(), "machine": machine(), "versions": versions()}
-        given = {name: result.pop(name) for name in ("machine", "versions") if isinstance(result, dict) and name in result}
-        content = {"command": self.command, **stamp, **given, "result": result}
-        self.path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    def write(self, result: Any, measured: str = "") -> None:
+        """Write the file: a command's JSON, with date, revision, machine and versions, its own ones if it says them.
+
+        ``measured`` is the git revision, if it is not the one that lies here.
+        """
+        stamp: dict[str, Any] = {
+            "date": date.today().isoformat(), "revision": measured or revision(), "machine": machine(), "versions": versions(),
+        }  # fmt: skip
+        if isinstance(result, dict):
+            result = {"revision" if name == "git" else name: value for name, value in result.items()}
+            stamp |= {name: given for name in ("revision", "machine", "versions") if (given := result.pop(name, None))}
+        text = json.dumps({"command": self.command, **stamp, "result": result}, indent=1, ensure_ascii=False)
+        self.path.write_text(text.replace(f"{ROOT}/", "") + "\n", encoding="utf-8")  # no path of the machine's
+
+    def parse(self, printed: str) -> Any:
+        """What the command printed. Raises InputError if it is no JSON, or if the file is not written of that."""
+        if self.own_file or self.by_hand:
+            way = "its command writes it" if self.own_file else f"copy what this prints into docs/data/{self.path.name}"
+            raise InputError(f"record {self.name} is not written here: {way}: {self.command}")
+        try:
+            return json.loads(printed)
+        except ValueError:
+            raise InputError(f"record {self.name}: {self.command} printed no JSON; add --json") from None
 
     def measure(self) -> None:
         """Run the command and write what it prints. Raises InputError if it fails or prints no JSON."""
-        if self.transcribed or self.own_file:
-            way = (
-                f"its command writes it: {self.command}" if self.own_file else f"copied from docs/log.md, {self.transcribed!r}"
-            )
-            raise InputError(f"record {self.name} is not measured here: {way}")
-        here = self.command.replace("python ", f"{sys.executable} ", 1) if self.command.startswith("python ") else self.command
-        bin_folder = str(Path(sys.executable).parent)
-        shell = f"PATH={shlex.quote(bin_folder)}:$PATH; {here}"
-        done = subprocess.run(["sh", "-c", shell], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        if self.own_file or self.by_hand:
+            self.parse("")
+        shell = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; {self.command}"
+        variables = os.environ | {"OUT": f"winnow-out/record/{self.name}-{revision()}"}
+        done = subprocess.run(["sh", "-c", shell], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise InputError(f"record {self.name}: {self.command} ended with exit code {done.returncode}")
-        try:
-            self.write(json.loads(done.stdout))
-        except ValueError:
-            raise InputError(f"record {self.name}: {self.command} printed no JSON; add --json") from None
+        self.write(self.parse(done.stdout))
 
     def commits_since(self) -> int | None:
         """How many commits changed its code since it was measured; None if git or the revision is not there."""
@@ -121,10 +165,10 @@ def git(*words: str) -> str:
 
 
 def follow(found: Any, step: str) -> Any:
-    """One step of a path: the row of a list with ``key=value``, its number, or a key."""
+    """One step of a path: the row of a list with ``key=value`` (``0=value``: by its first cell), its number, or a key."""
     key, equals, value = step.partition("=")
     if isinstance(found, list):
-        return next(row for row in found if str(row[key]) == value) if equals else found[int(step)]
+        return next(row for row in found if str(follow(row, key)) == value) if equals else found[int(step)]
     return found[step]
 
 
@@ -136,7 +180,10 @@ def read_records() -> dict[str, Record]:
         if not re.fullmatch(r"[a-z0-9_.-]+", name):
             raise InputError(f"record {name!r}: a name has small letters, digits, dots, _ and - only")
         try:
-            records[name] = Record(name, **{**fields, "code": tuple(fields["code"])})
-        except (TypeError, KeyError) as error:
+            lists = {key: tuple(fields.get(key, ())) for key in ("code", "pages")}
+            records[name] = Record(name, **{**fields, **lists})
+        except (TypeError, AttributeError) as error:
             raise InputError(f"record {name} in docs/data/records.yaml: {error}") from None
+        if not records[name].code:
+            raise InputError(f"record {name} in docs/data/records.yaml: name the code whose changes make it old")
     return records

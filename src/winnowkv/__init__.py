@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from winnowkv.models.calibration import CalibrationProfile, read_profile
     from winnowkv.models.info import ModelInfo
     from winnowkv.models.load import load
-    from winnowkv.policies import LayerStates, Policy, PromptInfo, policy
+    from winnowkv.policies import LayerStates, Policy, PromptInfo, policy, register_policy
     from winnowkv.policies.wrappers import adakv, chunkkv, criticalkv
     from winnowkv.prompt.classifier import task_profile
     from winnowkv.prompt.structure import Structure, read_structure
@@ -67,7 +67,7 @@ _HOMES = {
     "winnowkv.models.calibration": ("CalibrationProfile", "read_profile"),
     "winnowkv.models.info": ("ModelInfo",),
     "winnowkv.models.load": ("load",),
-    "winnowkv.policies": ("LayerStates", "Policy", "PromptInfo", "policy"),
+    "winnowkv.policies": ("LayerStates", "Policy", "PromptInfo", "policy", "register_policy"),
     "winnowkv.policies.wrappers": ("adakv", "chunkkv", "criticalkv"),
     "winnowkv.prompt.classifier": ("task_profile",),
     "winnowkv.prompt.structure": ("Structure", "read_structure"),
@@ -82,7 +82,7 @@ __all__ = [
     "ModelNotFoundError", "Policy", "PolicyError", "ProfileError", "PromptInfo", "Report", "Request", "Run", "Sampling",
     "Structure", "Study", "TaskProfile", "UnsupportedEngineError", "UnsupportedModelError", "WinnowError", "adakv",
     "chunkkv", "compress", "criticalkv", "extend", "greedy", "load", "load_cache", "open_document", "policy", "prefill",
-    "read", "read_profile", "read_structure", "save_cache", "stack", "task_profile",
+    "read", "read_profile", "read_structure", "register_policy", "save_cache", "stack", "task_profile",
 ]  # fmt: skip
 
 

@@ -33,6 +33,10 @@ class ProfileError(WinnowError, ValueError):
     """A calibration profile that is missing, broken, too new, or of another model."""
 
 
+class HubError(WinnowError):
+    """A repository of the Hugging Face Hub that cannot be reached, read or written."""
+
+
 class CacheError(WinnowError):
     """A compact cache used after its end, or asked for what eviction made impossible."""
 

@@ -40,7 +40,7 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
         [sys.executable, "-c", SCRIPT % (HEAVY,), json.dumps(asked)], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stderr) == [[arguments, 0, []] for arguments in asked]
-    assert len(COMMANDS) == 17
+    assert len(COMMANDS) == 23
 
 
 def test_the_version(winnow) -> None:

@@ -15,6 +15,7 @@ from support.models import hybrid
 from support.tokenizers import byte_tokenizer
 from winnowkv.cache.reading import prefill
 from winnowkv.calibrate import run as calibration
+from winnowkv.calibrate.card import unsaid
 from winnowkv.calibrate.probe import ProbedCache
 from winnowkv.models.calibration import read_profile
 
@@ -93,6 +94,11 @@ def test_calibration_measures_the_layers_that_are_compressed(
     made = read_profile(profile)
     assert (len(made.errors), len(made.semantic), made.model_info.layers) == (2, 2, 6)
     assert made.errors[0] != made.errors[1]
+    ways = f"use it: winnow profile add {profile}; share it: winnow profile publish {profile} OWNER/NAME"
+    assert " ".join(out.split()).endswith(ways)
+    about, words = made.about, ("--model", folder.name, "--count", "9", "--lengths", "700", "--depths", "0.5", "--seed", "0")
+    assert about["command"] == " ".join(("winnow", "calibrate", *words, "--error-entries", "32", "--no-chat"))
+    assert (about["prompts"], about["answered"], about["seed"], unsaid(made)) == (9, 9, 0, [])
     code, out, err = winnow(
         "needle", "--model", folder, "--no-chat", "--policies", f"compresskv:profile={profile}", "--budgets", 0.2,
         "--lengths", 700, "--depths", 0.5, "--max-new-tokens", 3, "--out", tmp_path / "out",

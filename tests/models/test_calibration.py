@@ -13,7 +13,7 @@ import winnowkv as wk
 from support.models import PROMPT, hybrid, prompt
 from support.profiles import PROFILES, random_profile
 from support.reference import compact_logits
-from winnowkv.models.calibration import choose_heads, find_profile
+from winnowkv.models.calibration import choose_heads, find_profile, installed_file, known_profile
 from winnowkv.models.info import ModelInfo
 
 SHAPE = ModelInfo("Drawn", 3, 4, 2, "abc")
@@ -163,6 +163,54 @@ def test_the_embedded_models_profile_ships() -> None:
     # Retrieval heads are few: the best is far above the middle one.
     scores = sorted(score for row in profile.semantic for score in row)
     assert scores[-1] > 20 * scores[len(scores) // 2]
+
+
+EMBEDDED = ModelInfo("LlamaForCausalLM", 30, 9, 3, "90836ae8b7801ca0")
+
+
+def test_a_users_profile_is_found_before_the_one_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_PROFILE_FOLDER", str(tmp_path))
+    shipped = known_profile(EMBEDDED)
+    assert shipped is not None
+    assert known_profile(SHAPE) is None
+    for shape, layers in ((EMBEDDED, 30), (SHAPE, 3)):
+        mine = random_profile(shape, layers, seed=5)
+        mine.write(installed_file(shape))
+        assert known_profile(shape) == find_profile(None, shape) == mine != shipped
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["Drawn-abc.json", "LlamaForCausalLM-90836ae8b7801ca0.json"]
+    installed_file(EMBEDDED).unlink()
+    assert known_profile(EMBEDDED) == shipped
+
+
+def test_a_users_profile_that_is_broken_is_refused_and_not_guessed_around(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_PROFILE_FOLDER", str(tmp_path))
+    file = installed_file(ModelInfo.of(llama))
+    other = random_profile(SHAPE, 3).to_json()
+    for text, says in (("{", "is cut off or broken"), (other, "of another model .'tiny'.: remove")):
+        file.write_text(text)
+        for spec in ("winnow", "compresskv", "headkv"):
+            with pytest.raises(wk.ProfileError, match=says) as refused:
+                wk.CompactCache(llama, spec, 60)
+            assert str(file) in str(refused.value)
+    # Equal sizes, but other layers are compressed: it serves another model of this class, so that here there is none.
+    random_profile(ModelInfo.of(llama), 3).write(file)
+    assert known_profile(ModelInfo.of(llama)) is None
+
+
+@pytest.mark.parametrize(("architecture", "config"), [("../x", "abc"), ("Drawn", ""), ("", "a"), ("Drawn", "a/b"), (".", ".")])
+def test_a_file_is_named_by_plain_words_only(architecture: str, config: str) -> None:
+    shape = ModelInfo(architecture, 3, 4, 2, config)
+    with pytest.raises(wk.ProfileError, match="neither the name of a model's class nor a hash"):
+        installed_file(shape)
+    assert known_profile(shape) is None
+
+
+def test_without_a_variable_the_users_data_directory_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WINNOW_PROFILE_FOLDER")
+    monkeypatch.setattr("platformdirs.user_data_path", lambda name: tmp_path / name)
+    assert installed_file(SHAPE) == tmp_path / "winnowkv" / "profiles" / "Drawn-abc.json"
 
 
 def test_more_heads_than_the_model_has_are_refused(llama: PreTrainedModel) -> None:

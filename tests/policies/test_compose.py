@@ -23,7 +23,7 @@ from winnowkv.policies.snapkv import SnapKV
 
 WRAPPERS = [name for name in names() if issubclass(policy_class(name), Wrapper)]
 SELECTING = [name for name in WRAPPERS if policy_class(name).own_selector is True]  # else it is what the inner policy says
-FLAGS = ("sinks", "observe", "quantize", "evicts", "uses_task", "uses_structure", "needs_profile")
+FLAGS = ("sinks", "observe", "quantize", "evicts", "uses_task", "uses_structure", "needs_profile", "wants_profile")
 MODEL = drawn_model(4)
 
 

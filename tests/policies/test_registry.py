@@ -54,6 +54,58 @@ def test_every_wrapper_is_a_case_over_several_policies() -> None:
         assert len(inner) > 1, name
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Newest(TokenPolicy):
+    """A policy that is in no package, with an option of its own."""
+
+    name: ClassVar[str] = "newest"
+    observe: int = 4
+    steps: int = 1
+
+
+def test_a_policy_class_is_known_by_its_name_once_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    with pytest.raises(PolicyError, match="policy 'newest' is unknown"):
+        policy("newest")
+    assert wk.register_policy(Newest) is Newest
+    assert "newest" in names()
+    assert policy("newest:steps=3") == Newest(steps=3)
+    assert policy("adakv:of=newest:steps=3").of == Newest(steps=3)  # type: ignore[attr-defined]
+    with pytest.raises(PolicyError, match="Did you mean 'newest'"):
+        policy("newst")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(Newest):
+        """Takes the place of the first, as when a cell of a notebook is run again."""
+
+    wk.register_policy(Other)
+    assert policy_class("newest") is Other
+    assert names().count("newest") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("snapkv", "Taken: 'snapkv' is the name of a built-in policy"),
+        ("a:b", "Taken: the name 'a:b' must be letters"),
+        ("a,b", "Taken: the name 'a,b' must be letters"),
+        ("", "Taken: the name '' must be letters"),
+        (None, "Taken: the name None must be letters"),
+    ],
+)
+def test_a_name_that_no_spec_can_say_is_refused(monkeypatch: pytest.MonkeyPatch, name: Any, words: str) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    with pytest.raises(PolicyError, match=f"^{words}"):
+        registry.register_policy(type("Taken", (TokenPolicy,), {"name": name}))
+    assert registry._registered == {}
+
+
+@pytest.mark.parametrize("given", [Newest(), int, "newest"])
+def test_what_is_no_policy_class_cannot_be_registered(given: Any) -> None:
+    with pytest.raises(PolicyError, match=r"is not a subclass of Policy: derive from TokenPolicy"):
+        registry.register_policy(given)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_policies_are_frozen_and_take_options_by_name_only(name: str) -> None:
     made = policy(name)

@@ -15,6 +15,8 @@ from winnowkv.models.info import ModelInfo
 # run side by side share it, since the ids of their tests, which have the folder's name in them, must be the same.
 PROFILES = os.environ.get("WINNOW_TEST_PROFILES") or tempfile.mkdtemp(prefix="winnowkv-profiles-")
 os.environ["WINNOW_TEST_PROFILES"] = PROFILES
+# Profiles that the developer has installed are none of the tests' business: they look into a folder that is not there.
+os.environ["WINNOW_PROFILE_FOLDER"] = str(Path(PROFILES) / "installed")
 
 
 def random_profile(model: ModelInfo, layers: int, seed: int = 0) -> wk.CalibrationProfile:

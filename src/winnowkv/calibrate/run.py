@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from winnowkv.attention.projection import output_projections
 from winnowkv.cache.reading import greedy, prefill
+from winnowkv.calibrate.about import measured_now
 from winnowkv.calibrate.errors import ErrorWatch, layer_shares
 from winnowkv.calibrate.heads import HeadWatch, semantic_scores, traditional_scores
 from winnowkv.calibrate.probe import ProbedCache, Watcher
 from winnowkv.calibrate.prompts import CalibrationPrompt, Fact, build, schedule
 from winnowkv.errors import InputError
-from winnowkv.evaluate.report.machine import versions
 from winnowkv.evaluate.report.store import ResultStore
 from winnowkv.models.calibration import CalibrationProfile
 from winnowkv.models.info import ModelInfo, end_tokens, position_limit
@@ -147,10 +147,8 @@ def calibrate(
             "every answer was a single token: layer errors are measured on decode steps, give prompts with longer answers"
         )
     about = {
-        "seed": asked.seed, "lengths": list(asked.lengths), "depths": list(asked.depths), "chat": chat,
-        "prompts": len(lines), "own_prompts": len(asked.own), "answered": len(answered), "answered_by": tally(lines),
-        "errors_on": len(errors), "error_entries": asked.error_entries, "dtype": dtype_name(model.dtype),
-        "versions": versions(),
+        **measured_now(asked, name, model, chat), "prompts": len(lines), "answered": len(answered),
+        "answered_by": tally(lines), "errors_on": len(errors),
     }  # fmt: skip
     return CalibrationProfile(name, profile.model_info, semantic, traditional, tuple(layer_shares(errors)), about)
 

@@ -123,11 +123,13 @@ def measure(
     """Run an audit with a progress bar and print its table and recommendation (or its JSON); returns the summary."""
     from rich.console import Console
 
+    from winnowkv.calibrate.missing import missing_profile
     from winnowkv.cli.loading import check_folder, load_model
     from winnowkv.evaluate.audit import audit as auditor
     from winnowkv.evaluate.audit.curves import find_base, write_curves
     from winnowkv.evaluate.audit.recommend import write_summary
     from winnowkv.evaluate.report.store import ResultStore
+    from winnowkv.models.info import ModelInfo
     from winnowkv.prompt.chat import uses_chat
 
     def check(checked: Any) -> None:
@@ -145,11 +147,15 @@ def measure(
     test = auditor.Audit(chat=uses_chat(chat, tokenizer), **asked)
     config = test.config(loaded, model, served)
     store = ResultStore(out, config, auditor.identity)
+    lacking = missing_profile(asked["policies"], ModelInfo.of(loaded), model)
+    for sentence in lacking.sentences() if lacking else ():  # before the long run, which another profile would change
+        console.print(sentence, markup=False, highlight=False)
+    told = {**config, "missing_profile": lacking and lacking.to_dict()}
     try:
         with resumable(console, store, "prompts", len(test.expected())) as advance:
             auditor.run(test, loaded, tokenizer, store, advance, served=served)
     finally:
-        summary = write_summary(store, test.expected(), keep, config, after)
+        summary = write_summary(store, test.expected(), keep, told, after)
         store.close()
     if as_json:
         json.dump(summary, sys.stdout, indent=2, ensure_ascii=False)

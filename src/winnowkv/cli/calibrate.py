@@ -10,6 +10,7 @@ import typer
 
 from winnowkv.cli.options import Chat, Json, Model, fraction_list, numbers
 from winnowkv.cli.progress import resumable
+from winnowkv.cli.tables import note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,8 @@ def calibrate(
 ) -> None:
     """Find a model's retrieval heads and the eviction error of each layer; takes a few minutes, once per model.
 
-    Policies such as compresskv and headkv read the profile: compresskv:profile=FILE.
+    Policies such as compresskv and headkv read the profile: compresskv:profile=FILE. winnow profile add FILE installs it for
+    all of them, winnow profile publish FILE OWNER/NAME shares it.
     """
     from rich.console import Console
 
@@ -126,6 +128,7 @@ def show_profile(profile: CalibrationProfile, out: Path, picture: Path | None) -
     print(f"layers with the largest eviction error: {', '.join(map(str, worst))}")
     if picture:
         print(f"head map: {picture}")
+    note(f"use it: winnow profile add {out}; share it: winnow profile publish {out} OWNER/NAME")
 
 
 def register(app: typer.Typer) -> None:

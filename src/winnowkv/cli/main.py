@@ -48,6 +48,7 @@ def command_line() -> typer.Typer:
         needle,
         plan,
         policies,
+        profile,
         report,
         serve,
         task,
@@ -62,8 +63,8 @@ def command_line() -> typer.Typer:
     )
     app.callback()(options)
     for command in (
-        demo, generate, serve, explain_page, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, task,
-        policies,
+        demo, generate, serve, explain_page, context, vllm, plan, audit, bench, needle, evaluation, report, calibrate, profile,
+        task, policies,
     ):  # fmt: skip
         command.register(app)
     return app

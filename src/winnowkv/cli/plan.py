@@ -94,6 +94,7 @@ def plan(
         raise InputError(f"--quality {quality} needs the policies that it is for: give --policies winnow")
     specs = None if policies is None else with_quality(list(dict.fromkeys(split_policies(policies))), quality)
     check_policies(specs or [], asked)  # before transformers is imported, which takes seconds
+    from winnowkv.calibrate.missing import missing_profile
     from winnowkv.memory.plan import MemoryPlan
     from winnowkv.memory.shape import read_shape
     from winnowkv.models.load import dtype_name, load_config
@@ -103,11 +104,14 @@ def plan(
     shape = read_shape(config, number.itemsize)
     made = MemoryPlan(shape, tokens, batch, room, weights_bytes(config, shape.parameters, number) if weights else 0)
     fits, notes = settings(made, specs, asked, None if quantize == "none" else quantize)
+    lacking = missing_profile(specs or evicting(), shape.model_info, model)
     refuse_impossible(made, fits, dtype_name(number))
     if as_json:
-        json.dump(summary(made, fits, notes, model, dtype_name(number)), sys.stdout, indent=2)
+        found = summary(made, fits, notes, model, dtype_name(number))
+        json.dump({**found, "missing_profile": lacking and lacking.to_dict()}, sys.stdout, indent=2)
         print()
     else:
+        notes += lacking.sentences() if lacking else []
         show(made, fits, notes, model, dtype_name(number))
 
 
@@ -143,12 +147,12 @@ def settings(
 
     Policies that the user named are never left out: raises BudgetError and ProfileError for them.
     """
-    from winnowkv.policies import names, policy as make_policy
+    from winnowkv.policies import policy as make_policy
     from winnowkv.prompt.task import TaskProfile
 
     full, task = make_policy("full"), TaskProfile.of("localization")
     fits, left = [made.fit("full", full, None)], dict[str, list[str]]()
-    wanted = specs or ["full", *(name for name in names() if make_policy(name).evicts)]
+    wanted = specs or ["full", *evicting()]
     policies: dict[str, Policy] = {}
     for spec in wanted:
         try:
@@ -175,6 +179,13 @@ def settings(
     for reason, who in too_small.items():
         notes.append(f"left out: {', '.join(who)}: {reason}" if len(who) > 1 else f"left out: {reason}")
     return fits, notes
+
+
+def evicting() -> list[str]:
+    """The names of all policies that evict something."""
+    from winnowkv.policies import names, policy as make_policy
+
+    return [name for name in names() if make_policy(name).evicts]
 
 
 def refuse_impossible(made: MemoryPlan, fits: Sequence[Fit], dtype: str) -> None:

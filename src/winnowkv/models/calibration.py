@@ -1,6 +1,7 @@
 """A calibration profile: what was measured once of a model, offline, and policies read at every prompt.
 
-Its head scores and layer errors are made by ``winnow calibrate``; one JSON file a model.
+Its head scores and layer errors are made by ``winnow calibrate``; one JSON file a model. Policies find it in the user's
+folder of profiles (:func:`profile_folder`), else among those that ship with the package.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import platformdirs
 
 from winnowkv.errors import ProfileError
 from winnowkv.files import first_fault, parse_json, read_text, shown, write_text
@@ -27,6 +32,9 @@ Table = tuple[tuple[float, ...], ...]
 HeadKind = Literal["semantic", "traditional"]
 LARGEST_SCORE = 1e6  # scores and errors are shares; above it sums and powers of them have no end
 WAY_OUT = "make one with: winnow calibrate --model M --out FILE"
+GET_ONE = f"get one with: winnow profile fetch M --repo OWNER/NAME, or {WAY_OUT}"
+FOLDER_VARIABLE = "WINNOW_PROFILE_FOLDER"
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,99}")  # of a class or a hash, before it becomes the name of a file
 
 
 @dataclass(frozen=True)
@@ -114,10 +122,22 @@ class CalibrationProfile:
                 f"compressed: {WAY_OUT}"
             )
 
+    def serves(self, model: ModelInfo) -> bool:
+        """Whether :meth:`check` passes."""
+        try:
+            self.check(model)
+        except ProfileError:
+            return False
+        return True
+
+    def to_json(self) -> str:
+        """The text of its file (docs/profiles.md)."""
+        text = json.dumps({"schema": PROFILE_SCHEMA, **asdict(self), "model_info": self.model_info.to_dict()}, indent=1)
+        return text + "\n"
+
     def write(self, path: Path) -> None:
         """Write it as JSON, as a whole or not at all. Raises ProfileError if the file cannot be written."""
-        text = json.dumps({"schema": PROFILE_SCHEMA, **asdict(self), "model_info": self.model_info.to_dict()}, indent=1)
-        write_text(path, text + "\n", lambda why: ProfileError(f"profile {path} {why}"))
+        write_text(path, self.to_json(), lambda why: ProfileError(f"profile {path} {why}"))
 
 
 def choose_heads(spec: str, profile: CalibrationProfile | None, layer: int, count: int, heads: int, seed: int) -> list[int]:
@@ -177,20 +197,82 @@ def _read_state(path: Path, modified: int, size: int) -> CalibrationProfile:
 def find_profile(asked: str | CalibrationProfile | None, model: ModelInfo) -> CalibrationProfile:
     """The profile that serves a model.
 
-    ``asked`` is a profile, a file, a folder in which the model's own is looked for, or None for
-    the profiles that ship with the package. Raises ProfileError if none fits, naming the mismatch.
+    ``asked`` is a profile, a file, a folder in which the model's own is looked for, or None for :func:`known_profile`.
+    Raises ProfileError if none fits, naming the mismatch.
     """
     if isinstance(asked, CalibrationProfile):
         asked.check(model)
         return asked
-    folder = files("winnowkv") / "data" / "profiles" if asked is None else Path(asked)
-    if asked is not None and not os.path.isdir(asked):  # unlike Path.is_dir() it raises for no name
+    shape = f"({model.architecture}, {model.layers} layers, {model.heads} heads)"
+    if asked is None:
+        known = known_profile(model)
+        if known is None:
+            raise ProfileError(
+                f"no profile ships with the package for this model {shape}, and none is in {profile_folder()}: {GET_ONE}"
+            )
+        return known
+    if not os.path.isdir(asked):  # unlike Path.is_dir() it raises for no name
         profile = _read_once(Path(asked))
         profile.check(model)
         return profile
-    for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []:
-        if file.name.endswith(".json") and (profile := _read_once(Path(str(file)))).model_info == model:
+    for file in _json_files(Path(asked)):
+        if (profile := _read_once(file)).model_info == model:
             profile.check(model)
             return profile
-    where = "no profile ships with the package for" if asked is None else f"folder {asked} holds no profile of"
-    raise ProfileError(f"{where} this model ({model.architecture}, {model.layers} layers, {model.heads} heads): {WAY_OUT}")
+    raise ProfileError(f"folder {asked} holds no profile of this model {shape}: {WAY_OUT}")
+
+
+def known_profile(model: ModelInfo) -> CalibrationProfile | None:
+    """The profile that policies use of a model if none is named: the user's, else one that ships; None if there is none.
+
+    Raises ProfileError if the user's file of this model cannot be used: a guess in its place would not be noticed.
+    """
+    try:
+        mine = installed_file(model)
+    except ProfileError:  # a model whose class has no plain name has no file there
+        mine = None
+    if mine is not None and os.path.exists(mine):
+        profile = _read_once(mine)
+        if profile.model_info != model:
+            raise ProfileError(f"{mine} holds the profile of another model ({shown(profile.model)}): remove it")
+        if profile.serves(model):
+            return profile
+    every = (_read_once(file) for file in shipped_files())
+    return next((profile for profile in every if profile.serves(model)), None)
+
+
+def profile_folder() -> Path:
+    """Where a user's profiles lie: ``WINNOW_PROFILE_FOLDER``, else ``profiles`` in the user's data directory."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named) if named else platformdirs.user_data_path("winnowkv") / "profiles"
+
+
+def file_name(model: ModelInfo) -> str:
+    """The name of a profile's file, here and in repositories: ``LlamaForCausalLM-90836ae8b7801ca0.json``.
+
+    It is made of what a profile is compared by, since a model's own name differs from machine to machine.
+    Raises ProfileError for a class or a hash that makes no file name.
+    """
+    for part in (model.architecture, model.config):
+        if not SAFE_NAME.fullmatch(part):
+            raise ProfileError(f"{shown(part)} is neither the name of a model's class nor a hash: {WAY_OUT}")
+    return f"{model.architecture}-{model.config}.json"
+
+
+def installed_file(model: ModelInfo) -> Path:
+    """Where a user's profile of a model lies, or would."""
+    return profile_folder() / file_name(model)
+
+
+def installed_files() -> Iterator[Path]:
+    """The files of the user's folder, by name."""
+    return _json_files(profile_folder())
+
+
+def shipped_files() -> Iterator[Path]:
+    """The profiles of the package, by name."""
+    return _json_files(Path(str(files("winnowkv") / "data" / "profiles")))
+
+
+def _json_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(file for file in folder.iterdir() if file.name.endswith(".json")) if folder.is_dir() else ()

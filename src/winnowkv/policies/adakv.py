@@ -14,11 +14,25 @@ from winnowkv.types import Entries, Indices, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(SelectorWrapper):
-    """One top-k over all heads of a layer, a floor for each head (arXiv 2407.11550, section 4).
+    """One top-k over all heads of a layer says how many tokens each head gets (arXiv 2407.11550, section 4).
 
-    A head's part of the winners is its part of the budget; ``floor`` of the mean is safe for every head (the paper's alpha).
-    Departures from the authors' code: shares are rounded by largest remainder, so that the budget is met to the entry; heads
-    are KV heads, whose GQA group votes together. Heads are stored padded to the longest: the report's held bytes say so.
+    A head's part of the winners is its part of the budget. Heads are stored padded to the longest: the report's held bytes say
+    so.
+
+    Formula
+    -------
+    ``score`` is the inner policy's. ``entries[h] = low + rest * winners[h] / sum of winners``: ``winners[h]`` counts head ``h``
+    among the best ``total`` scores of all heads of the layer, ``low`` is ``floor`` of the mean, ``rest`` is what that leaves.
+
+    Parameters
+    ----------
+    of: the policy whose scores and budgets of layers are used.
+    floor: share of the mean that is safe for every head (the paper's alpha).
+
+    Departures
+    ----------
+    From the authors' code: shares are rounded by largest remainder, so that the budget is met to the entry; heads are KV heads,
+    whose GQA group votes together.
     """
 
     name: ClassVar[str] = "adakv"

@@ -69,12 +69,16 @@ class BoundPolicy:
 class Policy:
     """Root of all eviction policies. Derive from :class:`TokenPolicy`, or from ``compose.Wrapper`` to change another policy.
 
+    A policy's docstring says in sections Formula, Parameters and Departures how tokens are scored, what its options are, and
+    what is not as in the paper or the authors' code. In a formula ``A[q, i]`` is the attention that query ``q`` pays to token
+    ``i`` (softmax over all keys that it sees), ``k`` and ``v`` are keys and values of a KV head, the group its query heads.
+
     Class attributes
     ----------------
     name: how it is asked for. source: the paper. scope: what it keeps, in one line. purpose: for whom, when, in a phrase.
     evicts: False for what keeps everything.
     uses_task, uses_structure: whether it makes use of the prompt's task, of its question and sentence ends.
-    needs_profile: whether it cannot work without a calibration profile.
+    needs_profile: whether it cannot work without a calibration profile. wants_profile: whether it guesses in place of one.
     needs_projection: whether its scorer reads the layers' output projections.
     needs_study: whether it scores by a study of the text alone, so that nothing but ``wk.read`` can serve it; weighs_values:
         whether the study then weighs attention by what values add to the hidden state.
@@ -94,6 +98,7 @@ class Policy:
     uses_task: ClassVar[bool] = False
     uses_structure: ClassVar[bool] = False
     needs_profile: ClassVar[bool] = False
+    wants_profile: ClassVar[bool] = False
     needs_projection: ClassVar[bool] = False
     needs_study: ClassVar[bool] = False
     weighs_values: ClassVar[bool] = False
@@ -274,7 +279,8 @@ class TokenPolicy(Policy):
     lookahead: hold the whole prompt until so many tokens of the answer were generated from it; their queries then choose what
         stays, beside the policy's own. The tokens are those of the full cache.
     draft: after that generate so many tokens from what would stay, only to hear their queries, throw them away and choose
-        again from the whole prompt, which is still held; ``rounds`` times.
+        again from the whole prompt, which is still held.
+    rounds: how many drafts there are, one after the other.
     heard: weight of the queries of lookahead and draft, 0 to 1; the policy's own have the rest.
     refit: change the values that stay by least squares so that attention over them gives what attention over all gave, in
         every KV head in which queries that were held out say that it helps (:mod:`winnowkv.scoring.refit`).

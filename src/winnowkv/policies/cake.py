@@ -20,14 +20,30 @@ from winnowkv.types import Entries, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class CAKE(SnapKV):
-    """Preference ``H^(1/tau1) V^(1/tau2)`` of each layer, budgets handed on in a cascade (arXiv 2503.12491, section 4).
+    """Layers whose attention is spread and restless get more of the budget, in a cascade (arXiv 2503.12491, section 4).
 
-    ``H`` is the entropy of the window's attention on the context, ``V`` its variance over the
-    window's queries, both summed. A token scores the mean plus ``gamma`` times the variance of
-    its attention. The whole model's budget goes to the layers seen so far, so a layer only ever
-    shrinks. The authors tune ``tau1``, ``tau2`` and ``gamma`` for each model; these are plain defaults.
-    Departure from their code: what is over after rounding goes to the largest remainders, not
-    to all layers alike.
+    The whole model's budget goes to the layers seen so far, so a layer only ever shrinks.
+
+    Formula
+    -------
+    ``score[i] = max over the group(pool(mean over q of A[q, i] + gamma * variance over q of A[q, i]))``. A layer's share of the
+    budget is proportional to ``H^(1/tau1) * V^(1/tau2)``: ``H`` is the entropy of the window's attention on the context, ``V``
+    its variance over the window's queries, both summed.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens whose scores are pooled, odd; 1 pools nothing.
+    pooling: ``avg`` or ``max`` over them.
+    group_by: how the query heads of a KV head vote together, ``mean`` or ``max``.
+    gamma: weight of the variance in a token's score.
+    tau1: temperature of the entropy in a layer's preference.
+    tau2: temperature of the variance in it.
+
+    Departures
+    ----------
+    From the authors' code: what is over after rounding goes to the largest remainders, not to all layers alike. The authors
+    tune ``tau1``, ``tau2`` and ``gamma`` for each model; these are plain defaults. The question looks where it is known, not
+    the last 32 tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "cake"

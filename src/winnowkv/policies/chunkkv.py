@@ -14,10 +14,21 @@ from winnowkv.types import Entries, Indices, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkKV(SelectorWrapper):
-    """The best chunks of ``chunk`` tokens by the sum of their scores, for each head of the inner scorer (arXiv 2502.00299).
+    """The best chunks of consecutive tokens, for each head of the inner scorer (arXiv 2502.00299).
 
-    Departures from the paper: the last chunk, which would pass the budget, gives its best tokens, so that the budget is met to
-    the entry; a shorter chunk at the end counts by its mean; no layer takes over another one's indices.
+    Formula
+    -------
+    ``score of a chunk = sum of the inner policy's score[i] over its tokens``.
+
+    Parameters
+    ----------
+    of: the policy whose scores and budgets are used.
+    chunk: tokens of a chunk.
+
+    Departures
+    ----------
+    From the paper: the last chunk, which would pass the budget, gives its best tokens, so that the budget is met to the entry;
+    a shorter chunk at the end counts by its mean; no layer takes over another one's indices.
     """
 
     name: ClassVar[str] = "chunkkv"

@@ -45,6 +45,7 @@ class Wrapper(Policy, ABC):
     uses_task = from_inner("uses_task")
     uses_structure = from_inner("uses_structure")
     needs_profile = from_inner("needs_profile")
+    wants_profile = from_inner("wants_profile")
     needs_projection = from_inner("needs_projection")
     needs_study = from_inner("needs_study")
     weighs_values = from_inner("weighs_values")

@@ -21,14 +21,35 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class CompressKV(SnapKV):
-    """Tokens by the best ``heads_per_layer`` semantic retrieval heads, layers by eviction error (arXiv 2508.02401, 2606.24467).
+    """Tokens by the best semantic retrieval heads, layers by eviction error (arXiv 2508.02401, 2606.24467).
 
-    ``heads``: ``srh``, ``traditional`` (both from the profile), ``all``, or ``random:k`` (k heads a
-    layer, drawn with ``seed``). ``budgets``: ``error`` gives a layer
-    ``clip(least + share x rest, least, most x mean)``, or ``uniform``. ``indices``: ``shared`` by all
-    KV heads, or ``per-kv-head``, where a KV head is scored by the chosen heads of its own group only, and
-    by all chosen ones if it has none. Departure from the repository: what a bound takes away or
-    adds is shared by the other layers in proportion, not one entry each in turns.
+    A calibration profile says which heads of a layer retrieve, and what eviction costs each layer.
+
+    Formula
+    -------
+    ``score[i] = mean over the chosen heads(pool(sum over q of A[q, i]))``. ``entries of a layer = clip(least + share * rest,
+    least, most * mean)``, in which ``share`` is the layer's part of the measured eviction errors and ``rest`` what ``least``
+    leaves of the budget.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens whose scores are pooled, odd; 1 pools nothing.
+    pooling: ``avg`` or ``max`` over them.
+    group_by: of SnapKV, from which this derives; the chosen heads vote instead.
+    profile: a calibration profile, its file or a folder of profiles; None: one that ships with the package.
+    heads: who votes: ``srh``, ``traditional`` (both from the profile), ``all``, or ``random:k`` (k heads a layer).
+    heads_per_layer: how many of them in each layer.
+    budgets: ``error``: layers by eviction error; ``uniform``: all the same.
+    indices: ``shared`` by all KV heads, or ``per-kv-head``, where a KV head is scored by the chosen heads of its own group
+        only, and by all chosen ones if it has none.
+    least: entries that every layer keeps.
+    most: the most that a layer keeps, in means.
+    seed: of ``heads=random:k``.
+
+    Departures
+    ----------
+    From the repository: what a bound takes away or adds is shared by the other layers in proportion, not one entry each in
+    turns. The question looks where it is known, not the last 8 tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "compresskv"

@@ -18,10 +18,22 @@ EPSILON = 1e-4  # added to scores so that a large value counts even without atte
 class CriticalKV(Wrapper):
     """Tokens whose loss would change the layer's output most (arXiv 2502.03805, section 4).
 
-    ``first`` of the budget goes to the best scores, the rest to the best products of score and ``|W_O v|`` (L1 norm).
-    Departures: ``first`` is of the mean budget of all layers, since a layer's own may not be known yet (a layer with less room
-    keeps the best products of them); one score serving several KV heads becomes one a head; a layer's scores keep their sum,
-    by which some allocators split.
+    Part of the budget goes to the best scores, the rest to the best products of score and projected value.
+
+    Formula
+    -------
+    After the ``first`` best by the inner policy's ``score[i]``: ``(score[i] + 0.0001) * |W_O v[i]|``, with the L1 norm.
+
+    Parameters
+    ----------
+    of: the policy whose scores and budgets are used.
+    first: share of the budget that goes by the score alone.
+
+    Departures
+    ----------
+    From the paper: ``first`` is of the mean budget of all layers, since a layer's own may not be known yet (a layer with less
+    room keeps the best products of them); one score serving several KV heads becomes one a head; a layer's scores keep their
+    sum, by which some allocators split.
     """
 
     name: ClassVar[str] = "criticalkv"

@@ -16,11 +16,24 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class DefensiveKV(WindowPolicy):
-    """The most attention that a query of the window pays, at least the mean over tokens, times ``|W_O v|`` (arXiv 2510.13334).
+    """Tokens by the worst that their loss could cost: the most attention that one query pays (arXiv 2510.13334).
 
-    The norm counts as a KV head's share of all heads' at the same token, as in the authors' code. All heads of a layer
-    share its budget by one top-k. Departure from the authors' code: it keeps the tokens that hold 90% of
-    the attention before values count; here values count for all.
+    All heads of a layer share its budget by one top-k.
+
+    Formula
+    -------
+    ``score[h, i] = max(m[i], mean over i of m[i]) * n[h, i] / sum over KV heads of n[., i]``. ``m[i]`` is the maximum of
+    ``smooth(A[q, i])`` over the queries and the group, where ``smooth`` averages over ``kernel`` neighbours and keeps the sum;
+    ``n[h, i] = |W_O v[h, i]|``, the L1 norm, as a share of all heads' at the same token, as in the authors' code.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens over which attention is averaged, odd; 1 averages nothing.
+
+    Departures
+    ----------
+    From the authors' code: it keeps the tokens that hold 90% of the attention before values count; here values count for all.
+    The question looks where it is known, not the last 32 tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "defensivekv"

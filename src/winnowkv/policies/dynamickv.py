@@ -16,17 +16,30 @@ from winnowkv.types import Entries, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicKV(SnapKV):
-    """A maximum for the current layer, and earlier layers that shrink every ``every`` layers (arXiv 2412.14838).
+    """A maximum for the current layer, and earlier layers that shrink every few layers (arXiv 2412.14838).
 
-    At an update the pooled scores of all layers so far compete in one global top-k; a
-    layer's share of the winners is its share of the budget. The paper pools by average for
-    Llama and by maximum for Mistral and Qwen2: set ``pooling`` to follow it.
+    At an update the pooled scores of all layers so far compete in one global top-k. A layer that has shrunk cannot grow again,
+    so its cap at a later update is what it still holds.
 
-    Departures from the repository: an update spends the budget of the layers *seen*, not
-    the whole model's; shares are rounded by largest remainder and what a layer cannot hold
-    goes to the others; every layer keeps ``floor`` of the mean; the layers after the last
-    multiple of ``every`` are updated too. A layer that has shrunk cannot grow again, so
-    its cap at a later update is what it still holds.
+    Formula
+    -------
+    ``score[i] = pool(mean over the group(sum over q of A[q, i]))``. ``entries of a layer = total * its winners / all winners``
+    of the top-k over all layers read so far, at least ``floor`` and at most ``ceiling`` times the mean.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens whose scores are pooled, odd; 1 pools nothing.
+    pooling: ``avg`` or ``max`` over them. The paper takes the average for Llama and the maximum for Mistral and Qwen2.
+    group_by: how the query heads of a KV head vote together, ``mean`` or ``max``.
+    every: layers between two updates.
+    ceiling: the most that a layer holds while the prompt is read, in means (the paper's ``r_max``).
+    floor: share of the mean that every layer keeps.
+
+    Departures
+    ----------
+    From the repository: an update spends the budget of the layers *seen*, not the whole model's; shares are rounded by largest
+    remainder and what a layer cannot hold goes to the others; every layer keeps ``floor`` of the mean; the layers after the
+    last multiple of ``every`` are updated too. The question looks where it is known, not the last 8 tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "dynamickv"

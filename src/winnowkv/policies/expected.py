@@ -27,15 +27,29 @@ LAYERS_TO_COMPARE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Expected(TokenPolicy):
-    """Top tokens per KV head by the attention of ``samples`` queries of the text, moved past the prompt; no question needed.
+    """Tokens that the text's own queries would attend to if they stood after the prompt; no question needed.
 
-    What the answer's queries will look like is taken from the text itself, as in Expected Attention (arXiv 2510.00636).
-    Departures: single queries, three quarters of them evenly over the text and a quarter its last ones, are turned to one
-    of the ``ahead`` positions after the prompt each, where the paper fits one normal distribution to all (measured worse,
-    docs/winnow-measurements.md); a token scores their root mean square; layers share the budget as in CAKE (arXiv 2503.12491),
-    by entropy and variance of the same attention, so that never more than the budget and one layer is held; fewer than
-    :data:`LAYERS_TO_COMPARE` layers get equal budgets, and any number of them with ``equal``. If a model's rotation is not
-    known (or it has none) the queries stay as they are.
+    What the answer's queries will look like is taken from the text itself, as in Expected Attention (arXiv 2510.00636). Layers
+    share the budget as in CAKE (arXiv 2503.12491), so that never more than the budget and one layer is held. If a model's
+    rotation is not known (or it has none) the queries stay as they are.
+
+    Formula
+    -------
+    ``score[i] = mean over the group(sqrt(mean over q of A[q, i]^2))``, in which the ``q`` are sampled queries of the text,
+    turned to a position after the prompt each. A layer's share of the budget is proportional to entropy times variance of that
+    attention.
+
+    Parameters
+    ----------
+    samples: queries of the text: three quarters of them evenly over it, a quarter its last ones.
+    ahead: positions after the prompt that they are turned to.
+    equal: give all layers the same, as is done anyway with fewer than :data:`LAYERS_TO_COMPARE` layers.
+
+    Departures
+    ----------
+    From Expected Attention: single queries, where the paper fits one normal distribution to all (measured worse,
+    docs/winnow-measurements.md); a token scores their root mean square, not an expected value; layers share the budget by
+    CAKE's preference.
     """
 
     name: ClassVar[str] = "expected"

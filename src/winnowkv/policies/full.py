@@ -10,7 +10,16 @@ from winnowkv.policies.base import TokenPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class Full(TokenPolicy):
-    """Keep every entry, whatever the budget says."""
+    """Keep every entry, whatever the budget says.
+
+    Formula
+    -------
+    None: nothing is scored.
+
+    Departures
+    ----------
+    None: the full cache is what every policy is compared with.
+    """
 
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "no eviction"

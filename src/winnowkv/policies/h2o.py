@@ -18,11 +18,21 @@ from winnowkv.types import Entries, Indices, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(TokenPolicy):
-    """Attention accumulated over every query of the prompt, half of the budget for recent tokens (arXiv 2306.14048, section 4).
+    """Attention accumulated over every query of the prompt, and recent tokens (arXiv 2306.14048, section 4).
 
-    ``recent`` is the share of the budget that goes to the most recent tokens (the paper halves it).
-    Departures: the paper evicts one token at every step of prefill and decoding, here the
-    accumulated scores choose once, at the end of prefill; a GQA group votes together (``group_by``).
+    Formula
+    -------
+    ``score[i] = mean over the group(sum over q of A[q, i])``, over all queries of the prompt.
+
+    Parameters
+    ----------
+    recent: share of the budget that goes to the most recent tokens (the paper halves it).
+    group_by: how the query heads of a KV head vote together, ``mean`` or ``max``.
+
+    Departures
+    ----------
+    From the paper: it evicts one token at every step of prefill and decoding, here the accumulated scores choose once, at the
+    end of prefill; a GQA group votes together (``group_by``).
     """
 
     name: ClassVar[str] = "h2o"

@@ -18,12 +18,31 @@ from winnowkv.types import Entries, Indices, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class HeadKV(SnapKV):
-    """A fixed part for every head, the pool ``budget / beta`` by head importance (arXiv 2410.19258, section 3).
+    """A fixed part for every head, and a pool that is shared by head importance (arXiv 2410.19258, section 3).
 
-    Importance is a profile's head score to the power ``temperature``, over all heads of all
-    layers. Departures: the authors measure retrieval-reasoning heads on prompts of their own, here
-    ``heads`` names the score of our calibration; a KV head's weight is the mean of its query heads'.
-    Heads are stored padded to the longest of the layer: the report's held bytes say so.
+    Importance is a profile's head score, over all heads of all layers. Heads are stored padded to the longest of the layer: the
+    report's held bytes say so.
+
+    Formula
+    -------
+    ``score[i] = pool(mean over the group(sum over q of A[q, i]))``. ``entries[h] = mean - mean / beta + pool * w[h]^temperature
+    / sum of w^temperature``: ``w[h]`` is the head's importance, ``pool`` is ``mean / beta`` of all heads together.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens whose scores are pooled, odd; 1 pools nothing.
+    pooling: ``avg`` or ``max`` over them.
+    group_by: how the query heads of a KV head vote together, ``mean`` or ``max``.
+    profile: a calibration profile, its file or a folder of profiles; None: one that ships with the package.
+    heads: which score of the profile: ``semantic`` or ``traditional``.
+    beta: what the pool takes of the budget is one part in ``beta``.
+    temperature: power of the importance; 0 makes all heads equal.
+
+    Departures
+    ----------
+    From the paper: the authors measure retrieval-reasoning heads on prompts of their own, here ``heads`` names the score of our
+    calibration; a KV head's weight is the mean of its query heads'. The question looks where it is known, not the last 32
+    tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "headkv"

@@ -15,10 +15,17 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class KeyDiff(TokenPolicy):
-    """One minus the cosine between a key and the mean direction of all keys, per KV head (arXiv 2504.15364, section 3).
+    """Tokens whose keys are least like the mean direction of all keys, per KV head (arXiv 2504.15364, section 3).
 
-    No attention is read. Departure from the paper: it evicts block by block while a prompt is read, here the whole
-    prompt's keys choose once.
+    No attention is read.
+
+    Formula
+    -------
+    ``score[i] = 1 - cos(k[i], mean over j of k[j] / |k[j]|)``.
+
+    Departures
+    ----------
+    From the paper: it evicts block by block while a prompt is read, here the whole prompt's keys choose once.
     """
 
     name: ClassVar[str] = "keydiff"

@@ -15,7 +15,15 @@ from winnowkv.types import Scores
 class Knorm(TokenPolicy):
     """Keys with a small L2 norm stay, since they tend to get much attention (arXiv 2406.11430, section 3).
 
-    Departure from the paper: it leaves the first two layers whole, here all layers keep the budget.
+    No attention is read.
+
+    Formula
+    -------
+    ``score[i] = max over j of |k[j]| - |k[i]|``.
+
+    Departures
+    ----------
+    From the paper: it leaves the first two layers whole, here all layers keep the budget.
     """
 
     name: ClassVar[str] = "knorm"

@@ -19,13 +19,23 @@ from winnowkv.types import Entries, Indices, Scores
 class KVzip(TokenPolicy):
     """The most attention that an entry gets while the text is read again, by one top-k over all layers and heads.
 
-    After the text comes an instruction to repeat it, and the text itself, 2,048 tokens at a time over the whole cache
-    (arXiv 2505.23416, section 3); an entry scores the maximum over these queries and the GQA group. ``plus`` multiplies
-    attention by the norm of ``W_O v`` and divides it by that of the query's hidden state, as attention enters it: KVzip+
-    (arXiv 2601.07891). ``equal`` (ours): every head of every layer keeps the same number, its own best. Served by ``wk.read``
-    alone, since it needs the text once more.
-    Departure from the authors' code: the softmax is over the whole cache, and an entry may score from any part of the text
-    read again; there each part is scored by itself, without the keys of the others.
+    After the text comes an instruction to repeat it, and the text itself, 2,048 tokens at a time over the whole cache (arXiv
+    2505.23416, section 3). Served by ``wk.read`` alone, since it needs the text once more.
+
+    Formula
+    -------
+    ``score[i] = max over q and the group of A[q, i]``, over the queries of the text read again. With ``plus`` ``max over q and
+    the group of A[q, i] * |W_O v[i]| / |x[q]|``, in which ``x[q]`` is the hidden state as attention enters it.
+
+    Parameters
+    ----------
+    plus: weigh attention by what values add to the hidden state: KVzip+ (arXiv 2601.07891).
+    equal: every head of every layer keeps the same number, its own best (ours).
+
+    Departures
+    ----------
+    From the authors' code: the softmax is over the whole cache, and an entry may score from any part of the text read again;
+    there each part is scored by itself, without the keys of the others.
     """
 
     name: ClassVar[str] = "kvzip"

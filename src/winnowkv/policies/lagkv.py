@@ -16,10 +16,23 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class LagKV(TokenPolicy):
-    """Spread of a token's channels, scaled to the range of the next ``lag`` tokens (arXiv 2504.04704).
+    """Tokens whose keys and values stand out against the tokens that follow (arXiv 2504.04704).
 
-    Tokens compete within their partition; the last one and what does not fill one stay. Departure: if the budget does
-    not hold these, the latest of them stay.
+    Tokens compete within their partition of ``lag`` tokens; the last one and what does not fill one stay. No attention is read.
+
+    Formula
+    -------
+    ``score[i] = rank within the partition of spread(k)[i] + spread(v)[i]``. ``spread(x)[i]`` is the softmax over the partition
+    of the standard deviation over channels of ``(x[i] - least) / (most - least)``, with each channel's ``least`` and ``most``
+    in the next partition.
+
+    Parameters
+    ----------
+    lag: tokens of a partition.
+
+    Departures
+    ----------
+    From the paper: if the budget does not hold what always stays, the latest of these tokens stay.
     """
 
     name: ClassVar[str] = "lagkv"

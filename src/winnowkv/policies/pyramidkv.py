@@ -13,11 +13,25 @@ from winnowkv.scoring.allocate import pyramid
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """Linear pyramid of context budgets over SnapKV's scores (arXiv 2406.02069).
+    """SnapKV's scores, with budgets that fall from the first layer to the last (arXiv 2406.02069).
 
-    ``slope`` (the paper's beta, 20) sets the last layer to ``mean / slope``. Departure from
-    the published code, which floors every step and falls back to equal budgets for short
-    prompts: here the sum is exact, and what one layer cannot use goes to the others.
+    Formula
+    -------
+    ``score[i] = pool(mean over the group(sum over q of A[q, i]))``. Above the recent tokens layers get from ``2 * mean - mean /
+    slope`` entries, the first, to ``mean / slope``, the last, in equal steps.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens whose scores are pooled, odd; 1 pools nothing.
+    pooling: ``avg`` or ``max`` over them.
+    group_by: how the query heads of a KV head vote together, ``mean`` or ``max``.
+    slope: the mean budget over the last layer's (the paper's beta).
+
+    Departures
+    ----------
+    From the published code, which floors every step and falls back to equal budgets for short prompts: here the sum is exact,
+    and what one layer cannot use goes to the others. The question looks where it is known, not the last 8 tokens
+    (``preset=paper``).
     """
 
     name: ClassVar[str] = "pyramidkv"

@@ -12,7 +12,20 @@ from winnowkv.types import Quantization
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Full):
-    """Keep every entry, in 8 bits: ``full:quantize=int8`` by a name of its own."""
+    """Keep every entry, in 8 bits: ``full:quantize=int8`` by a name of its own.
+
+    It needs the package optimum-quanto.
+
+    Formula
+    -------
+    ``code = round((x - zero) / step)`` with a ``zero`` and a ``step`` for each group of 64: keys in groups of consecutive
+    entries of one channel, values in groups of channels of one entry.
+
+    Departures
+    ----------
+    From KIVI, whose axes these are: it stores 2 bits in groups of 32 and leaves the newest tokens in full precision; here the
+    whole prompt is stored in 8 bits, and what comes after it in full precision.
+    """
 
     name: ClassVar[str] = "int8"
     source: ClassVar[str] = "keys per channel, values per token: KIVI, arXiv 2402.02750, section 3"
@@ -29,7 +42,20 @@ class Int8(Full):
 
 @dataclass(frozen=True, kw_only=True)
 class Int4(Int8):
-    """Keep every entry, in 4 bits: ``full:quantize=int4`` by a name of its own."""
+    """Keep every entry, in 4 bits: ``full:quantize=int4`` by a name of its own.
+
+    It needs the package optimum-quanto.
+
+    Formula
+    -------
+    ``code = round((x - zero) / step)`` with a ``zero`` and a ``step`` for each group of 64: keys in groups of consecutive
+    entries of one channel, values in groups of channels of one entry.
+
+    Departures
+    ----------
+    From KIVI, whose axes these are: it stores 2 bits in groups of 32 and leaves the newest tokens in full precision; here the
+    whole prompt is stored in 4 bits, and what comes after it in full precision.
+    """
 
     name: ClassVar[str] = "int4"
     scope: ClassVar[str] = "everything, in 4 bits"

@@ -17,8 +17,20 @@ from winnowkv.types import Scores
 class Random(TokenPolicy):
     """Sinks, a recent window, and random tokens between them, drawn anew for each layer.
 
-    The draw depends on ``seed``, layer and prompt length only: the global generator is
-    neither read nor moved, so the same prompt keeps the same entries every time.
+    The draw depends on ``seed``, layer and prompt length only: the global generator is neither read nor moved, so the same
+    prompt keeps the same entries every time.
+
+    Formula
+    -------
+    ``score[i] =`` a uniform random number.
+
+    Parameters
+    ----------
+    seed: of the draw.
+
+    Departures
+    ----------
+    None: a baseline of this package.
     """
 
     name: ClassVar[str] = "random"

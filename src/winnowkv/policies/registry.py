@@ -2,11 +2,14 @@
 
 [project.entry-points."winnowkv.policies"]
 mine = "my_package.my_policy:MyPolicy"
+
+and one that is in no package is made known to this process by :func:`register_policy`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,13 +17,14 @@ from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from winnowkv.errors import PolicyError
 from winnowkv.files import LARGEST_WHOLE, SHOWN, shown
 from winnowkv.policies.base import Policy
 from winnowkv.prompt.task import TaskProfile
 
+Kind = TypeVar("Kind", bound=Policy)
 ENTRY_POINT_GROUP = "winnowkv.policies"
 BUILT_IN: Mapping[str, str] = {
     "adakv": "winnowkv.policies.adakv:AdaKV",
@@ -48,6 +52,7 @@ BUILT_IN: Mapping[str, str] = {
     "windowkv": "winnowkv.policies.windowkv:WindowKV",
     "winnow": "winnowkv.policies.winnow:Winnow",
 }
+_registered: dict[str, type[Policy]] = {}  # of this process
 Tasks = TaskProfile | str | None | Sequence[TaskProfile | str | None]
 INNER_OPTION = "of"  # a wrapper's option that names the policy it wraps; what follows it belongs to that policy
 LONGEST_SPEC, DEEPEST_SPEC = 8192, 8  # characters, a profile's path among them, and policies that wrap each other
@@ -68,7 +73,32 @@ def _entries() -> dict[str, EntryPoint]:
 def names() -> list[str]:
     """Names of all policies, built in and registered, sorted."""
     _entries.cache_clear()
-    return sorted([*BUILT_IN, *_entries()])
+    return sorted({*BUILT_IN, *_registered, *_entries()})
+
+
+def register_policy(kind: type[Kind]) -> type[Kind]:
+    """Let this process know a policy class by its ``name``; returns the class, so that it can be a decorator.
+
+    Specs, wrappers (``adakv:of=mine``) and whatever else takes a policy by name then find it. Other processes (Ray's workers)
+    do not: for these a package of its own has an entry point. A class takes the place of an earlier one of its name.
+    Raises PolicyError for what is no policy class, and for a name that is a built-in one's or cannot stand in a spec.
+
+    Examples
+    --------
+    >>> @register_policy                                             # doctest: +SKIP
+    ... @dataclass(frozen=True, kw_only=True)
+    ... class Mine(SnapKV):
+    ...     name: ClassVar[str] = "mine"
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Policy)):
+        raise PolicyError(f"{shown(kind)} is not a subclass of Policy: derive from TokenPolicy, or from a policy")
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise PolicyError(f"{kind.__name__}: the name {shown(name)} must be letters, digits, '_', '.' or '-': set name")
+    if name in BUILT_IN:
+        raise PolicyError(f"{kind.__name__}: {name!r} is the name of a built-in policy: set another name")
+    _registered[name] = kind
+    return kind
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -77,11 +107,13 @@ def policy_class(name: str) -> type[Policy]:
         module, _, kind = BUILT_IN[name].partition(":")
         built_in: type[Policy] = getattr(import_module(module), kind)
         return built_in
+    if name in _registered:
+        return _registered[name]
     if name not in _entries():
         _entries.cache_clear()  # it may have been installed since; to look for every prompt takes 5 ms each
     entries = _entries()
     if name not in entries:
-        known = [*BUILT_IN, *entries]
+        known = [*BUILT_IN, *_registered, *entries]
         near = difflib.get_close_matches(name[:SHOWN], known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise PolicyError(f"policy {shown(name)} is unknown.{hint} Known: {', '.join(sorted(known))}")

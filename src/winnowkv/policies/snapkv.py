@@ -14,12 +14,24 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(WindowPolicy):
-    """Pooled attention of the observation window, top tokens per KV head (arXiv 2404.14469).
+    """Tokens that the observation window attends to, pooled, the best of each KV head (arXiv 2404.14469).
 
-    Defaults are those of the authors' LongBench configuration (window 32, kernel 7, max
-    pooling). Departure from their code: a GQA group votes together (``group_by``), so
-    that keys are stored unexpanded; there every query head keeps its own copy.
-    The question looks where it is known, not the last 32 tokens (``preset=paper``).
+    Defaults are those of the authors' LongBench configuration (window 32, kernel 7, max pooling).
+
+    Formula
+    -------
+    ``score[i] = pool(mean over the group(sum over q of A[q, i]))``.
+
+    Parameters
+    ----------
+    kernel: neighbouring tokens whose scores are pooled, odd; 1 pools nothing.
+    pooling: ``avg`` or ``max`` over them.
+    group_by: how the query heads of a KV head vote together, ``mean`` or ``max``.
+
+    Departures
+    ----------
+    From the authors' code: a GQA group votes together (``group_by``), so that keys are stored unexpanded; there every query
+    head keeps its own copy. The question looks where it is known, not the last 32 tokens (``preset=paper``).
     """
 
     name: ClassVar[str] = "snapkv"

@@ -15,11 +15,16 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Streaming(TokenPolicy):
-    """The first ``sinks`` tokens and as many of the last as fit (arXiv 2309.17453, section 3.2).
+    """The first tokens and as many of the last as fit (arXiv 2309.17453, section 3.2).
 
-    Departure from the paper: keys keep the positions they had in the prompt. The paper
-    renumbers positions inside the cache, which serves endless streams, not prompts that
-    fit the model.
+    Formula
+    -------
+    ``score[i] = i``: later is better.
+
+    Departures
+    ----------
+    From the paper: keys keep the positions they had in the prompt. The paper renumbers positions inside the cache, which serves
+    endless streams, not prompts that fit the model.
     """
 
     name: ClassVar[str] = "streaming"

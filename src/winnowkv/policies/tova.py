@@ -14,10 +14,16 @@ from winnowkv.types import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class TOVA(WindowPolicy):
-    """Attention of the last query, mean over heads, one selection a layer (arXiv 2401.06104, section 3.2).
+    """Tokens that the last query attends to, the same for all heads, one selection a layer (arXiv 2401.06104, section 3.2).
 
-    Departures: the paper drops one token at every step, here the last query of the prompt
-    chooses once; the last token itself always stays, the paper lets it compete.
+    Formula
+    -------
+    ``score[i] = mean over all query heads(A[q, i])``, in which ``q`` is the last token of the prompt.
+
+    Departures
+    ----------
+    From the paper: it drops one token at every step, here the last query of the prompt chooses once; the last token itself
+    always stays, the paper lets it compete.
     """
 
     name: ClassVar[str] = "tova"

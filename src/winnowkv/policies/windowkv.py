@@ -38,17 +38,36 @@ QUESTION_REVIEW = Review(window=16, top=4, group=3, slope=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class WindowKV(WindowPolicy):
-    """Best windows of ``window`` tokens, one selection for each ``group`` of layers (arXiv 2503.17922).
+    """The best windows of consecutive tokens, one selection for each group of layers (arXiv 2503.17922).
 
-    A window scores the mean of its ``top`` best tokens, mean over heads. Paper and repository
-    (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options that are
-    given win over it. The paper does not state its top-p for windows of 16: half of it here.
+    Paper and repository (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options that are given
+    win over it. The paper does not state its top-p for windows of 16: half of it here.
 
     Without a preset the question looks where it is known, and if the task is localization, groups are of 3 layers, budgets
     equal and windows of 16 tokens, which finds twice as much (docs/log.md); the repository's numbers else.
 
-    Departures from the repository: the budget includes the window and is met to the entry, the
-    group's size does not bend the pyramid, no selection is stale, every prompt of a batch votes alone.
+    Formula
+    -------
+    ``score of a window = mean over all query heads(mean of the top best of s[i])``, ``s[i] = sum over q of A[q, i]`` in the
+    first layer of the group. Above the recent tokens budgets fall in equal steps from group to group, to ``mean / slope`` in
+    the last.
+
+    Parameters
+    ----------
+    preset: ``paper`` or ``repo``: whose numbers.
+    window: tokens of a review window; None: by preset and task.
+    top: its best tokens, which are its score; None: by preset and task.
+    group: layers that keep the same windows; None: 6, or 3 as said above.
+    slope: the mean budget over the last group's; None: 14, or 1 as said above.
+    task: ``localization`` or ``aggregation``; None: the prompt's.
+    fallback: the task if a classifier is less than ``sure``.
+    sure: the probability that a classifier must have.
+
+    Departures
+    ----------
+    From the repository: the budget includes the window and is met to the entry, the group's size does not bend the pyramid, no
+    selection is stale, every prompt of a batch votes alone. The question looks where it is known (``preset`` takes the
+    published window).
     """
 
     name: ClassVar[str] = "windowkv"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from winnowkv.errors import ProfileError
-from winnowkv.models.calibration import CalibrationProfile, find_profile
+from winnowkv.models.calibration import CalibrationProfile, find_profile, known_profile
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies.expected import Expected, ExpectedAllocator
 from winnowkv.policies.parts import Parts, PromptInfo, Selector
@@ -23,7 +22,7 @@ SPAN_WIDTH = 16  # tokens of a span if the sentences are not known
 LAYER_GROWTH = 2.0  # layers that wait for the heads shrink to make room for so many times themselves
 GUESSING = (
     "no calibration profile of this model: winnow guesses its retrieval heads, and holds the whole prompt's cache "
-    "until the last layer was read; winnow calibrate finds them"
+    "until the last layer was read; winnow profile fetch gets a profile, winnow calibrate makes one"
 )
 
 
@@ -31,17 +30,40 @@ GUESSING = (
 class Winnow(Expected):
     """Sentences for all layers by the model's retrieval heads, seen from the question; the rest of the budget as ``expected``.
 
-    Sentences get ``share`` of the budget, at least ``least`` entries; none if the task is aggregation or ``share=0``.
-    The heads are CompressKV's (arXiv 2508.02401) of all layers, weighted by their score: those that score half of the
-    best, or ``heads`` of them. The spans are WindowKV's (arXiv 2503.17922), cut at the ends of sentences and lines and
-    after ``longest`` tokens, scored by their ``top`` best. Until the last of the heads has voted every layer keeps
-    candidates, fewer the more layers there are (as DynamicKV, arXiv 2412.14838): never more than ``peak`` of the full
-    cache if the first head sits early enough, or all with ``progressive=false``.
-    Without a profile the heads that attend most to one span of this prompt stand in, and all is held until the last layer
-    has voted; without the prompt's structure (:func:`winnowkv.read_structure`) spans are 16 tokens and the question is the
-    last ``observe``. ``observe="context"``: no question is known yet, so that all goes as ``expected``.
-    ``equal``: all layers share the budget equally, those before the last of the heads once it has voted.
-    With ``lookahead`` or ``draft`` the sentences' share is what ``heard`` leaves of it: who was heard says where to look.
+    The heads are CompressKV's (arXiv 2508.02401) of all layers, weighted by their score. The spans are WindowKV's (arXiv
+    2503.17922), cut at the ends of sentences and lines. Until the last of the heads has voted every layer keeps candidates,
+    fewer the more layers there are (as DynamicKV, arXiv 2412.14838). Without a profile the heads that attend most to one span
+    of this prompt stand in, and all is held until the last layer has voted; without the prompt's structure
+    (:func:`winnowkv.read_structure`) spans are 16 tokens and the question is the last ``observe``. With ``lookahead`` or
+    ``draft`` the sentences' share is what ``heard`` leaves of it: who was heard says where to look.
+
+    Formula
+    -------
+    ``score of a sentence = mean of the top best of s[i]``, ``s[i] = sum over heads(w[h] * sum over q of A[h, q, i])``: ``w[h]``
+    is a retrieval head's score in the profile, the ``q`` are the question's. Other tokens as ``expected``: ``mean over the
+    group(sqrt(mean over q of A[q, i]^2))`` of queries of the text moved past the prompt.
+
+    Parameters
+    ----------
+    observe: tokens at the prompt's end that are the question if its place is not known; ``context``: no question is known yet,
+        so that all goes as ``expected``.
+    equal: all layers share the budget equally, those before the last of the heads once it has voted.
+    share: what sentences get of the budget; 0: none.
+    least: entries that they get at least.
+    heads: how many heads vote; None: those that score half of the best.
+    top: tokens by which a sentence is scored.
+    longest: most tokens of a sentence; longer ones are cut.
+    profile: a calibration profile, its file or a folder of profiles; None: one that ships with the package, if there is one.
+    task: ``localization`` or ``aggregation``, for which no sentences are kept; None: the prompt's.
+    peak: the most that is held while the prompt is read, as a share of the full cache, if the first head sits early enough.
+    progressive: whether less than everything is held until the last head has voted.
+    fallback: the task if none is given, or a classifier is less than ``sure``.
+    sure: the probability that a classifier must have.
+
+    Departures
+    ----------
+    None: ours. What it takes from CompressKV, WindowKV, DynamicKV, Expected Attention and CAKE is named above; what each part
+    is worth is in docs/winnow-measurements.md.
     """
 
     name: ClassVar[str] = "winnow"
@@ -80,6 +102,11 @@ class Winnow(Expected):
         return self.equal
 
     @property
+    def wants_profile(self) -> bool:  # type: ignore[override]
+        """If sentences have a share, and a question chooses them."""
+        return self.observe != "context" and self.share > 0
+
+    @property
     def blind(self) -> Expected:
         """What is left of the policy if no question is known."""
         return Expected(sinks=self.sinks, samples=self.samples, ahead=self.ahead, quantize=self.quantize, equal=self.equal)
@@ -96,19 +123,14 @@ class Winnow(Expected):
         return replace(self, share=self.share * left, least=int(self.least * left), progressive=False)
 
     def check(self, model: ModelInfo, task: TaskProfile | None) -> None:
-        """Raise ProfileError for a profile that was asked for and does not serve the model."""
+        """Raise ProfileError for a profile that was asked for and does not serve the model, or is broken."""
         self.read_profile(model)
 
     def read_profile(self, model: ModelInfo) -> CalibrationProfile | None:
         """The model's profile, None if there is none and none was asked for."""
         if self.observe == "context":
             return None
-        try:
-            return find_profile(self.profile, model)
-        except ProfileError:
-            if self.profile is not None:
-                raise
-            return None
+        return known_profile(model) if self.profile is None else find_profile(self.profile, model)
 
     def observation_window(self, prompt: PromptInfo) -> int:
         """The least that a prompt must be longer than."""

@@ -57,7 +57,8 @@ def curves_of(lines: Sequence[Line]) -> dict[str, Curve]:
 def write_curves(path: Path, model: PreTrainedModel, lines: Sequence[Line], expected: Sequence[Line]) -> CalibrationProfile:
     """Write the model's profile with the curves of an audit to ``path``; curves of other policies stay in it.
 
-    The profile is the one that ``path`` holds already, else the one that a policy of the audit names, else the package's.
+    The profile is the one that ``path`` holds already, else the one that a policy of the audit names, else the one that
+    policies find by themselves.
     Raises ProfileError if this model has none, InputError if there are too few prompts.
     """
     asked = {(line["prompt"], line["policy"], line["budget"]) for line in expected}
@@ -69,7 +70,8 @@ def write_curves(path: Path, model: PreTrainedModel, lines: Sequence[Line], expe
 
 
 def find_base(path: Path, model: PreTrainedModel, policies: Sequence[str]) -> CalibrationProfile:
-    """The profile into which curves are written: the one at ``path``, else the one a policy names, else the package's.
+    """The profile into which curves are written: the one at ``path``, else the one a policy names, else the one
+    that policies find by themselves.
 
     Raises ProfileError if this model has none. The model needs no weights.
     """
