@@ -82,7 +82,7 @@ class Report:
 
     @property
     def looked(self) -> list[str]:
-        """What was heard of the answer before anything was evicted, and what was refitted: a line, or none."""
+        """What was heard of the answer before anything was evicted, what was refitted, and the study: a line, or none."""
         parts = []
         if self.lookahead_tokens:
             parts.append(f"the first {self.lookahead_tokens} tokens are the full cache's, and chose what stays")
@@ -90,6 +90,8 @@ class Report:
             parts.append(f"a draft of {self.draft_tokens} tokens was heard, too, in {self.draft_seconds:.2f} s")
         if self.refitted:
             parts.append(f"values were refitted in {100 * self.refitted:.0f}% of the heads")
+        if self.study_tokens:
+            parts.append(f"a study of {self.study_tokens} tokens took {self.study_seconds:.2f} s")
         return ["; ".join(parts)] if parts else []
 
     def __str__(self) -> str:

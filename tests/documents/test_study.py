@@ -93,6 +93,7 @@ def test_the_report_says_what_it_took_and_progress_how_far_it_is(llama: PreTrain
     assert told[-1][0] == text + 3 * 4
     assert doc.report.study_tokens > told[-1][0]  # instructions, too
     assert doc.report.study_seconds > 0
+    assert f"a study of {doc.report.study_tokens} tokens took" in str(doc.report)
     assert doc.report.to_dict()["study_tokens"] == doc.report.study_tokens
 
 

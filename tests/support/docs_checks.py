@@ -174,7 +174,7 @@ def check_install(line: CommandLine) -> None:
         for extra in wanted[1].split(",") if wanted else [word] if before == "--extra" else ():
             if extra not in project["optional-dependencies"]:
                 raise BlockError(f"{line.where}: pyproject.toml has no extra {extra}")
-        if "/" in word and not word.startswith("-") and not (ROOT / word).exists():
+        if "/" in word and not word.startswith(("-", "https://")) and not (ROOT / word).exists():
             raise BlockError(f"{line.where}: {word} is not there")
 
 

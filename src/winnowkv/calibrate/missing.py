@@ -76,8 +76,11 @@ def innermost(policy: Policy) -> Policy:
 
 
 def commands(model: str) -> tuple[str, ...]:
-    """The commands that get a profile of a model."""
-    name = shlex.quote(model)
+    """The commands that get a profile of a model.
+
+    A configuration by itself (``config.json``) has no weights to calibrate: ``M`` stands for its model then.
+    """
+    name = "M" if model.endswith(".json") else shlex.quote(model)
     place = "" if default_repository() else " --repo OWNER/NAME"
     return (
         f"winnow profile fetch {name}{place}",
