@@ -64,6 +64,9 @@ def test_the_commands_name_the_model_and_the_repository_that_is_set(monkeypatch:
     again = missing_profile(["winnow"], SHAPE, "m")
     assert again is not None
     assert again.commands[0] == "winnow profile fetch m"
-    shape_alone = missing_profile(["winnow"], SHAPE, "config-70b.json")
-    assert shape_alone is not None
-    assert shape_alone.commands[0] == "winnow profile fetch M"
+
+
+def test_a_config_alone_is_not_calibrated() -> None:
+    found = missing_profile(["winnow"], SHAPE, "shapes/config-70b.json")
+    assert found is not None
+    assert found.commands[1].startswith("winnow calibrate --model FOLDER ")

@@ -78,7 +78,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence_and_ends_the_server(
 
 def test_three_lines_to_try() -> None:
     plain = lines_to_try(ServeSettings(), "http://127.0.0.1:9")
-    assert [line.split()[0] for line in plain] == ["winnow", "curl", "python", "browser:"]
+    assert [line.split()[0] for line in plain] == ["winnow", "curl", sys.executable, "browser:"]
     assert not any("uthorization" in line for line in plain)
     body = plain[1].split("-d '")[1].removesuffix("'")
     assert json.loads(body)["model"] == "embedded"

@@ -76,13 +76,11 @@ def innermost(policy: Policy) -> Policy:
 
 
 def commands(model: str) -> tuple[str, ...]:
-    """The commands that get a profile of a model.
-
-    A configuration by itself (``config.json``) has no weights to calibrate: ``M`` stands for its model then.
-    """
-    name = "M" if model.endswith(".json") else shlex.quote(model)
+    """The commands that get a profile of a model. A config alone has no weights to measure: FOLDER is the one that has them."""
+    name = shlex.quote(model)
+    measured = "FOLDER" if model.endswith(".json") else name
     place = "" if default_repository() else " --repo OWNER/NAME"
     return (
         f"winnow profile fetch {name}{place}",
-        f"winnow calibrate --model {name} --out profile.json && winnow profile add profile.json",
+        f"winnow calibrate --model {measured} --out profile.json && winnow profile add profile.json",
     )

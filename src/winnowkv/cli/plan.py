@@ -47,7 +47,10 @@ PEAK_NOTE = (
 
 def plan(
     context: Annotated[str, typer.Option(help="Prompt tokens of a request: 32768, or 32k (1k is 1024).")],
-    memory: Annotated[str, typer.Option(help="Memory of the device: 24GiB, 24GB, 512MiB, or a number of bytes.")],
+    memory: Annotated[
+        str,
+        typer.Option(help="Memory of all devices together: 24GiB, 24GB, 512MiB, or a number of bytes."),
+    ],
     model: Annotated[
         str,
         typer.Option(

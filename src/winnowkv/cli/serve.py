@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -214,7 +215,7 @@ def lines_to_try(settings: ServeSettings, address: str) -> list[str]:
     return [
         f"winnow serve: {settings.model}, {settings.policy} at {settings.budget}, on {address} (Ctrl-C ends it)",
         f"curl {address}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'",
-        f'python -c "from openai import OpenAI; print({client}({said}).choices[0].message.content)"',
+        f'{shlex.quote(sys.executable)} -c "from openai import OpenAI; print({client}({said}).choices[0].message.content)"',
         f"browser: {address}/",
     ]
 

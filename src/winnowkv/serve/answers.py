@@ -15,7 +15,7 @@ from winnowkv.engine.request import Completion, Event
 from winnowkv.engine.sampling import Logprob
 from winnowkv.serve.errors import ApiError, ClientGoneError, failed
 from winnowkv.serve.kept import kept_body
-from winnowkv.serve.loop import MOST_RETRY, STOPPING
+from winnowkv.serve.loop import CUT, MOST_RETRY
 from winnowkv.serve.settings import ServeSettings
 from winnowkv.serve.ticket import Ticket
 
@@ -34,7 +34,7 @@ def problem(ticket: Ticket, ended: Completion | None, settings: ServeSettings) -
         return ApiError(504, why, code="request_timeout")
     if ticket.why is None and ended is not None and ended.finish_reason == "error":
         return failed(ended.error)
-    return ApiError(503, STOPPING, code="stopping", retry_after=MOST_RETRY)
+    return ApiError(503, CUT, code="stopping", retry_after=MOST_RETRY)
 
 
 def sse(body: Body) -> bytes:

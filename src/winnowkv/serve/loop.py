@@ -30,6 +30,7 @@ STUCK_SECONDS = 0.005  # between two looks at a queue of which nothing can be be
 GATHER_SECONDS = 0.001  # in which the events of a step are gathered
 END_SECONDS = 5.0  # in which requests that were cancelled have to end
 STOPPING = "the server is stopping and takes no new requests: try again, it may be back soon"
+CUT = "the server is stopping, and ended this request before its answer was whole: ask again, it may be back soon"
 
 
 class EngineLoop:
