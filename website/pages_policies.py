@@ -24,6 +24,10 @@ from winnowkv.report import MIB
 
 MEASURED = {"policies-summaries": "summaries", "policies-questions": "questions"}  # records, and what they are of
 PROMPT = 2048  # tokens of the prompt that a policy is bound to, to see its parts
+MEASURED_WORDS = (
+    "The columns are those of [winnow audit](../audit.md#3-read-the-table): means over prompts, 95% intervals in brackets, KL "
+    "in nats a token. *holds*: what is really stored, where that is more than what is kept; compare rules at equal bytes by it."
+)
 SHARED_PARTS = ("winnowkv.policies.parts", "winnowkv.policies.base")  # their classes are in the API reference
 NOTATION = (
     "`A[q, i]` is the attention that query `q` pays to token `i`, a softmax over all keys that the query sees. `k` and `v` are "
@@ -168,7 +172,7 @@ def measured(name: str, records: Mapping[str, Record]) -> str:
     if not rows:
         return "Not measured yet."
     columns = ["of", "policy", "budget", "kept", "same token as the full cache", "KL", "same answer", "prompts"]
-    return table(columns, rows) + "\n\n" + "\n\n".join(notes)
+    return table(columns, rows) + "\n\n" + "\n\n".join([MEASURED_WORDS, *notes])
 
 
 def measured_row(of: str, group: Mapping[str, Any]) -> list[str]:
@@ -176,6 +180,8 @@ def measured_row(of: str, group: Mapping[str, Any]) -> list[str]:
     same, kl, exact = group["agreement"], group["kl_mean"], group["exact_match"]
     between = f" ({same['low']:.1%} to {same['high']:.1%})" if same["low"] is not None else ""
     kept = f"{group['kept_bytes'] / MIB:.1f} of {group['full_bytes'] / MIB:.1f} MiB"
+    if group["held_bytes"] > 1.01 * group["kept_bytes"]:  # padding to the longest head, or answers that ended whole
+        kept += f", holds {group['held_bytes'] / MIB:.1f}"
     return [
         of, f"`{group['policy']}`", str(group["budget"]), kept, f"{same['mean']:.1%}{between}", f"{kl['mean']:.3f}",
         f"{exact['mean']:.0%}", str(group["prompts"]),

@@ -20,7 +20,10 @@ HEADINGS = ("For whom", "Formula", "Options", "Source", "Where we differ", "Meas
 GROUP = {
     "policy": "snapkv", "budget": "0.12", "prompts": 24, "agreement": {"mean": 0.876, "low": 0.85, "high": 0.9},
     "kl_mean": {"mean": 0.1234}, "exact_match": {"mean": 0.25}, "kept_bytes": 6 << 20, "full_bytes": 50 << 20,
+    "held_bytes": 6 << 20,
 }  # fmt: skip
+
+PADDED = {**GROUP, "policy": "adakv:of=snapkv", "budget": "64", "held_bytes": 9 << 20}
 
 
 class Audit(Record):
@@ -30,7 +33,7 @@ class Audit(Record):
 
     @property
     def content(self):
-        return {"date": "2026-11-29", "result": {"groups": [GROUP, {**GROUP, "policy": "adakv:of=snapkv", "budget": "64"}]}}
+        return {"date": "2026-11-29", "result": {"groups": [GROUP, PADDED]}}
 
 
 def section(page: str, heading: str) -> str:
@@ -87,7 +90,9 @@ def test_what_was_measured_is_on_the_page() -> None:
     said = pages_policies.measured("snapkv", {"policies-summaries": record})
     assert "| summaries | `snapkv` | 0.12 | 6.0 of 50.0 MiB | 87.6% (85.0% to 90.0%) | 0.123 | 25% | 24 |" in said
     assert "2026-11-29" in said
-    assert "`adakv:of=snapkv` | 64" in pages_policies.measured("adakv", {"policies-summaries": record})
+    assert "`adakv:of=snapkv` | 64 | 6.0 of 50.0 MiB, holds 9.0 |" in pages_policies.measured(
+        "adakv", {"policies-summaries": record}
+    )
     assert pages_policies.measured("cake", {"policies-summaries": record}) == "Not measured yet."
 
 

@@ -28,8 +28,9 @@ class CompressKV(SnapKV):
     Formula
     -------
     ``score[i] = mean over the chosen heads(pool(sum over q of A[q, i]))``. ``entries of a layer = clip(least + share * rest,
-    least, most * mean)``, in which ``share`` is the layer's part of the measured eviction errors and ``rest`` what ``least``
-    leaves of the budget.
+    least, most * mean)``, in which ``share`` is the layer's part of the measured eviction errors, ``rest`` what ``least``
+    leaves of the budget of all layers together, and ``mean`` the budget. Recent tokens are counted in all of these, and no
+    layer keeps less than sinks and recent tokens.
 
     Parameters
     ----------

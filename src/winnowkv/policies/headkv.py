@@ -26,7 +26,8 @@ class HeadKV(SnapKV):
     Formula
     -------
     ``score[i] = pool(mean over the group(sum over q of A[q, i]))``. ``entries[h] = mean - mean / beta + pool * w[h]^temperature
-    / sum of w^temperature``: ``w[h]`` is the head's importance, ``pool`` is ``mean / beta`` of all heads together.
+    / sum of w^temperature`` above the recent tokens: ``w[h]`` is the head's importance, ``mean`` the budget without the recent
+    tokens, ``pool`` is ``mean / beta`` of all heads together.
 
     Parameters
     ----------

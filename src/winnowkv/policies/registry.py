@@ -116,7 +116,9 @@ def policy_class(name: str) -> type[Policy]:
         known = [*BUILT_IN, *_registered, *entries]
         near = difflib.get_close_matches(name[:SHOWN], known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PolicyError(f"policy {shown(name)} is unknown.{hint} Known: {', '.join(sorted(known))}")
+        raise PolicyError(
+            f"policy {shown(name)} is unknown.{hint} Known: {', '.join(sorted(known))}; your own: docs/policies.md#your-own"
+        )
     found = entries[name].load()
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"policy {name!r}: the entry point {entries[name].value!r} is not a subclass of Policy")

@@ -41,7 +41,8 @@ class WindowKV(WindowPolicy):
     """The best windows of consecutive tokens, one selection for each group of layers (arXiv 2503.17922).
 
     Paper and repository (optim996/WindowKV) disagree on the numbers; ``preset`` names whom to follow, options that are given
-    win over it. The paper does not state its top-p for windows of 16: half of it here.
+    win over it. Tokens that look, ``window`` and ``top``, for localization and for aggregation: ``paper`` 16, 8, 8 and
+    32, 16, 8; ``repo`` 32, 8, 4 and 16, 8, 8. The paper does not state its top-p for windows of 16: half of it here.
 
     Without a preset the question looks where it is known, and if the task is localization, groups are of 3 layers, budgets
     equal and windows of 16 tokens, which finds twice as much (docs/log.md); the repository's numbers else.
@@ -102,6 +103,16 @@ class WindowKV(WindowPolicy):
     def decided(self, task: TaskProfile) -> Task:
         """The task to work with."""
         return self.task or task.decided(self.name, self.sure, self.fallback)
+
+    @property
+    def looks_from(self) -> str:
+        """Which tokens look, in words; without a ``task`` those of both."""
+        if isinstance(self.observe, int):
+            return super().looks_from
+        sizes = {task: numbers[0] for task, numbers in PRESETS[self.preset or "repo"].items()}
+        both = " or ".join(f"{size} ({task})" for task, size in sizes.items())
+        last = f"the last {sizes[self.task] if self.task else both} tokens"
+        return f"the question, or {last} if it is not known" if self.uses_structure else last
 
     def published_window(self, prompt: PromptInfo) -> int:
         """The preset's for the prompt's task."""

@@ -129,3 +129,10 @@ def test_rounding_is_noted() -> None:
     notes = summarize(lines, lines, 0.9, {"dtype": "bfloat16"})["notes"]
     assert any("96.0% of its own tokens: rounding in bfloat16" in note for note in notes)
     assert not any("rounding" in note for note in summarize([made()], [made()], 0.9, {"dtype": "float32"})["notes"])
+
+
+def test_padded_heads_are_noted() -> None:
+    lines = [made("adakv", 0.12) | {"kept_bytes": 6 << 20, "held_bytes": 9 << 20}, made("snapkv")]
+    found = [note for note in summarize(lines, lines, 0.9, {"dtype": "float32"})["notes"] if "holds" in note]
+    assert len(found) == 1
+    assert found[0].startswith("adakv at 12% holds 9 MiB to keep 6: heads are stored padded")

@@ -191,7 +191,7 @@ def mebibytes(size: float) -> str:
 
 
 def notes(lines: Sequence[Line], groups: Sequence[Group], config: dict[str, Any]) -> list[str]:
-    """Notes for the reader: small sets, prompts that were cut, trivial or failed, rounding."""
+    """Notes for the reader: small sets, prompts that were cut, trivial or failed, padded heads, rounding."""
     found = []
     prompts = {line["prompt"]: line for line in lines}
     compared = max((group["prompts"] for group in groups), default=0)
@@ -216,6 +216,12 @@ def notes(lines: Sequence[Line], groups: Sequence[Group], config: dict[str, Any]
         "was evicted, and count with the whole cache"
         for group in groups
         if group["whole_answers"]
+    ]
+    found += [
+        f"{name_of(group)} holds {mebibytes(group['held_bytes'])} MiB to keep {mebibytes(group['kept_bytes'])}: heads are "
+        "stored padded to the longest of their layer; the recommendation counts what is kept"
+        for group in groups
+        if group["prompts"] and make_policy(group["policy"]).per_head and group["held_bytes"] > 1.01 * group["kept_bytes"]
     ]
     own = {line["prompt"]: line["full_agreement"] for line in lines if line.get("full_agreement") is not None}
     if own and mean(own.values()) < 1:
