@@ -19,7 +19,7 @@ from support.docs import Block, CommandLine
 from support.paths import ROOT
 
 OURS = "winnowkv"
-INSTALLERS = {"pip": [("install",)], "uv": [("pip", "install"), ("sync",), ("venv",)]}
+INSTALLERS = {"pip": [("install",)], "uv": [("pip", "install"), ("sync",), ("venv",), ("export",), ("run",)]}
 LISTS = {"policies": ",", "policy": None}  # options whose values are policy specs, and what stands between several
 
 
