@@ -131,6 +131,13 @@ def test_rounding_is_noted() -> None:
     assert not any("rounding" in note for note in summarize([made()], [made()], 0.9, {"dtype": "float32"})["notes"])
 
 
+def test_cheapest_is_what_holds_least() -> None:
+    padded = [made("adakv", 0.12, 0.95, 120, str(number)) | {"held_bytes": 260} for number in range(12)]
+    lines = [*padded, *(made("snapkv", 0.25, 0.95, 250, str(number)) for number in range(12))]
+    found = recommend(summarize(lines, lines, 0.9, {"dtype": "float32"})["groups"], 0.9)
+    assert (found["setting"]["policy"], found["setting"]["held_bytes"]) == ("snapkv", 250)
+
+
 def test_padded_heads_are_noted() -> None:
     lines = [made("adakv", 0.12) | {"kept_bytes": 6 << 20, "held_bytes": 9 << 20}, made("snapkv")]
     found = [note for note in summarize(lines, lines, 0.9, {"dtype": "float32"})["notes"] if "holds" in note]

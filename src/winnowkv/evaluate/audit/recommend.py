@@ -94,13 +94,14 @@ def _interval(values: Sequence[float]) -> dict[str, float | None]:
 def recommend(groups: Sequence[Group], keep: float) -> dict[str, Any]:
     """The cheapest setting whose agreement is at least ``keep`` at the lower end of its interval.
 
-    Cheapest: fewest kept bytes on average, ties by agreement. Settings that save nothing, or lack prompts
-    that others have, are no candidates. ``closest`` is the best setting if none reaches the target;
-    ``undecided`` is the cheapest of which only the mean does, with the number of prompts that might settle it.
+    Cheapest: fewest bytes really held on average (heads of a layer are stored padded to its longest), ties by agreement.
+    Settings that save nothing, or lack prompts that others have, are no candidates. ``closest`` is the best setting if none
+    reaches the target; ``undecided`` is the cheapest of which only the mean does, with the number of prompts that might
+    settle it.
     """
     most = max((group["prompts"] for group in groups), default=0)
-    measured = [group for group in groups if group["prompts"] == most > 0 and group["kept_bytes"] < group["full_bytes"]]
-    measured.sort(key=lambda group: (group["kept_bytes"], -group["agreement"]["mean"]))
+    measured = [group for group in groups if group["prompts"] == most > 0 and group["held_bytes"] < group["full_bytes"]]
+    measured.sort(key=lambda group: (group["held_bytes"], -group["agreement"]["mean"]))
     reached = next((group for group in measured if at_least(group["agreement"]["low"], keep)), None)
     closest = (
         None if reached else max(measured, key=lambda g: (g["agreement"]["low"] or 0, g["agreement"]["mean"]), default=None)
@@ -130,7 +131,7 @@ def more_prompts(group: Group, keep: float) -> int | None:
 
 
 def _named(group: Group | None) -> dict[str, Any] | None:
-    return group and {name: group[name] for name in ("policy", "budget", "agreement", "kept_bytes", "full_bytes")}
+    return group and {name: group[name] for name in ("policy", "budget", "agreement", *SIZE_FIELDS)}
 
 
 def sentence(
@@ -139,10 +140,10 @@ def sentence(
     """The recommendation in words."""
     over = f"{prompts} prompt{'' if prompts == 1 else 's'}"
     if reached:
-        saved = 1 - reached["kept_bytes"] / reached["full_bytes"]
+        saved = 1 - reached["held_bytes"] / reached["full_bytes"]
         text = (
             f"Use {name_of(reached)}: it gives {share_of(reached)} of the full cache's tokens over {over}, in "
-            f"{mebibytes(reached['kept_bytes'])} instead of {mebibytes(reached['full_bytes'])} MiB ({percent(saved)} less); "
+            f"{mebibytes(reached['held_bytes'])} instead of {mebibytes(reached['full_bytes'])} MiB ({percent(saved)} less); "
             f"nothing cheaper has its interval at or above {percent(keep)}."
         )
     elif closest:
@@ -158,7 +159,7 @@ def sentence(
     if undecided:
         settle = "more prompts are needed to settle it" if more is None else f"about {more} more prompts might settle it"
         text += (
-            f" {name_of(undecided)} ({mebibytes(undecided['kept_bytes'])} MiB) reaches it on average, "
+            f" {name_of(undecided)} ({mebibytes(undecided['held_bytes'])} MiB) reaches it on average, "
             f"{share_of(undecided)}: {settle}."
         )
     return text
@@ -219,7 +220,7 @@ def notes(lines: Sequence[Line], groups: Sequence[Group], config: dict[str, Any]
     ]
     found += [
         f"{name_of(group)} holds {mebibytes(group['held_bytes'])} MiB to keep {mebibytes(group['kept_bytes'])}: heads are "
-        "stored padded to the longest of their layer; the recommendation counts what is kept"
+        "stored padded to the longest of their layer; the recommendation counts what is held"
         for group in groups
         if group["prompts"] and make_policy(group["policy"]).per_head and group["held_bytes"] > 1.01 * group["kept_bytes"]
     ]
