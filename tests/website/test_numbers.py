@@ -108,7 +108,7 @@ def test_records_and_files_belong_together() -> None:
         assert all((ROOT / path).exists() for path in (*record.code, *record.pages)), f"{name}: a path of it is gone"
         assert record.own_file or record.by_hand or "--json" in record.command, f"{name}: its command prints no JSON"
         assert not record.by_hand or record.transcribed, f"{name}: say from where it was copied"
-        assert "/work" not in record.path.read_text(encoding="utf-8"), f"{name}: a path of somebody's machine"
+        assert "/work" not in record.path.read_text(encoding="utf-8"), f"{name}: a path of one machine"
         if record.transcribed:
             page, _, heading = record.transcribed.partition(", ")
             assert f"# {heading}\n" in (ROOT / page).read_text(encoding="utf-8"), f"{name}: {page} has no heading {heading!r}"
@@ -126,7 +126,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def git(folder: Path, *words: str, day: str = "2026-11-01") -> str:
-    """What git prints, asked by nobody in particular at noon of a day."""
+    """What git prints, with a fixed date and author."""
     settings = [
         f"-c{one}" for one in ("user.name=a", "user.email=a@example.org", "commit.gpgsign=false", "core.hooksPath=/dev/null")
     ]
