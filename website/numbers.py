@@ -191,10 +191,11 @@ def main(words: Sequence[str] | None = None) -> None:
         measure(args.names, records, args.result, args.revision)
         return
     changed = []
+    names = read_names()
     used: dict[str, list[str]] = {}
     for page in pages():
         text, watched = page.read_text(encoding="utf-8"), Watched(records)
-        filled = fill(text, watched)
+        filled = fill(text, watched, names)
         for name in watched.asked:
             used.setdefault(name, []).append(str(page.relative_to(ROOT)))
         if filled != text:

@@ -9,26 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from website.audit_groups import Group, held_share, holds_more, kept_share, level_of
 from website.records import Record
 from website.tables import Records, markdown, table
+from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.errors import InputError
-from winnowkv.policies.quality import LEVELS
 from winnowkv.report import MIB
 
 SUMMARIES, QUESTIONS = "policies-summaries", "policies-questions"
-BUDGET = 0.12  # the default, by which rows are sorted and advice is given
-HELD_MORE = 1.1  # held over kept bytes, from which on it is said
-Group = dict[str, Any]
-
-
-def level_of(spec: str) -> tuple[str, str]:
-    """A policy and its level: ``("winnow", "balanced")`` of ``winnow:lookahead=64``."""
-    name, *options = spec.split(":")
-    for level in ("best", "balanced"):
-        wanted = {f"{key}={str(value).lower()}" for key, value in LEVELS[level].items() if value}
-        if wanted <= set(options):
-            return ":".join([name, *(option for option in options if option not in wanted)]), level
-    return spec, "lean"
+BUDGET = DEFAULT_BUDGET  # by which rows are sorted and advice is given
 
 
 def named(group: Group) -> str:
@@ -42,16 +31,10 @@ def named(group: Group) -> str:
     return said
 
 
-def kept_share(group: Group) -> float:
-    """Kept bytes over full bytes."""
-    return float(group["kept_bytes"] / group["full_bytes"])
-
-
 def held_more(group: Group) -> str:
     """``, which holds 22% of the bytes`` if a policy's storage is larger than what it keeps: heads padded to the longest."""
-    held = group["held_bytes"] / group["full_bytes"]
     lookahead = level_of(group["policy"])[1] != "lean"  # answers' own tokens are in what these hold
-    return f", which holds {held:.0%} of the bytes" if held > HELD_MORE * kept_share(group) and not lookahead else ""
+    return f", which holds {held_share(group):.0%} of the bytes" if holds_more(group) and not lookahead else ""
 
 
 def share(measure: dict[str, float | None], *, interval: bool = True) -> str:

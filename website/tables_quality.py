@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from website.audit_groups import Group, held_share, holds_more
 from website.records import Record
 from website.tables import Records, markdown, table
+from winnowkv.budget import DEFAULT_BUDGET
 from winnowkv.errors import InputError
 from winnowkv.policies.quality import LEVELS, spec_of_quality
 from winnowkv.report import MIB
 
-DEFAULT, BUDGET = "winnow", 0.12
+DEFAULT, BUDGET = "winnow", DEFAULT_BUDGET
 FULL = "full cache"
 COLUMNS = (FULL, *LEVELS)
 # What is no published rule that evicts: these, and winnow and expected, which are ours.
 NOT_PUBLISHED = ("full", "int8", "int4", "random", "streaming", "winnow", "expected")
 DEMO_WIDTHS = (6, 6, 8)  # of found, MiB, ms/token
-HELD_MORE = 1.1  # held over kept bytes, from which on it is said: heads are padded to the longest
 PAPERS = {"windowkv": "WindowKV", "compresskv": "CompressKV", "dynamickv": "DynamicKV", "snapkv": "SnapKV"}
-Group = dict[str, Any]
 
 
 def group(record: Record, policy: str, budget: float = BUDGET) -> Group:
@@ -84,8 +82,7 @@ def agreements(record: Record, metric: str) -> list[str]:
     """Shares of the full cache's tokens: its own, the best published rule's, and each level's."""
     rivals = [one for one in published(record.get("groups")) if one["budget"] == BUDGET and one[metric]["mean"] is not None]
     best = max(rivals, key=lambda one: one[metric]["mean"])
-    held = best["held_bytes"] / best["full_bytes"]
-    more = f", holds {held:.0%}" if held > HELD_MORE * best["kept_bytes"] / best["full_bytes"] else ""
+    more = f", holds {held_share(best):.0%}" if holds_more(best) else ""
     cells = [f"{best[metric]['mean']:.1%} (`{best['policy']}`{more})"]
     for level in LEVELS:
         one = group(record, spec_of_quality(DEFAULT, level))

@@ -35,7 +35,7 @@ SECONDS = 120  # a script or request of a page
 TEXT = (
     "The archive of Oakham was founded in 1712 by Mary Lund, who wrote the history of the town. It has nine rooms, and the "
     "oldest papers lie in the third. In 1850 a captain named Brandt gave his letters to it. The key to the last room was "
-    "lost at sea, and nobody has read what is in it since. The mayor wants to open that room in May, when the roads are dry.\n"
+    "lost at sea, and what is in it has not been read since. The mayor wants to open that room in May, when roads are dry.\n"
 )
 SEVEN_B = {  # the shape of a 7B model, of which `winnow plan --model M` reads no weights
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from website.audit_groups import level_of
 from website.figures.way import FILE, draw
 from website.records import Record
 from website.tables import TABLES, render
-from website.tables_choose import level_of
 from winnowkv.policies.quality import LEVELS, spec_of_quality
 
 MIB = 2**20

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from website.audit_groups import HELD_MORE
 from website.figures.audits import BALANCED, BEST, LEAN, Audit, read
 from website.figures.style import (
     BLACK,
@@ -48,7 +49,6 @@ LOOKS = {
 }  # fmt: skip
 PUBLISHED = (Look(ORANGE, "D", "--", 1.4), Look(SKY, "v", "-.", 1.4), Look(BLACK, "*", ":", 1.4), Look(GREY, "h", "--", 1.4))
 TICKS = (0.06, 0.12, 0.25, 0.5)
-STORES_MORE = 1.1  # storage over kept bytes, from which on the picture says it
 APART = 1.035  # factor by which lines at the same share stand apart, so that their intervals can be told apart
 
 
@@ -108,4 +108,4 @@ def draw(panel: Axes, audit: Audit, looks: Mapping[str, Look]) -> None:
 
 def stores_more(audit: Audit, name: str) -> bool:
     """Whether a policy's storage is so much larger than what it keeps that the picture has to say it."""
-    return audit.held.get(name, 1.0) > STORES_MORE
+    return audit.held.get(name, 1.0) > HELD_MORE

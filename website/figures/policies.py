@@ -62,7 +62,7 @@ def ordered(audits: Mapping[str, Audit]) -> list[str]:
 
 
 def draw(panel: Axes, audit: Audit, name: str, look: Look) -> None:
-    """One policy on one side: its line with the interval as a band, a bar for a single point; the others behind it."""
+    """One policy on one side: its line with the interval as a band, a bar for a single point; all others in grey."""
     for other, points in audit.lines.items():
         if other != name:
             panel.plot([p.kept for p in points], [p.mean for p in points], color=PALE, linewidth=0.4, alpha=0.7, zorder=1)
