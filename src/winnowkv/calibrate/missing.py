@@ -12,7 +12,7 @@ from winnowkv.errors import ProfileError
 from winnowkv.models.calibration import known_profile
 from winnowkv.models.info import ModelInfo
 from winnowkv.policies import Policy, policy as make_policy
-from winnowkv.policies.compose import Wrapper
+from winnowkv.policies.compose import innermost
 
 GUESSES = "retrieval heads are guessed, and the whole prompt's cache is held until the last layer was read: more at the peak"
 UNUSABLE = "it cannot be used"
@@ -66,13 +66,6 @@ def has_profile(policy: Policy, info: ModelInfo) -> bool:
     except ProfileError:
         return False
     return True
-
-
-def innermost(policy: Policy) -> Policy:
-    """The policy that a wrapper, or a wrapper of one, changes; any other is itself."""
-    while isinstance(policy, Wrapper):
-        policy = policy.of
-    return policy
 
 
 def commands(model: str) -> tuple[str, ...]:

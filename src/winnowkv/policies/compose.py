@@ -147,3 +147,10 @@ class WrappedScorer(Scorer):
     def move(self, queries: Queries, by: Tensor) -> Queries:
         """As the inner scorer."""
         return self.inner.move(queries, by)
+
+
+def innermost(policy: Policy) -> Policy:
+    """The policy that a wrapper, or a wrapper of one, changes; any other is itself."""
+    while isinstance(policy, Wrapper):
+        policy = policy.of
+    return policy

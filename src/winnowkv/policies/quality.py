@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from winnowkv.errors import PolicyError
 from winnowkv.files import shown
 from winnowkv.policies.base import Policy
-from winnowkv.policies.compose import Wrapper
+from winnowkv.policies.compose import Wrapper, innermost
 from winnowkv.policies.registry import INNER_OPTION, policy as make_policy
 
 Quality = Literal["lean", "balanced", "best"]
@@ -75,10 +75,8 @@ def _lacking(policy: Policy, quality: str) -> dict[str, Any]:
     check_quality(quality)
     if not policy.evicts:
         return {}
-    level, inner = LEVELS[quality], policy
-    while isinstance(inner, Wrapper):
-        inner = inner.of
-    defaults = {each.name: each.default for each in fields(inner)}  # type: ignore[arg-type]  # every policy is a dataclass
+    level = LEVELS[quality]
+    defaults = {each.name: each.default for each in fields(innermost(policy))}  # type: ignore[arg-type]  # all are dataclasses
     found = {}
     for option, value in level.items():
         own = getattr(policy, option, None)
